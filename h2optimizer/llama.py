@@ -1,0 +1,275 @@
+"""Llama with a heavy-hitter KV cache (H2O, arXiv 2306.14048), on top of transformers' modeling code.
+
+Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama is marked `# H2O:`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, rotate_half
+
+from h2optimizer.attention import ATTENTION_BACKENDS
+from utils.cache import HHCache
+
+
+@dataclass(frozen=True)
+class H2OConfig:
+    """Settings of the heavy-hitter cache. Raises ValueError, with the way out, for combinations that cannot work."""
+
+    window_length: int = 256  # slots that a row keeps after slimming: heavy hitters + recent
+    num_heavy_hitters: int = -1  # how many of them are heavy hitters; -1 = half, 0 = local attention
+    update_interval: int = 16  # slimming is due on every N-th forward; 1 = H2O
+    slimming: str = "H"  # "H": gather into place (update_slimmingH); "mask": boolean mask and copy (update_slimming)
+    backend: str = "auto"  # "eager" (reference), "sdpa"; auto = sdpa
+    score: str = "mass"  # "mass" (H2O), "sink" (StreamingLLM: oldest slots), "random" (fixed by score_seed)
+    score_seed: int = 0  # of score="random"
+    score_every_step: bool = True  # add mass on skipped steps as well; False = pure attention there
+    score_decay: float = 1.0  # mass is multiplied by this before each forward's addition; 0.0 = last forward only
+    score_norm: str = "sum"  # "sum" (H2O); "mean" = mass per query that could see the slot and was counted
+    score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
+    group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = first of each group only
+    position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
+
+    def __post_init__(self):
+        for name, allowed in {
+            "slimming": ("H", "mask"),
+            "backend": ("auto", *ATTENTION_BACKENDS),
+            "score": ("mass", "sink", "random"),
+            "score_norm": ("sum", "mean"),
+            "group_reduce": ("sum", "first"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        at_least = {"window_length": 2, "num_heavy_hitters": -1, "update_interval": 1, "score_queries": 1}
+        for name, least in at_least.items():
+            number = getattr(self, name)
+            if name == "score_queries" and number is None:
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
+        if self.num_heavy_hitters >= self.window_length:
+            raise ValueError(
+                f"num_heavy_hitters={self.num_heavy_hitters}: must be less than window_length={self.window_length}, "
+                "the newest slot is always kept"
+            )
+        if not 0.0 <= self.score_decay <= 1.0:
+            raise ValueError(f"score_decay={self.score_decay!r}: must lie between 0 and 1")
+
+    @property
+    def heavy(self) -> int:
+        """Heavy hitters in the window."""
+        return self.window_length // 2 if self.num_heavy_hitters == -1 else self.num_heavy_hitters
+
+    @property
+    def recent(self) -> int:
+        """Newest slots in the window, at least 1."""
+        return self.window_length - self.heavy
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated per row and KV head."""
+        return self.window_length + self.update_interval
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether slimming ranks slots by mass; if not, every step is pure attention."""
+        return self.score == "mass" and self.heavy > 0
+
+    @property
+    def attention_backend(self) -> str:
+        """The backend that "auto" stands for."""
+        return "sdpa" if self.backend == "auto" else self.backend
+
+
+class H2OLlamaAttention(LlamaAttention):
+    """Llama attention over the slots of an `HHCache`; with any other cache, or none, it is stock Llama's."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not isinstance(past_key_values, HHCache):
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        cache, step, h2o = past_key_values, past_key_values.step, past_key_values.h2o
+        if step is None:
+            raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
+
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        if not h2o.position_rolling:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        keys, values = cache.update(key_states, value_states, self.layer_idx)
+        if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index here, in a copy
+            keys = _rotate(keys, cos[:, None], sin[:, None])
+            query_states = _rotate(query_states, *(_at_queries(table, step)[:, None] for table in (cos, sin)))
+
+        # H2O: attention reports the mass that each slot received, and slimming follows it when due
+        attend = ATTENTION_BACKENDS[h2o.attention_backend]
+        attn_output, mass = attend(query_states, keys, values, step, self.scaling, h2o.group_reduce)
+        if mass is not None:
+            cache.add_mass(mass, self.layer_idx)
+        if step.due:
+            cache.slim(self.layer_idx)
+
+        attn_output = attn_output.transpose(1, 2).reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), None
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on states [B, H, n, D] with tables that broadcast to it, the same arithmetic as apply_rotary_pos_emb."""
+    return (states * cos) + (rotate_half(states) * sin)
+
+
+def _at_queries(table: torch.Tensor, step) -> torch.Tensor:
+    """The rows of a RoPE table [1, width, D] at the slots of the queries: [1 or B, columns, D]."""
+    if step.min_start == step.max_start:
+        return table[:, step.max_start :]
+    return table[0, step.starts(table.device)[:, None] + torch.arange(step.columns, device=table.device)]
+
+
+class H2OLlamaForCausalLM(LlamaForCausalLM):
+    """Llama whose `generate` keeps an `HHCache`. Checkpoints are plain Llama's, in both directions.
+
+    Args:
+        config: a LlamaConfig.
+        h2o: the cache's settings, H2OConfig() unless given; assign `model.h2o` to change them for the next `generate`.
+    """
+
+    def __init__(self, config, h2o: H2OConfig | None = None):
+        super().__init__(config)
+        self.h2o = H2OConfig() if h2o is None else h2o
+        for layer_idx, layer in enumerate(self.model.layers):
+            layer.self_attn = H2OLlamaAttention(config, layer_idx)  # H2O: same weights and names
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As LlamaForCausalLM's; `past_key_values` may be an HHCache, and is a new one when none is given.
+
+        With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may pad on the left; reading it
+        waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does.
+
+        Raises: ValueError for a mask with zeros to the right of a token.
+        """
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache:
+            past_key_values = HHCache(self.h2o)
+        cache = past_key_values
+        if not isinstance(cache, HHCache):
+            return super().forward(
+                input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, logits_to_keep, **kwargs
+            )
+
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, columns = inputs.shape[:2]
+        new = None if attention_mask is None else _tokens_per_row(attention_mask, columns)
+        seen = cache.seen or [0]
+        step = cache.begin(batch_size, columns, new)
+
+        # H2O: padding is dropped on entry. Tokens move to the left, where causal attention needs no mask, and back.
+        to_right = None
+        if min(step.new) < columns:
+            padding = columns - torch.tensor(step.new, device=inputs.device)[:, None]
+            column = torch.arange(columns, device=inputs.device)
+            to_left, to_right = (column + padding) % columns, (column - padding) % columns
+            inputs = _take_columns(inputs, to_left)
+            position_ids = None if position_ids is None else _take_columns(position_ids.expand(batch_size, -1), to_left)
+        if cache.h2o.position_rolling:  # H2O: positions are slot indices
+            position_ids = torch.arange(step.width, device=inputs.device)[None]
+        elif position_ids is None:
+            first = torch.tensor(seen, device=inputs.device)[:, None] if len(set(seen)) > 1 else seen[0]
+            position_ids = first + torch.arange(columns, device=inputs.device)[None]
+
+        outputs = self.model(
+            input_ids=inputs if inputs_embeds is None else None,
+            inputs_embeds=None if inputs_embeds is None else inputs,
+            # H2O: a ready-made 4-D mask keeps stock Llama from building one; the cache knows what each query sees
+            attention_mask=inputs.new_empty(1, 1, 1, 1),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        cache.end()
+
+        hidden_states, all_hidden_states = outputs.last_hidden_state, outputs.hidden_states
+        if to_right is not None:
+            hidden_states = _take_columns(hidden_states, to_right)
+            if all_hidden_states is not None:
+                all_hidden_states = tuple(_take_columns(states, to_right) for states in all_hidden_states)
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, slice_indices, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=all_hidden_states, attentions=None
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # H2O: generate makes an HHCache where stock Llama makes a DynamicCache
+        if model_kwargs.get("past_key_values") is None:
+            if not generation_config.use_cache or generation_config.cache_implementation is not None:
+                raise ValueError(
+                    "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation unset, "
+                    "pass a cache as past_key_values, or use LlamaForCausalLM"
+                )
+            model_kwargs["past_key_values"] = HHCache(self.h2o)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if isinstance(inputs.get("past_key_values"), HHCache):
+            # H2O: decode tokens are real, and the cache counts positions: nothing of the mask to read on the device
+            if not is_first_iteration and inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
+                inputs.pop("attention_mask", None)
+        return inputs
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As PreTrainedModel's; the checkpoint names plain Llama as its architecture."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.architectures = ["LlamaForCausalLM"]
+        if kwargs.get("is_main_process", True):
+            self.config.save_pretrained(save_directory)
+
+
+def _take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """states [B, n(, H)] with row b's columns in the order columns[b]."""
+    index = columns if states.ndim == 2 else columns[..., None].expand_as(states)
+    return states.gather(1, index)
+
+
+def _tokens_per_row(attention_mask: torch.Tensor, columns: int) -> list[int]:
+    """Real tokens in the last `columns` columns of a left-padded mask [B, at least columns]."""
+    if attention_mask.ndim != 2:
+        raise ValueError("H2OLlamaForCausalLM takes a 2-D attention_mask [batch, tokens], 0 for left padding")
+    mask = attention_mask[:, -columns:].bool()
+    left_padded = (mask[:, 1:] >= mask[:, :-1]).all(dim=1)
+    new, ordered = torch.stack([mask.sum(dim=1), left_padded]).tolist()
+    if not all(ordered):
+        raise ValueError("attention_mask: pad on the left (tokenizer.padding_side='left'), a token precedes padding")
+    return new

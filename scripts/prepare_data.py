@@ -1,0 +1,250 @@
+"""Make a file of summarization requests (one JSON line each) from XSum, CNN/DailyMail or a local file.
+
+    python scripts/prepare_data.py --dataset xsum --shots 3 --output-path data/xsum_3shot.jsonl
+    python scripts/prepare_data.py --input-path news.csv --dataset cnn_dailymail --output-path data/news_0shot.jsonl
+
+Prompts have the form of the H2O project (arXiv 2306.14048), so that ROUGE compares with its request files.
+"""
+
+import argparse
+import glob
+import json
+import logging
+import math
+import os
+import random
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.requests import InputError
+
+if TYPE_CHECKING:  # importing datasets takes seconds: --help and a wrong flag should not wait for it
+    from datasets import Dataset
+
+
+class PromptForm(NamedTuple):
+    hub_name: tuple[str, ...]  # positional arguments of datasets.load_dataset
+    length: str                # what the prompt asks for
+    max_tokens: int            # room for a summary of that length
+
+
+FORMS = {
+    "xsum": PromptForm(("EdinburghNLP/xsum",), "1 sentence", 64),
+    "cnn_dailymail": PromptForm(("abisee/cnn_dailymail", "3.0.0"), "3 sentences", 128),
+}
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+COLUMNS = {"article": ("document", "article"), "summary": ("summary", "highlights")}
+TEXT_DTYPES = ("string", "large_string", "null")  # null: a column without a single value; its rows are skipped
+
+
+def on_one_line(text: str | None) -> str:
+    return " ".join(line.strip() for line in (text or "").splitlines() if line.strip())
+
+
+def builder_of(path: Path) -> str:
+    """The datasets builder that reads this file; InputError where one look shows that none can."""
+    if path.suffix.lower() not in BUILDERS:
+        raise InputError(f"--input-path {path}: unknown ending {path.suffix!r}; use one of {', '.join(BUILDERS)}")
+    try:
+        with path.open("rb") as file:
+            if not any(line.strip() for line in file):
+                raise InputError(f"--input-path {path} is empty; give a file with at least one row")
+    except OSError as error:
+        raise InputError(f"--input-path {path}: {error.strerror}; give a file that can be read") from error
+    return BUILDERS[path.suffix.lower()]
+
+
+def find_column(dataset: "Dataset", source: str, kind: str, named: str | None) -> str:
+    """The column that holds the `kind` ("article" or "summary"); InputError when none or several could be it."""
+    found = [column for column in ([named] if named else COLUMNS[kind]) if column in dataset.column_names]
+    if len(found) != 1:
+        wanted = f"the column {named}" if named else f"exactly one of the columns {', '.join(COLUMNS[kind])}"
+        raise InputError(f"{source}: the {kind} should be in {wanted}, but the columns are "
+                         f"{', '.join(dataset.column_names)}; name the right one with --{kind}_column")
+    feature = dataset.features[found[0]]
+    dtype = getattr(feature, "dtype", type(feature).__name__)
+    if dtype not in TEXT_DTYPES:
+        raise InputError(f"{source}: column {found[0]} holds {dtype}, not only text; "
+                         f"name a column of strings with --{kind}_column or correct the file")
+    return found[0]
+
+
+def load_examples(args: argparse.Namespace, split: str) -> "Dataset":
+    """Rows {"article", "summary"} of the hub data set's `split`, or of the local file. Texts are on one line, "" for a
+    missing one; they are cleaned when a row is read, for few rows of a large train split are ever drawn as shots."""
+    if args.input_path:
+        source, builder = str(args.input_path), builder_of(args.input_path)
+        name, options = (builder,), {"data_files": glob.escape(source), "split": "train"}
+        if builder == "csv":  # "NA" may be a text; and columns must not shift when pandas takes the first as its index
+            options |= {"keep_default_na": False, "index_col": False}
+        way_out = f"give a well-formed {args.input_path.suffix} file with at least one row"
+    else:
+        name, options = FORMS[args.dataset].hub_name, {"split": split}
+        source = f"{name[0]}, split {split}"
+        way_out = "check --split and the network, or download the file elsewhere and pass --input-path"
+
+    import datasets
+
+    # The libraries log retries and parse errors beside raising them; the one line that main prints says it all.
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if args.input_path or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns when it cuts off what follows an unquoted comma.
+            warnings.filterwarnings("error", message="Length of header")
+            dataset = datasets.load_dataset(*name, **options)
+    except Exception as error:  # parsers, network and hub raise anything from StopIteration to ArrowInvalid
+        cause = error.__cause__ or error
+        reason = textwrap.shorten(str(cause), 200) or type(cause).__name__
+        raise InputError(f"cannot load {source} ({reason}); {way_out}") from error
+    columns = {kind: find_column(dataset, source, kind, getattr(args, f"{kind}_column")) for kind in COLUMNS}
+    return dataset.with_transform(
+        lambda batch: {kind: [on_one_line(text) for text in batch[column]] for kind, column in columns.items()})
+
+
+def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | list[dict]", int]:
+    """Requests by row number, the pool that their shots are drawn from, and how many rows were skipped."""
+    split = args.split or "test"
+    examples = load_examples(args, split)
+    rows = {row: example for row, example in enumerate(tqdm(examples, desc="reading", unit="row", delay=1))
+            if example["article"] and example["summary"]}
+    skipped = len(examples) - len(rows)
+    if not rows:
+        source = args.input_path or f"{FORMS[args.dataset].hub_name[0]}, split {split}"
+        raise InputError(f"{source}: no row has both an article and a summary; check the columns or the file")
+    pool: Dataset | list[dict] = []
+    if args.shots and args.input_path:
+        # A file has no train split: some of its rows are set aside as shots. An article that stands in it twice counts
+        # once, else a request could be shown its own answer.
+        distinct = list({example["article"]: example for example in rows.values()}.values())
+        if len(distinct) <= args.shots:
+            raise InputError(f"--shots {args.shots} needs at least {args.shots + 1} different articles, but "
+                             f"{args.input_path} has {len(distinct)}; lower --shots or give a longer file")
+        pool = random.Random(args.seed).sample(distinct, args.shots)
+        set_aside = {example["article"] for example in pool}
+        rows = {row: example for row, example in rows.items() if example["article"] not in set_aside}
+    elif args.shots:
+        pool = load_examples(args, "train")
+    return dict(list(rows.items())[: args.sample_num]), pool, skipped
+
+
+def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator: random.Random) -> list[dict]:
+    """`shots` different examples of the pool, uniformly, none of them about the request's own article."""
+    drawn: dict[str, dict] = {}
+    tried: set[int] = set()
+    while len(drawn) < shots:
+        if len(tried) == len(pool):
+            raise InputError(f"--shots {shots}: the train split has only {len(drawn)} rows to show; lower --shots")
+        row = generator.randrange(len(pool))
+        if row in tried:
+            continue
+        tried.add(row)
+        example = pool[row]
+        if example["article"] and example["summary"] and example["article"] != article:
+            drawn.setdefault(example["article"], example)
+    return list(drawn.values())
+
+
+def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Dataset | list[dict]") -> Iterator[dict]:
+    form = FORMS[args.dataset]
+
+    def prompt(example: dict) -> str:
+        return f"###\nArticle: {example['article']}\n\nSummarize the above article in {form.length}.\n"
+
+    for row, example in rows.items():
+        # Seeded by row, so that neither --sample_num nor the rows before change what a row is shown.
+        shots = draw_shots(pool, args.shots, example["article"], random.Random(f"{args.seed}/{row}"))
+        yield {
+            "article": "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example),
+            "summary_gt": example["summary"],
+            "logprobs": 1,
+            "max_tokens": args.max_tokens or form.max_tokens,
+            "n": 1,
+            "stop": ["###"],
+            "temperature": args.temperature,
+            "top_p": 1,
+        }
+
+
+def write_jsonl(output_path: Path, requests: Iterable[dict]) -> None:
+    """Readers see the old file or the whole new one, never a part, however this ends."""
+    try:
+        output = output_path.resolve()  # through a link to the file it names
+        temporary = output.with_name(f".prepare_data.{os.getpid()}.tmp")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(request) + "\n" for request in requests)
+            os.replace(temporary, output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write --output-path {output_path} ({error.strerror}); give another place") from error
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=FORMS, default="xsum", help="the prompt form, and the hub data set (default: xsum)")
+    add("--input-path", type=Path, help=f"convert this local file ({', '.join(BUILDERS)}) instead of the hub data set")
+    add("--output-path", type=Path, required=True, help="requests jsonl to write; its folder is made when missing")
+    add("--shots", type=int, default=0, help="examples before each request, in H2O 0, 3 or 5 (default: 0): from the "
+        "train split, or that many rows of the local file, which then make no requests")
+    add("--split", help="split of the hub data set that becomes requests (default: test)")
+    add("--sample_num", type=int, help="write only the first SAMPLE_NUM requests (default: all)")
+    add("--seed", type=int, default=0, help="seed that the shots are drawn with (default: 0)")
+    add("--max_tokens", type=int, help="tokens to generate (default: 64 for xsum, 128 for cnn_dailymail)")
+    add("--temperature", type=float, default=0.3, help="sampling temperature, 0 is greedy (default: 0.3)")
+    for kind, columns in COLUMNS.items():
+        add(f"--{kind}_column", help=f"column that holds the {kind} (default: {' or '.join(columns)})")
+    add("--overwrite", action="store_true", help="replace an existing output file")
+    args = parser.parse_args(argv)
+    for flag, least in (("shots", 0), ("sample_num", 1), ("max_tokens", 1), ("temperature", 0)):
+        value = getattr(args, flag)
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{flag} {value}: must be at least {least}")
+    if args.input_path and args.split:
+        parser.error(f"--split {args.split}: a local file has no splits, leave the flag out")
+    output = args.output_path
+    if os.path.exists(output):  # unlike Path.exists, no error for a name that no file can have
+        if not output.is_file():
+            parser.error(f"--output-path {output} is not a regular file, name a file")
+        if args.input_path and args.input_path.exists() and output.samefile(args.input_path):
+            parser.error(f"--output-path {output} is the input itself, name another file")
+        if not args.overwrite:
+            parser.error(f"--output-path {output} exists, pass --overwrite to replace it")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line on stderr about what the caller can put right."""
+    try:
+        args = parse_args(argv)
+        rows, pool, skipped = select_rows(args)
+        requests = make_requests(args, rows, pool)
+        write_jsonl(args.output_path, tqdm(requests, total=len(rows), desc="writing", unit="request", delay=1))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if skipped:
+        print(f"skipped {skipped} rows with an empty article or summary", file=sys.stderr)
+    print(f"wrote {len(rows)} requests to {args.output_path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""H2O in plain Python loops and float64: the authority that every backend, kernel and cache is tested against.
+
+The algorithm is the Heavy-Hitter Oracle (H2O, arXiv 2306.14048): the cache keeps the most recent tokens and, of the
+older ones, those that have received the most attention probability. It is written for one row without padding, as lists
+of slots and loops over layers, heads and queries, so that reading it is enough to check it against the paper. Nothing
+here is shared with the code under test.
+
+Stock Llama computes RMSNorm and the RoPE angles in float32 even after `model.double()`; the oracle computes both in
+float64, so it agrees with `model.double()` to float32 precision and not to float64's.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Slot:
+    """One cached token, as one KV head of one layer sees it."""
+
+    position: int  # original position, counted over all tokens seen
+    key: torch.Tensor  # [head_dim] float64, not rotated
+    value: torch.Tensor  # [head_dim] float64
+    mass: float = 0.0  # attention probability received
+    count: float = 0.0  # queries that could see this slot while adding mass; decays as mass does
+
+
+class Oracle:
+    """H2O on a copy of a stock `LlamaForCausalLM`, in float64, for a single row of tokens.
+
+    The arguments are the `H2OConfig` flags of the same names, and `score_seed` for score="random". The step clock is
+    the number of forwards since `reset`; slimming is due after a forward of several tokens, and after every
+    `update_interval`-th forward, the first included.
+    """
+
+    def __init__(self, model, *, window_length, num_heavy_hitters=-1, update_interval=1, score="mass",
+                 score_every_step=True, score_decay=1.0, score_norm="sum", score_queries=None, group_reduce="sum",
+                 position_rolling=False, score_seed=0):
+        self.model = copy.deepcopy(model).double().eval()
+        self.inv_freq = model.model.rotary_emb.inv_freq.double()
+        self.rope_scaling = model.model.rotary_emb.attention_scaling
+        config = model.config
+        self.num_query_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.group_size = self.num_query_heads // self.num_kv_heads
+        self.window_length = window_length
+        self.heavy = window_length // 2 if num_heavy_hitters == -1 else num_heavy_hitters
+        self.recent = window_length - self.heavy
+        assert self.heavy >= 0 and self.recent >= 1, "the window needs at least one recent slot"
+        assert score in ("mass", "sink", "random")
+        assert score_norm in ("sum", "mean") and group_reduce in ("sum", "first")
+        self.update_interval = update_interval
+        self.score, self.score_norm, self.score_seed = score, score_norm, score_seed
+        self.score_every_step, self.score_decay, self.score_queries = score_every_step, score_decay, score_queries
+        self.group_reduce = group_reduce
+        self.position_rolling = position_rolling
+        self.reset()
+
+    def reset(self):
+        """Forgets all tokens and sets the step clock back to 0."""
+        # self.cache[layer][kv_head] is a list of slots
+        self.cache = [[[] for _ in range(self.num_kv_heads)] for _ in self.model.model.layers]
+        self.clock = 0
+        self.seen = 0
+        self.evictions = 0
+
+    def length(self) -> int:
+        """Number of slots kept, the same in every layer and KV head."""
+        return len(self.cache[0][0])
+
+    def positions(self, layer) -> list[list[int]]:
+        """Original positions of the kept slots, ascending, for each KV head."""
+        return [[slot.position for slot in slots] for slots in self.cache[layer]]
+
+    def mass(self, layer) -> list[list[float]]:
+        """Mass of the kept slots, in the order of `positions`, for each KV head."""
+        return [[slot.mass for slot in slots] for slots in self.cache[layer]]
+
+    @torch.no_grad()
+    def forward(self, tokens: list[int]) -> torch.Tensor:
+        """Attends over slots and `tokens`, then slims if due. Returns float64 logits [len(tokens), vocab]."""
+        slimming_due = len(tokens) > 1 or self.clock % self.update_interval == 0
+        hidden = self.model.model.embed_tokens(torch.tensor(tokens))
+        for layer, block in enumerate(self.model.model.layers):
+            normed = rms_norm(block.input_layernorm, hidden)
+            hidden = hidden + self._attention(layer, block.self_attn, normed, slimming_due)
+            hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
+        logits = self.model.lm_head(rms_norm(self.model.model.norm, hidden))
+        self.clock += 1
+        self.seen += len(tokens)
+        if slimming_due:
+            self._slim(self.recent)
+        return logits
+
+    def generate(self, prompt: list[int], max_new_tokens: int, eos=None) -> list[int]:
+        """Greedy decoding from an empty cache. Returns the new tokens, `eos` included; the last one is not cached."""
+        self.reset()
+        new_tokens, block = [], prompt
+        while len(new_tokens) < max_new_tokens:
+            token = int(self.forward(block)[-1].argmax())
+            new_tokens.append(token)
+            if token == eos:
+                break
+            block = [token]
+        return new_tokens
+
+    def evict_for_space(self, space_needed: int):
+        """Slims to window_length - space_needed slots, taken from the recent part, before a turn of that many tokens.
+
+        Raises ValueError when `space_needed` does not fit into the recent part.
+        """
+        if space_needed > self.recent:
+            raise ValueError(f"{space_needed} slots do not fit into the recent part of {self.recent}")
+        self._slim(self.recent - space_needed)
+
+    def _attention(self, layer, attn, hidden, slimming_due):
+        """Appends a slot per row of `hidden` [tokens, hidden_size] and attends causally; returns the same shape."""
+        n = hidden.shape[0]
+        queries = attn.q_proj(hidden).view(n, self.num_query_heads, -1)
+        keys = attn.k_proj(hidden).view(n, self.num_kv_heads, -1)
+        values = attn.v_proj(hidden).view(n, self.num_kv_heads, -1)
+        head_dim = queries.shape[-1]
+        first_adding_query = 0  # queries before this one add no mass
+        if not (self.score_every_step or slimming_due):
+            first_adding_query = n
+        elif self.clock == 0 and self.score_queries is not None:
+            first_adding_query = max(0, n - self.score_queries)
+
+        output = torch.zeros(n, self.num_query_heads, head_dim, dtype=torch.float64)
+        for kv_head, slots in enumerate(self.cache[layer]):
+            before = len(slots)
+            for i in range(n):
+                slots.append(Slot(self.seen + i, keys[i, kv_head], values[i, kv_head]))
+            if first_adding_query < n:
+                for slot in slots:  # once a forward, however many queries it has; new slots hold 0
+                    slot.mass *= self.score_decay
+                    slot.count *= self.score_decay
+            rotated_keys = []
+            for index, slot in enumerate(slots):
+                rotated_keys.append(self._rotate(slot.key, index if self.position_rolling else slot.position))
+
+            for i in range(n):
+                visible = before + i + 1
+                query_position = before + i if self.position_rolling else self.seen + i
+                for g in range(self.group_size):
+                    head = kv_head * self.group_size + g
+                    query = self._rotate(queries[i, head], query_position)
+                    scores = [float(query.dot(rotated_keys[j])) / math.sqrt(head_dim) for j in range(visible)]
+                    probabilities = softmax(scores)
+                    mixed = torch.zeros(head_dim, dtype=torch.float64)
+                    for j in range(visible):
+                        mixed += probabilities[j] * slots[j].value
+                    output[i, head] = mixed
+                    if i >= first_adding_query and (g == 0 or self.group_reduce == "sum"):
+                        for j in range(visible):
+                            slots[j].mass += probabilities[j]
+                if i >= first_adding_query:
+                    for j in range(visible):
+                        slots[j].count += 1.0  # one query, however many heads of the group it has
+        return attn.o_proj(output.view(n, -1))
+
+    def _rotate(self, vector, position):
+        """RoPE: turns the pairs (vector[d], vector[d + head_dim / 2]) by position * inv_freq[d]."""
+        cos = torch.cos(position * self.inv_freq) * self.rope_scaling
+        sin = torch.sin(position * self.inv_freq) * self.rope_scaling
+        first, second = vector.chunk(2)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin))
+
+    def _slim(self, recent):
+        """Keeps the `recent` newest slots and the `heavy` best of the older ones, in each layer and KV head."""
+        if self.length() <= self.heavy + recent:
+            return
+        for layer, heads in enumerate(self.cache):
+            for kv_head, slots in enumerate(heads):
+                older = range(len(slots) - recent)
+                scores = [self._score(slots[j], layer, kv_head) for j in older]
+                best_first = sorted(older, key=lambda j: (-scores[j], j))  # the older slot wins a tie
+                heavy_hitters = sorted(best_first[: self.heavy])
+                heads[kv_head] = [slots[j] for j in heavy_hitters] + slots[len(slots) - recent :]
+        self.evictions += 1
+
+    def _score(self, slot, layer, kv_head):
+        """What heavy hitters are chosen by: the greatest scores stay."""
+        if self.score == "sink":
+            return -slot.position
+        if self.score == "random":
+            return pseudo_random(slot.position, layer, kv_head, self.score_seed)
+        if self.score_norm == "mean":
+            return slot.mass / slot.count if slot.count > 0 else 0.0
+        return slot.mass
+
+
+def rms_norm(norm, hidden):
+    """RMSNorm with the weight and epsilon of the module `norm`, in float64 throughout."""
+    return norm.weight * hidden / torch.sqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def softmax(scores):
+    """Softmax of a list of floats, as a list."""
+    greatest = max(scores)
+    exps = [math.exp(score - greatest) for score in scores]
+    total = sum(exps)
+    return [e / total for e in exps]
+
+
+def pseudo_random(position, layer, kv_head, seed):
+    """A fixed 24-bit integer for a slot: the four numbers, hashed in 32-bit unsigned arithmetic."""
+    x = position * 0x9E3779B1 + layer * 0x85EBCA77 + kv_head * 0xC2B2AE3D + seed * 0x27D4EB2F
+    x &= 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    x ^= x >> 16
+    return x >> 8

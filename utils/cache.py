@@ -1,0 +1,506 @@
+"""The heavy-hitter KV cache: a bounded number of slots per row and KV head, slimmed on every N-th forward.
+
+Heavy-Hitter Oracle: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+Models", arXiv 2306.14048. Keeping the oldest slots instead is StreamingLLM, arXiv 2309.17453.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class Step:
+    """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
+
+    A row's tokens come first and its padding last, so query column i stands at slot start[b] + i and sees the slots up
+    to there. The lists live on the host: shapes and branches follow from them without waiting for the device.
+    """
+
+    rows: Rows
+    start: list[int]
+    new: list[int]
+    columns: int
+    decode: bool  # one new token in every row, appended in place
+    due: bool  # slimming follows the attention
+    scored: bool  # attention reports the mass of its queries
+    first_scored: list[int]  # query columns from here to new[b] add mass
+
+    def __post_init__(self):
+        self.min_start, self.max_start = min(self.start), max(self.start)
+        self.width = self.max_start + self.columns  # key columns that `HHCache.update` returns
+        self._on: dict[tuple, torch.Tensor] = {}
+
+    def starts(self, device: torch.device) -> torch.Tensor:
+        """`start` on `device`, int64 [B]; in a decode step from the lengths that are there already."""
+        if self.decode:
+            return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - 1)
+        return self._once(device, "start", lambda: torch.tensor(self.start, device=device))
+
+    def scored_columns(self, device: torch.device) -> torch.Tensor:
+        """The query columns of each row that add mass: bool [B, columns]."""
+
+        def mask():
+            first, new = torch.tensor([self.first_scored, self.new], device=device)[..., None].unbind(0)
+            column = torch.arange(self.columns, device=device)
+            return (column >= first) & (column < new)
+
+        return self._once(device, "scored", mask)
+
+    def all_scored(self, begin: int, end: int) -> bool:
+        """Whether query columns [begin, end) add mass in every row."""
+        return begin >= max(self.first_scored) and end <= min(self.new)
+
+    def scored_queries(self, device: torch.device) -> torch.Tensor:
+        """How many of the queries that add mass see each slot: float32 [B, width]."""
+
+        def count():
+            own = torch.arange(self.width, device=device) - self.starts(device)[:, None]  # first column that sees it
+            if self.decode:
+                return (own <= 0).float()
+            columns = self.scored_columns(device).float()
+            later = columns.flip(1).cumsum(1).flip(1)  # scored columns from here on
+            later = torch.cat([later, later.new_zeros(len(later), 1)], dim=1)
+            return later.gather(1, own.clamp(0, self.columns))
+
+        return self._once(device, "queries", count)
+
+    def _once(self, device: torch.device, name: str, make) -> torch.Tensor:
+        if (device, name) not in self._on:
+            self._on[device, name] = make()
+        return self._on[device, name]
+
+
+class Rows:
+    """Row lengths and tokens seen, on the host and mirrored at a fixed address on each device that holds a layer.
+
+    During a forward both include its new tokens; they are cut to the window once all layers are slimmed.
+    """
+
+    def __init__(self, batch_size: int):
+        self.lengths = [0] * batch_size
+        self.seen = [0] * batch_size
+        self.evictions = [0] * batch_size
+        self._mirrors: dict[torch.device, torch.Tensor] = {}
+        self._plans: dict[tuple, SlimmingPlan] = {}
+
+    def mirror(self, device: torch.device) -> torch.Tensor:
+        """int32 [2, B] on `device`: lengths and tokens seen."""
+        if device not in self._mirrors:
+            self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
+        return self._mirrors[device]
+
+    def append(self, new: list[int]) -> None:
+        self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
+        self.seen = [seen + n for seen, n in zip(self.seen, new, strict=True)]
+        self._plans.clear()
+        if set(new) == {1}:
+            for mirror in self._mirrors.values():
+                mirror.add_(1)
+        else:
+            self.upload()
+
+    def cut(self, window: int) -> None:
+        """Account for a slimming to `window` slots that all layers have done."""
+        self.evictions = [n + (length > window) for n, length in zip(self.evictions, self.lengths, strict=True)]
+        self.lengths = [min(length, window) for length in self.lengths]
+        self._plans.clear()
+        for mirror in self._mirrors.values():
+            mirror[0].clamp_(max=window)
+
+    def clear(self) -> None:
+        self.lengths, self.seen, self.evictions = ([0] * len(self.lengths) for _ in range(3))
+        self._plans.clear()
+        self.upload()
+
+    def reorder(self, order: torch.Tensor) -> None:
+        state = list(zip(self.lengths, self.seen, self.evictions, strict=True))
+        if len(set(state)) > 1:  # rows that are all alike stay alike: beams of one length need no wait for the device
+            self.lengths, self.seen, self.evictions = map(
+                list, zip(*(state[i] for i in order.tolist()), strict=True)
+            )
+            self.upload()
+
+    def upload(self) -> None:
+        for mirror in self._mirrors.values():
+            mirror.copy_(torch.tensor([self.lengths, self.seen], dtype=torch.int32), non_blocking=True)
+
+    def plan(self, *key) -> SlimmingPlan:
+        """The `SlimmingPlan` for (device, slots, capacity, heavy, recent), made once for all layers."""
+        if key not in self._plans:
+            self._plans[key] = SlimmingPlan(self, *key)
+        return self._plans[key]
+
+
+class SlimmingPlan:
+    """One slimming of `slots` columns to heavy + recent, as far as all layers on a device share it."""
+
+    def __init__(self, rows: Rows, device: torch.device, slots: int, capacity: int, heavy: int, recent: int):
+        self.window = heavy + recent
+        self.longest = max(rows.lengths)
+        lengths, seen = rows.mirror(device)[:, :, None, None].unbind(0)  # [B, 1, 1]
+        slot = torch.arange(max(slots, capacity), dtype=torch.int32, device=device)
+        age = lengths - slot[:slots]  # 1 = the newest slot
+        self.empty = age <= 0
+        self.recent = (age > 0) & (age <= recent)
+        self.appended = (seen - lengths + slot).to(torch.int32)  # positions of the tokens since the last slimming
+        kept = lengths.clamp(max=self.window)
+        self.filled = slot[:capacity] < kept
+        # Positions count on past the row's end, so that appending a token need not write its position.
+        self.upcoming = (seen - kept + slot[:capacity]).to(torch.int32)
+
+
+def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor, window: int) -> torch.Tensor:
+    """The slots to keep: all recent ones and, of the older ones, those with the greatest score, `window` together.
+
+    Args:
+        score: [B, Hkv, slots], finite, float.
+        empty, recent: bool [B, 1, slots]; recent slots are kept whatever their score, empty ones only where a row is
+            shorter than the window, to fill it up.
+        window: slots to keep; all `slots` when there are no more.
+
+    Returns: int64 [B, Hkv, min(window, slots)], ascending. Of equal scores the older slot is kept. A row that is not
+    longer than the window keeps every slot where it is.
+    """
+    score = score.masked_fill(recent, torch.inf).masked_fill(empty, -torch.inf)
+    return score.sort(dim=-1, descending=True, stable=True).indices[..., :window].sort(dim=-1).values
+
+
+def random_priority(positions: torch.Tensor, layer_idx: int, seed: int) -> torch.Tensor:
+    """A fixed pseudo-random number per token and KV head, so that a row's choice depends on neither batch nor device.
+
+    A 32-bit integer hash with the xor-shift-multiply finaliser of MurmurHash3's kind; float32 values below 2**24.
+
+    Args: positions: [B, Hkv, slots]. Returns: float32 of the same shape.
+    """
+    head = torch.arange(positions.shape[1], device=positions.device)[:, None]
+    x = positions.long() * 0x9E3779B1 + layer_idx * 0x85EBCA77 + head * 0xC2B2AE3D + seed * 0x27D4EB2F
+    x = x & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) >> 8).float()
+
+
+class HHLayer(CacheLayerMixin):
+    """The slots of one layer, allocated at its first forward and never moved.
+
+    keys, values [B, Hkv, capacity, D]; mass (and count, for score_norm "mean") [B, Hkv, capacity] float32, zero past a
+    row's length; positions [B, Hkv, capacity] int32. `block` holds a multi-token forward's keys and values (and then
+    mass, count) until its slimming brings them into the slots.
+    """
+
+    def __init__(self, h2o, layer_idx: int):
+        super().__init__()
+        self.h2o = h2o
+        self.layer_idx = layer_idx
+        self.block: dict[str, torch.Tensor] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        slots = (*key_states.shape[:2], self.h2o.capacity)
+        self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(*slots, value_states.shape[-1])
+        self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
+        self.count = torch.zeros_like(self.mass) if self.h2o.score_norm == "mean" else None
+        self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The slot tensors in use, by name."""
+        named = {"keys": self.keys, "values": self.values, "positions": self.positions}
+        if self.h2o.needs_mass:
+            named["mass"] = self.mass
+            if self.count is not None:
+                named["count"] = self.count
+        return named
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if step.decode:
+            for slots, new in ((self.keys, key_states), (self.values, value_states)):
+                if step.min_start == step.max_start:
+                    slots[:, :, step.min_start].copy_(new[:, :, 0])
+                else:
+                    at = step.starts(slots.device)
+                    slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
+            return self.keys[:, :, : step.width], self.values[:, :, : step.width]
+        keys, values = self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
+        self.block = {"keys": keys.detach(), "values": values.detach()}
+        return keys, values
+
+    def _join(self, slots: torch.Tensor, new: torch.Tensor, step: Step) -> torch.Tensor:
+        """Each row's filled slots, then its new tokens: [B, Hkv, step.width, D]."""
+        if step.max_start == 0:
+            return new
+        if step.min_start == step.max_start:
+            return torch.cat([slots[:, :, : step.max_start], new], dim=2)
+        joined = new.new_zeros(*new.shape[:2], step.width, new.shape[-1])
+        joined[:, :, : step.max_start] = slots[:, :, : step.max_start]
+        at = step.starts(new.device)[:, None] + torch.arange(step.columns, device=new.device)
+        return joined.scatter(2, at[:, None, :, None].expand_as(new), new)
+
+    def add_mass(self, mass: torch.Tensor, step: Step) -> None:
+        """Add this forward's mass [B, Hkv, step.width]; what is there decays first."""
+        decay = self.h2o.score_decay
+        added = {"mass": mass}
+        if self.count is not None:
+            added["count"] = step.scored_queries(mass.device)[:, None].expand_as(mass)
+        for name, addition in added.items():
+            slots = getattr(self, name)
+            old = slots[:, :, : step.width if step.decode else step.max_start]
+            if decay != 1.0:
+                old.mul_(decay)
+            if step.decode:
+                old.add_(addition)
+            else:
+                total = addition.clone() if name == "count" else addition
+                total[:, :, : step.max_start].add_(old)
+                self.block[name] = total
+
+    def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool) -> None:
+        """Bring slots, or the pending block, into the first heavy + recent slots (boolean mask, or gather)."""
+        source, self.block = self.block or self.tensors(), None
+        appending = source["keys"] is not self.keys
+        plan = rows.plan(self.keys.device, source["keys"].shape[2], self.h2o.capacity, heavy, recent)
+        if appending:
+            filled = min(self.positions.shape[2], source["keys"].shape[2])
+            new = plan.appended[..., filled : source["keys"].shape[2]].expand(*self.mass.shape[:2], -1)
+            source["positions"] = torch.cat([self.positions[:, :, :filled], new], dim=-1)
+        if plan.longest > plan.window:
+            keep = select_slots(self._score(source), plan.empty, plan.recent, plan.window)
+            for name, old in source.items():
+                slots = getattr(self, name)
+                slots[:, :, : plan.window].copy_(_compact_by_mask(old, keep) if by_mask else _compact(old, keep))
+            self.mass[:, :, plan.window :].zero_()
+            if self.count is not None:
+                self.count[:, :, plan.window :].zero_()
+        elif appending:
+            for name, old in source.items():
+                getattr(self, name)[:, :, : plan.longest].copy_(old[:, :, : plan.longest])
+        else:
+            return
+        torch.where(plan.filled, self.positions, plan.upcoming, out=self.positions)
+
+    def _score(self, source: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What slots are ranked by, greatest kept: float32 [B, Hkv, slots]."""
+        positions = source["positions"]
+        if self.h2o.score == "random":
+            return random_priority(positions, self.layer_idx, self.h2o.score_seed)
+        if not self.h2o.needs_mass:  # sink, or a window without heavy hitters, where nothing is ranked
+            return -torch.arange(positions.shape[-1], dtype=torch.float32, device=positions.device).expand_as(positions)
+        if self.count is not None:
+            return source["mass"] / source["count"].clamp(min=torch.finfo(torch.float32).tiny)
+        return source["mass"]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        for slots in self.tensors().values():
+            slots.copy_(slots.index_select(0, beam_idx.to(slots.device)))
+
+    def reset(self) -> None:
+        self.block = None
+        if self.is_initialized:
+            for slots in (self.keys, self.values, self.mass) + ((self.count,) if self.count is not None else ()):
+                slots.zero_()
+            self.positions.copy_(torch.arange(self.h2o.capacity, dtype=torch.int32, device=self.positions.device))
+
+    # The mask sizes and lengths that transformers asks of a layer belong to the whole cache here.
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("ask the HHCache")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("ask the HHCache")
+
+    def get_max_length(self) -> int:
+        return -1  # tokens never run out of slots
+
+
+def _compact(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The kept slots of [B, Hkv, slots(, D)] by gather."""
+    return old.gather(2, keep[..., None].expand(*keep.shape, old.shape[-1]) if old.ndim == 4 else keep)
+
+
+def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The same as H2O does it: a boolean mask over the slots, and a copy of what it leaves."""
+    mask = torch.zeros(old.shape[:3], dtype=torch.bool, device=old.device).scatter(2, keep, True)
+    return old[mask].view(*keep.shape, *old.shape[3:])
+
+
+class HHCache(Cache):
+    """Heavy-hitter cache of all layers: `capacity` = window_length + update_interval slots per row and KV head.
+
+    Invariants, for every layer:
+
+    - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: one slot
+      index means the same token in all four. A row's slots are filled from 0; past its length mass is zero.
+    - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
+    - lengths[b] <= window_length after slimming, <= capacity at any time; the same for all layers and heads.
+    - `get_seq_length()` counts the columns seen (as a full cache would hold them), not the slots stored.
+    - Left padding is dropped on entry: a row's slots are what they would be alone.
+    - The step clock is the number of forwards since the cache was reset; slimming is due after forwards of several
+      tokens and after every `update_interval`-th forward.
+    - The slots are allocated at the first forward of a batch size and stay at their addresses; a decode step makes
+      no host wait for the device.
+
+    `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`.
+
+    Args:
+        h2o: an `H2OConfig`; the cache's own settings, whatever the model's are.
+    """
+
+    def __init__(self, h2o):
+        super().__init__(layers=[])
+        self.h2o = h2o
+        self.step: Step | None = None  # the forward under way
+        self.clock = 0
+        self._columns = 0
+        self._rows: Rows | None = None
+
+    # One forward
+
+    def begin(self, batch_size: int, columns: int, new: list[int] | None = None) -> Step:
+        """Open a forward of [batch_size, columns] tokens; `new[b]` of row b's are real, all unless given.
+
+        Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset.
+        """
+        if self.step is not None:
+            raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
+        if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
+            self._rows, self.layers = Rows(batch_size), []
+        rows, h2o = self._rows, self.h2o
+        if len(rows.lengths) != batch_size:
+            raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input has {batch_size}: reset() it first")
+        new = new or [columns] * batch_size
+        decode = self.clock > 0 and columns == 1 and min(new) == 1
+        due = not decode or self.clock % h2o.update_interval == 0
+        first_scored = [0] * batch_size
+        if self.clock == 0 and h2o.score_queries is not None:
+            first_scored = [max(0, n - h2o.score_queries) for n in new]
+        scored = h2o.needs_mass and (h2o.score_every_step or due)
+        self.step = Step(rows, rows.lengths, new, columns, decode, due, scored, first_scored)
+        rows.append(new)
+        return self.step
+
+    @torch.no_grad()
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
+
+        A decode step returns views of the slots, a forward of several tokens the slots followed by the new tokens.
+
+        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache.
+        """
+        if self.step is None:
+            raise RuntimeError(
+                "an HHCache is slimmed only by H2OLlamaForCausalLM: call that model (not its .model, and not a plain "
+                "LlamaForCausalLM), or use a DynamicCache"
+            )
+        while len(self.layers) <= layer_idx:
+            self.layers.append(HHLayer(self.h2o, len(self.layers)))
+        return self.layers[layer_idx].update(key_states, value_states, self.step)
+
+    @torch.no_grad()
+    def add_mass(self, mass: torch.Tensor, layer_idx: int) -> None:
+        """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots (after score_decay)."""
+        self.layers[layer_idx].add_mass(mass, self.step)
+
+    @torch.no_grad()
+    def update_slimmingH(self, layer_idx: int) -> None:
+        """Slim a layer by gathering the kept slots into place; the slots are not reallocated."""
+        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=False)
+
+    @torch.no_grad()
+    def update_slimming(self, layer_idx: int) -> None:
+        """Slim a layer as H2O does, by a boolean mask over the slots and a copy; leaves the same cache."""
+        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=True)
+
+    def slim(self, layer_idx: int) -> None:
+        """The slimming that the settings name."""
+        (self.update_slimmingH if self.h2o.slimming == "H" else self.update_slimming)(layer_idx)
+
+    def end(self) -> None:
+        """Close the forward after its last layer."""
+        if self.step.due:
+            self._rows.cut(self.h2o.window_length)
+        self._columns += self.step.columns
+        self.clock += 1
+        self.step = None
+
+    # Between forwards
+
+    @torch.no_grad()
+    def evict_for_space(self, space_needed: int) -> None:
+        """Slim every row to window_length - space_needed slots, taken from its recent part, before a turn of so many.
+
+        Raises: ValueError when space_needed is negative or more than the recent part.
+        """
+        if not 0 <= space_needed <= self.h2o.recent:
+            raise ValueError(
+                f"space_needed={space_needed} does not fit into the recent part of the window, {self.h2o.recent} slots: "
+                "raise window_length, lower num_heavy_hitters, or split the turn"
+            )
+        if self._rows is None:
+            return
+        recent = self.h2o.recent - space_needed
+        for layer in self.layers:
+            layer.slim(self._rows, self.h2o.heavy, recent, by_mask=False)
+        self._rows.cut(self.h2o.heavy + recent)
+
+    def reset(self) -> None:
+        """Forget all tokens and counts, and set the clock to 0; the slots stay allocated, for a next use."""
+        self.step, self.clock, self._columns = None, 0, 0
+        if self._rows is not None:
+            self._rows.clear()
+        for layer in self.layers:
+            layer.reset()
+
+    @torch.no_grad()
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let row b continue row beam_idx[b], [B] int64, in place."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+        self._rows.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int = 0) -> None:
+        raise NotImplementedError(
+            "an HHCache cannot take tokens back (evicted ones are gone): assisted decoding needs a full cache"
+        )
+
+    activate_past_recording = crop
+
+    # What it holds
+
+    @property
+    def lengths(self) -> list[int]:
+        """Filled slots of each row."""
+        return list(self._rows.lengths) if self._rows else []
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens each row has seen, padding not counted."""
+        return list(self._rows.seen) if self._rows else []
+
+    @property
+    def evictions(self) -> list[int]:
+        """Slimmings that dropped slots, for each row."""
+        return list(self._rows.evictions) if self._rows else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, filled or not: keys, values, mass and positions of every layer."""
+        return sum(slots.nbytes for layer in self.layers if layer.is_initialized for slots in layer.tensors().values())
+
+    def positions(self, layer: int) -> torch.Tensor:
+        """Original positions that a layer's slots hold, int32 [B, Hkv, longest row], -1 past a row's length."""
+        positions = self.layers[layer].positions[:, :, : max(self.lengths)]
+        lengths = self._rows.mirror(positions.device)[0, :, None, None]
+        return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included: where a full cache, and so `generate`, would be."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._columns + query_length, 0
