@@ -2,7 +2,7 @@
 
 Both backends take query [B, Hq, columns, D], key and value [B, Hkv, width, D] as `HHCache.update` returns them, and the
 `Step` that says which slots each query sees. They return the output [B, Hq, columns, D] and, on scored steps, the mass
-[B, Hkv, width] float32 (else None): column sums of softmax(QK^T * scaling), over queries and the query heads of a group.
+[B, Hkv, width] float32 (else None): column sums of softmax(QK^T * scaling) over queries and a group's query heads.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from utils.cache import Step
 
-BLOCK_BYTES = 256 * 2**20  # float32 logits held at once by the sdpa backend
+BLOCK_BYTES = 128 * 2**20  # float32 logits held at once by the sdpa backend
 
 
 def eager_attention(
@@ -63,8 +63,7 @@ def blocked_attention(
     grouped = query.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, columns, D]
     if value is None and group_reduce == "first":
         grouped = grouped[:, :, :1]
-    mass = query.new_zeros(*key.shape[:3], dtype=torch.float32) if step.scored else None
-    outputs = []
+    mass, outputs = None, []
     for begin in range(0 if value is not None else min(step.first_scored), step.columns, block):
         end = min(begin + block, step.columns)
         visible = step.max_start + end
@@ -82,7 +81,12 @@ def blocked_attention(
             counted = probs[:, :, :1] if group_reduce == "first" else probs
             if not step.all_scored(begin, end):
                 counted = counted * step.scored_columns(device)[:, None, None, begin:end, None]
-            mass[:, :, :visible].add_(counted.sum(dim=(2, 3)))
+            received = counted.sum(dim=(2, 3), dtype=torch.float32)
+            if visible == step.width and mass is None:
+                mass = received
+            else:
+                mass = query.new_zeros(*key.shape[:3], dtype=torch.float32) if mass is None else mass
+                mass[:, :, :visible].add_(received)
     if value is None:
         return None, mass
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
@@ -90,12 +94,13 @@ def blocked_attention(
 
 
 def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q·k * scaling in float32 (or float64), rounded once: [B, Hkv, G, m, D], [B, Hkv, n, D] -> [B, Hkv, G, m, n]."""
+    """q·k * scaling [B, Hkv, G, m, n] of [B, Hkv, G, m, D] and [B, Hkv, n, D]: float32 (or float64), never half."""
     q, k = grouped.flatten(0, 1).flatten(1, 2), key.flatten(0, 1).transpose(1, 2)
-    if q.dtype in (torch.float32, torch.float64):
-        logits = torch.bmm(q, k)
-    elif q.is_cuda:
-        logits = torch.bmm(q, k, out_dtype=torch.float32)
-    else:
-        logits = torch.bmm(q.float(), k.float())
-    return logits.mul_(scaling).view(*grouped.shape[:4], -1)
+    exact = {}
+    if q.dtype in (torch.float16, torch.bfloat16):
+        if q.is_cuda:
+            exact = {"out_dtype": torch.float32}
+        else:
+            q, k = q.float(), k.float()
+    unused = q.new_empty(1, 1, 1, dtype=exact.get("out_dtype"))  # beta = 0: never read
+    return torch.baddbmm(unused, q, k, beta=0, alpha=scaling, **exact).view(*grouped.shape[:4], -1)

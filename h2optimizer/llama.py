@@ -177,9 +177,8 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             past_key_values = HHCache(self.h2o)
         cache = past_key_values
         if not isinstance(cache, HHCache):
-            return super().forward(
-                input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, logits_to_keep, **kwargs
-            )
+            kwargs |= dict(labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)
+            return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
 
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, columns = inputs.shape[:2]
@@ -232,8 +231,8 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         if model_kwargs.get("past_key_values") is None:
             if not generation_config.use_cache or generation_config.cache_implementation is not None:
                 raise ValueError(
-                    "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation unset, "
-                    "pass a cache as past_key_values, or use LlamaForCausalLM"
+                    "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation "
+                    "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
                 )
             model_kwargs["past_key_values"] = HHCache(self.h2o)
             return
@@ -243,10 +242,10 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        if isinstance(inputs.get("past_key_values"), HHCache):
-            # H2O: decode tokens are real, and the cache counts positions: nothing of the mask to read on the device
-            if not is_first_iteration and inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1:
-                inputs.pop("attention_mask", None)
+        decoding = not is_first_iteration and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
+        if decoding and isinstance(inputs.get("past_key_values"), HHCache):
+            # H2O: decode tokens are real, and the cache counts positions: no mask to read back from the device
+            inputs.pop("attention_mask", None)
         return inputs
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -24,7 +24,8 @@ from utils.cache import HHCache
 SHAPES = {
     "8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        num_key_value_heads=8, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     ),
     "tiny": dict(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -52,11 +53,8 @@ def count_launches(model, cache, token: torch.Tensor) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    for _ in range(20):  # past the first steps, and up to one on which no slimming is due
+    for _ in range(3):
         model(token, past_key_values=cache)
-        if not isinstance(cache, HHCache) or cache.clock % cache.h2o.update_interval:
-            if _ > 1:
-                break
     synchronize()
     with profile(activities=activities) as prof:
         model(token, past_key_values=cache)
@@ -157,7 +155,10 @@ def main() -> None:
         "H2O score_every_step=False": (model, lambda: HHCache(H2OConfig(**window, score_every_step=False))),
     }
     weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
-    report = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "weights_GB": round(weights / 1e9, 2)}
+    report = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "weights_GB": round(weights / 1e9, 2),
+    }
     rows = []
     for spec in args.prompts.split(","):
         length, batch = map(int, spec.split("x"))

@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # importing datasets takes seconds: --help and a wrong flag s
 
 class PromptForm(NamedTuple):
     hub_name: tuple[str, ...]  # positional arguments of datasets.load_dataset
-    length: str                # what the prompt asks for
-    max_tokens: int            # room for a summary of that length
+    length: str  # what the prompt asks for
+    max_tokens: int  # room for a summary of that length
 
 
 FORMS = {
@@ -66,13 +66,17 @@ def find_column(dataset: "Dataset", source: str, kind: str, named: str | None) -
     found = [column for column in ([named] if named else COLUMNS[kind]) if column in dataset.column_names]
     if len(found) != 1:
         wanted = f"the column {named}" if named else f"exactly one of the columns {', '.join(COLUMNS[kind])}"
-        raise InputError(f"{source}: the {kind} should be in {wanted}, but the columns are "
-                         f"{', '.join(dataset.column_names)}; name the right one with --{kind}_column")
+        raise InputError(
+            f"{source}: the {kind} should be in {wanted}, but the columns are "
+            f"{', '.join(dataset.column_names)}; name the right one with --{kind}_column"
+        )
     feature = dataset.features[found[0]]
     dtype = getattr(feature, "dtype", type(feature).__name__)
     if dtype not in TEXT_DTYPES:
-        raise InputError(f"{source}: column {found[0]} holds {dtype}, not only text; "
-                         f"name a column of strings with --{kind}_column or correct the file")
+        raise InputError(
+            f"{source}: column {found[0]} holds {dtype}, not only text; "
+            f"name a column of strings with --{kind}_column or correct the file"
+        )
     return found[0]
 
 
@@ -108,15 +112,19 @@ def load_examples(args: argparse.Namespace, split: str) -> "Dataset":
         raise InputError(f"cannot load {source} ({reason}); {way_out}") from error
     columns = {kind: find_column(dataset, source, kind, getattr(args, f"{kind}_column")) for kind in COLUMNS}
     return dataset.with_transform(
-        lambda batch: {kind: [on_one_line(text) for text in batch[column]] for kind, column in columns.items()})
+        lambda batch: {kind: [on_one_line(text) for text in batch[column]] for kind, column in columns.items()}
+    )
 
 
 def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | list[dict]", int]:
     """Requests by row number, the pool that their shots are drawn from, and how many rows were skipped."""
     split = args.split or "test"
     examples = load_examples(args, split)
-    rows = {row: example for row, example in enumerate(tqdm(examples, desc="reading", unit="row", delay=1))
-            if example["article"] and example["summary"]}
+    rows = {
+        row: example
+        for row, example in enumerate(tqdm(examples, desc="reading", unit="row", delay=1))
+        if example["article"] and example["summary"]
+    }
     skipped = len(examples) - len(rows)
     if not rows:
         source = args.input_path or f"{FORMS[args.dataset].hub_name[0]}, split {split}"
@@ -127,8 +135,10 @@ def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | l
         # once, else a request could be shown its own answer.
         distinct = list({example["article"]: example for example in rows.values()}.values())
         if len(distinct) <= args.shots:
-            raise InputError(f"--shots {args.shots} needs at least {args.shots + 1} different articles, but "
-                             f"{args.input_path} has {len(distinct)}; lower --shots or give a longer file")
+            raise InputError(
+                f"--shots {args.shots} needs at least {args.shots + 1} different articles, but "
+                f"{args.input_path} has {len(distinct)}; lower --shots or give a longer file"
+            )
         pool = random.Random(args.seed).sample(distinct, args.shots)
         set_aside = {example["article"] for example in pool}
         rows = {row: example for row, example in rows.items() if example["article"] not in set_aside}
@@ -145,8 +155,6 @@ def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator
         if len(tried) == len(pool):
             raise InputError(f"--shots {shots}: the train split has only {len(drawn)} rows to show; lower --shots")
         row = generator.randrange(len(pool))
-        if row in tried:
-            continue
         tried.add(row)
         example = pool[row]
         if example["article"] and example["summary"] and example["article"] != article:
@@ -202,8 +210,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", choices=FORMS, default="xsum", help="the prompt form, and the hub data set (default: xsum)")
     add("--input-path", type=Path, help=f"convert this local file ({', '.join(BUILDERS)}) instead of the hub data set")
     add("--output-path", type=Path, required=True, help="requests jsonl to write; its folder is made when missing")
-    add("--shots", type=int, default=0, help="examples before each request, in H2O 0, 3 or 5 (default: 0): from the "
-        "train split, or that many rows of the local file, which then make no requests")
+    add(
+        "--shots",
+        type=int,
+        default=0,
+        help="examples before each request, in H2O 0, 3 or 5 (default: 0): from the "
+        "train split, or that many rows of the local file, which then make no requests",
+    )
     add("--split", help="split of the hub data set that becomes requests (default: test)")
     add("--sample_num", type=int, help="write only the first SAMPLE_NUM requests (default: all)")
     add("--seed", type=int, default=0, help="seed that the shots are drawn with (default: 0)")

@@ -35,9 +35,22 @@ class Oracle:
     `update_interval`-th forward, the first included.
     """
 
-    def __init__(self, model, *, window_length, num_heavy_hitters=-1, update_interval=1, score="mass",
-                 score_every_step=True, score_decay=1.0, score_norm="sum", score_queries=None, group_reduce="sum",
-                 position_rolling=False, score_seed=0):
+    def __init__(
+        self,
+        model,
+        *,
+        window_length,
+        num_heavy_hitters=-1,
+        update_interval=1,
+        score="mass",
+        score_every_step=True,
+        score_decay=1.0,
+        score_norm="sum",
+        score_queries=None,
+        group_reduce="sum",
+        position_rolling=False,
+        score_seed=0,
+    ):
         self.model = copy.deepcopy(model).double().eval()
         self.inv_freq = model.model.rotary_emb.inv_freq.double()
         self.rope_scaling = model.model.rotary_emb.attention_scaling

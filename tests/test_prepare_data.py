@@ -94,9 +94,7 @@ def test_zero_shot_xsum(hub, run):
         "###\nArticle: First line. Second  line. Third: \u00e9.\n\nSummarize the above article in 1 sentence.\n"
     )
     assert request["summary_gt"] == "A summary."
-    assert fields(request) == {
-        "logprobs": 1, "max_tokens": 64, "n": 1, "stop": ["###"], "temperature": 0.3, "top_p": 1
-    }
+    assert fields(request) == {"logprobs": 1, "max_tokens": 64, "n": 1, "stop": ["###"], "temperature": 0.3, "top_p": 1}
 
 
 def test_three_shots_cnn_dailymail(hub, run):
@@ -109,9 +107,11 @@ def test_three_shots_cnn_dailymail(hub, run):
     ask = "\n\nSummarize the above article in 3 sentences.\n"
     order = [int(shot.removeprefix("Train ").removesuffix(".")) for shot in shots_of(request)]
     assert sorted(order) == [0, 1, 2]
-    assert request["article"] == "".join(
-        f"###\nArticle: Train {i}.{ask}First {i} . Second {i} .\n\n" for i in order
-    ) + f"###\nArticle: Own.{ask}"
+    assert (
+        request["article"]
+        == "".join(f"###\nArticle: Train {i}.{ask}First {i} . Second {i} .\n\n" for i in order)
+        + f"###\nArticle: Own.{ask}"
+    )
     assert request["summary_gt"] == "One . Two ."
     assert request["max_tokens"] == 128
     (request,) = run(*flags, "--max_tokens", 7, "--temperature", 0)
@@ -139,8 +139,13 @@ def test_hub_shots_never_show_the_answer(hub, run):
     """With --split train a row could be drawn as its own shot; unusable train rows could leave an empty example."""
     splits, _ = hub
     usable = [{"document": f"Train {i}.", "summary": f"S {i}."} for i in range(4)]
-    splits["train"] = [usable[0], {"document": " \n", "summary": "S."}, *usable[1:], usable[1],
-                       {"document": "D.", "summary": None}]
+    splits["train"] = [
+        usable[0],
+        {"document": " \n", "summary": "S."},
+        *usable[1:],
+        usable[1],
+        {"document": "D.", "summary": None},
+    ]
     requests = run("--shots", 3, "--split", "train")
     assert len(requests) == 5
     for request in requests:
@@ -151,24 +156,25 @@ def test_hub_shots_never_show_the_answer(hub, run):
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl", "json", "CSV"])
 def test_local_formats(run, tmp_path, ending):
     rows = [
-        {"id": 3, "article": "A, \"b\"\nc.", "highlights": "NA"},
+        {"id": 3, "article": 'A, "b"\nc.', "highlights": "NA"},
         {"id": 4, "article": "null", "highlights": "D .\nE ."},
     ]
     path = write(tmp_path / f"rows.{ending.lower()}", rows).rename(tmp_path / f"in [1] rows.{ending}")
     requests = run("--input-path", path, "--dataset", "cnn_dailymail")
     ask = "\n\nSummarize the above article in 3 sentences.\n"
-    assert [request["article"] for request in requests] == [
-        f"###\nArticle: A, \"b\" c.{ask}", f"###\nArticle: null{ask}"
-    ]
+    assert [request["article"] for request in requests] == [f'###\nArticle: A, "b" c.{ask}', f"###\nArticle: null{ask}"]
     assert [request["summary_gt"] for request in requests] == ["NA", "D . E ."]
 
 
-@pytest.mark.parametrize("columns, flags", [
-    (("document", "summary"), []),
-    (("article", "highlights"), []),
-    (("body", "abstract"), ["--article_column", "body", "--summary_column", "abstract"]),
-    (("document", "abstract"), ["--summary_column", "abstract"]),
-])
+@pytest.mark.parametrize(
+    "columns, flags",
+    [
+        (("document", "summary"), []),
+        (("article", "highlights"), []),
+        (("body", "abstract"), ["--article_column", "body", "--summary_column", "abstract"]),
+        (("document", "abstract"), ["--summary_column", "abstract"]),
+    ],
+)
 def test_columns(run, tmp_path, columns, flags):
     path = write(tmp_path / "in.jsonl", [{columns[0]: "Text.", columns[1]: "Short.", "title": "T"}])
     (request,) = run("--input-path", path, *flags)
@@ -186,7 +192,8 @@ def test_local_shots_are_no_requests(run, tmp_path):
     assert {shots for request in requests if (shots := tuple(shots_of(request)))} > {tuple(shots_of(requests[0]))}
     assert requests == run("--input-path", path, "--shots", 3)
     assert requests[:5] == run("--input-path", path, "--shots", 3, "--sample_num", 5)
-    assert requests != run("--input-path", path, "--shots", 3, "--seed", 1)
+    reseeded = run("--input-path", path, "--shots", 3, "--seed", 1)
+    assert shown != {shot for request in reseeded for shot in shots_of(request)}
     assert len(run("--input-path", write(tmp_path / "least.jsonl", ROWS[:4]), "--shots", 3)) == 1
 
 
@@ -233,17 +240,29 @@ BAD_FILES = {
     "no rows csv": ("in.csv", "article,summary\n", [], ["in.csv", "at least one row"]),
     "not parquet": ("in.parquet", "PAR0 and so on", [], ["in.parquet", "well-formed .parquet"]),
     "latin-1 csv": ("in.csv", b"article,summary\n\xe9,b\n", [], ["in.csv", "utf-8", "well-formed .csv"]),
-    "requests": ("in.jsonl", '{"article": "A.", "summary_gt": "S."}\n', [], ["in.jsonl", "article, summary_gt",
-                                                                          "--summary_column"]),
+    "requests": (
+        "in.jsonl",
+        '{"article": "A.", "summary_gt": "S."}\n',
+        [],
+        ["in.jsonl", "article, summary_gt", "--summary_column"],
+    ),
     "ambiguous": ("in.jsonl", '{"article": "A.", "document": "B.", "summary": "S."}\n', [], ["--article_column"]),
-    "column": ("in.jsonl", GOOD, ["--article_column", "body"], ["in.jsonl", "body", "article, summary",
-                                                               "--article_column"]),
+    "column": (
+        "in.jsonl",
+        GOOD,
+        ["--article_column", "body"],
+        ["in.jsonl", "body", "article, summary", "--article_column"],
+    ),
     "numbers": ("in.jsonl", '{"article": 3, "summary": "S."}\n', [], ["column article", "int64", "--article_column"]),
     "mixed": ("in.jsonl", GOOD + '{"article": 3, "summary": "S."}\n', [], ["column article", "--article_column"]),
     "lists": ("in.jsonl", '{"article": ["A."], "summary": "S."}\n', [], ["column article", "--article_column"]),
     "nulls": ("in.jsonl", '{"article": "A.", "summary": null}\n', [], ["in.jsonl", "no row has both"]),
-    "few rows": ("in.jsonl", GOOD * 5 + '{"article": "B.", "summary": "S."}\n', ["--shots", "3"],
-                 ["in.jsonl", "--shots 3", "at least 4", "has 2"]),
+    "few rows": (
+        "in.jsonl",
+        GOOD * 5 + GOOD.replace("A.", "B."),
+        ["--shots", "2"],
+        ["in.jsonl", "--shots 2", "at least 3", "has 2"],
+    ),
     "split": ("in.jsonl", GOOD, ["--split", "train"], ["--split train", "local file"]),
 }
 BAD_FLAGS = [

@@ -119,9 +119,7 @@ class Rows:
     def reorder(self, order: torch.Tensor) -> None:
         state = list(zip(self.lengths, self.seen, self.evictions, strict=True))
         if len(set(state)) > 1:  # rows that are all alike stay alike: beams of one length need no wait for the device
-            self.lengths, self.seen, self.evictions = map(
-                list, zip(*(state[i] for i in order.tolist()), strict=True)
-            )
+            self.lengths, self.seen, self.evictions = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
             self.upload()
 
     def upload(self) -> None:
@@ -320,7 +318,12 @@ class HHLayer(CacheLayerMixin):
 
 def _compact(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """The kept slots of [B, Hkv, slots(, D)] by gather."""
-    return old.gather(2, keep[..., None].expand(*keep.shape, old.shape[-1]) if old.ndim == 4 else keep)
+    if old.ndim == 3:
+        return old.gather(2, keep)
+    dtype = old.dtype
+    if old.shape[-1] * old.itemsize % 8 == 0:  # move 8 bytes with each index, not 2
+        old = old.view(torch.int64)
+    return old.gather(2, keep[..., None].expand(*keep.shape, old.shape[-1])).view(dtype)
 
 
 def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -372,7 +375,7 @@ class HHCache(Cache):
             self._rows, self.layers = Rows(batch_size), []
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
-            raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input has {batch_size}: reset() it first")
+            raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
         new = new or [columns] * batch_size
         decode = self.clock > 0 and columns == 1 and min(new) == 1
         due = not decode or self.clock % h2o.update_interval == 0
@@ -438,7 +441,7 @@ class HHCache(Cache):
         """
         if not 0 <= space_needed <= self.h2o.recent:
             raise ValueError(
-                f"space_needed={space_needed} does not fit into the recent part of the window, {self.h2o.recent} slots: "
+                f"space_needed={space_needed} does not fit into the {self.h2o.recent} recent slots of the window: "
                 "raise window_length, lower num_heavy_hitters, or split the turn"
             )
         if self._rows is None:
@@ -464,6 +467,7 @@ class HHCache(Cache):
         self._rows.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int = 0) -> None:
+        """Raises NotImplementedError."""
         raise NotImplementedError(
             "an HHCache cannot take tokens back (evicted ones are gone): assisted decoding needs a full cache"
         )

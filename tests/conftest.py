@@ -1,0 +1,154 @@
+"""Tiny random Llamas, and how tests feed them and look into their caches. Nothing is downloaded, nothing imports
+hypothesis: the GPU tests run where it may be missing."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from oracle import Oracle
+from utils.cache import HHCache
+
+torch.set_num_threads(1)
+
+VOCAB = 128
+GROUPS = {"mha": 4, "gqa": 2, "mqa": 1}  # KV heads, of 4 query heads
+BACKENDS = ("eager", "sdpa")
+
+Llamas = namedtuple("Llamas", "stock h2o")  # one set of weights, as LlamaForCausalLM and as H2OLlamaForCausalLM
+
+
+def make_llamas(**config) -> Llamas:
+    """Two layers with weights so large that float32 decides the tokens; no end-of-sequence token."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **config,
+        }
+    )
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(config).eval()
+    h2o = H2OLlamaForCausalLM(config).eval()
+    h2o.load_state_dict(stock.state_dict())
+    return Llamas(stock, h2o)
+
+
+@pytest.fixture(scope="session", params=GROUPS)
+def llamas(request):
+    """MHA, GQA and MQA. Each test sets `h2o.h2o` to what it needs."""
+    return make_llamas(num_key_value_heads=GROUPS[request.param])
+
+
+@pytest.fixture(scope="session")
+def gqa():
+    return make_llamas()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random tokens, none of them the padding token 0."""
+    return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+def left_pad(rows: list[list[int]], device="cpu") -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of rows of tokens, padded on the left with 0."""
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
+    }
+
+
+def new_cache(**flags) -> HHCache:
+    return HHCache(H2OConfig(**flags))
+
+
+def new_oracle(llamas: Llamas, *, slimming=None, backend=None, **flags) -> Oracle:
+    """The oracle for these flags; the two that say how, not what, are not its business."""
+    return Oracle(llamas.stock, **flags)
+
+
+def generate(model, rows: list[list[int]], new_tokens: int, **settings):
+    """model.generate on left-padded rows; returns its outputs, logits included."""
+    return model.generate(
+        **left_pad(rows, model.device),
+        max_new_tokens=new_tokens,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **settings},
+    )
+
+
+@torch.no_grad()
+def forward(model, rows: list[list[int]], cache) -> list[torch.Tensor]:
+    """One forward of these tokens, left-padded where rows differ in length; the logits of each row's own tokens."""
+    inputs = left_pad(rows, model.device)
+    if len(set(map(len, rows))) == 1:
+        del inputs["attention_mask"]
+    logits = model(**inputs, past_key_values=cache).logits
+    return [logits[b, logits.shape[1] - len(row) :] for b, row in enumerate(rows)]
+
+
+def assert_close(actual, expected, tolerance=2e-5, what=""):
+    """Within `tolerance` of the largest expected magnitude; NaN is never close."""
+    actual, expected = torch.as_tensor(actual).double().cpu(), torch.as_tensor(expected).double().cpu()
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    error, scale = (actual - expected).abs().amax().item(), expected.abs().amax().item()
+    assert error <= tolerance * scale, f"{what}: off by {error:.3g} where values reach {scale:.3g}"
+
+
+def assert_row_is_oracles(cache: HHCache, row: int, oracle: Oracle, tolerance=5e-5):
+    """A row holds the oracle's slots: how many, of which tokens, with which mass, after as many evictions."""
+    length = oracle.length()
+    held = (cache.lengths[row], cache.seen[row], cache.evictions[row])
+    assert held == (length, oracle.seen, oracle.evictions), f"row {row}: length, seen, evictions"
+    for layer_idx, layer in enumerate(cache.layers):
+        expected = oracle.positions(layer_idx)
+        assert cache.positions(layer_idx)[row, :, :length].tolist() == expected, f"row {row}, layer {layer_idx}"
+        assert layer.positions[row, :, :length].tolist() == expected
+        if cache.h2o.needs_mass and length:
+            mass = layer.mass[row, :, :length]
+            assert_close(mass, oracle.mass(layer_idx), tolerance, f"mass, row {row}, layer {layer_idx}")
+
+
+def assert_invariants(cache: HHCache, recent: int | None = None):
+    """What the docstring of HHCache promises of the slots between any two forwards, `recent` of them the newest."""
+    h2o = cache.h2o
+    recent = h2o.recent if recent is None else recent
+    for layer in cache.layers:
+        batch_size, kv_heads = layer.keys.shape[:2]
+        assert layer.keys.shape[2] == h2o.capacity == h2o.window_length + h2o.update_interval
+        assert layer.mass.shape == layer.positions.shape == (batch_size, kv_heads, h2o.capacity)
+        assert layer.mass.dtype == torch.float32 and layer.positions.dtype == torch.int32
+        for b, (length, seen) in enumerate(zip(cache.lengths, cache.seen, strict=True)):
+            assert 0 <= length <= h2o.capacity
+            held = layer.positions[b, :, :length]
+            assert (held.diff(dim=-1) > 0).all(), "slots are not in the order of their tokens"
+            newest = list(range(seen - min(recent, length), seen))
+            assert held[:, length - len(newest) :].tolist() == [newest] * kv_heads, "a recent token is gone"
+            assert not layer.mass[b, :, length:].any(), "mass past the row's length"
+
+
+def slot_tensors(cache: HHCache) -> dict[tuple[int, str], torch.Tensor]:
+    """Every tensor that the layers have allocated, by layer and name."""
+    return {
+        (layer_idx, name): value
+        for layer_idx, layer in enumerate(cache.layers)
+        for name, value in vars(layer).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def addresses(cache: HHCache) -> dict[tuple[int, str], int]:
+    return {where: tensor.data_ptr() for where, tensor in slot_tensors(cache).items()}

@@ -1,0 +1,190 @@
+"""Request and result files, one JSON object a line, in the form of the H2O project's XSum and CNN/DailyMail files."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: the file, line or flag, and the way out."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request; fields that its line leaves out have these defaults, which decode greedily."""
+
+    index: int  # among the requests read, from 0
+    fields: dict  # the line as it stands
+    article: str  # the whole prompt
+    summary_gt: str  # the reference summary
+    max_tokens: int = 64
+    temperature: float = 0.0  # 0 decodes greedily
+    top_p: float = 1.0
+    n: int = 1  # choices to sample
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def from_line(cls, line: str, index: int) -> Request:
+        """Raises ValueError that says what is wrong with the line."""
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON ({error.msg})") from None
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object")
+        for name in ("article", "summary_gt"):
+            if not isinstance(fields.get(name), str) or not fields[name].strip():
+                raise ValueError(f"has no text in {name!r}")
+        given = {name: fields[name] for name in _CHECKS if fields.get(name) is not None}
+        for name, value in given.items():
+            wanted, accepts = _CHECKS[name]
+            if isinstance(value, bool) or not accepts(value):
+                raise ValueError(f"{name}={value!r}: must be {wanted}")
+        if "stop" in given:
+            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        return cls(index, fields, fields["article"], fields["summary_gt"], **given)
+
+
+_CHECKS = {
+    "max_tokens": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "temperature": ("a number of at least 0", lambda v: isinstance(v, int | float) and 0 <= v < float("inf")),
+    "top_p": ("a number above 0, at most 1", lambda v: isinstance(v, int | float) and 0 < v <= 1),
+    "n": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "stop": (
+        "a string or a list of strings, none empty",
+        lambda v: bool(v) if isinstance(v, str) else isinstance(v, list) and all(isinstance(s, str) and s for s in v),
+    ),
+}
+
+
+def read_requests(path: Path, skip_bad: bool = False, limit: int | None = None) -> tuple[list[Request], int]:
+    """The first `limit` requests of a jsonl file, and how many bad lines were skipped. Blank lines do not count.
+
+    Raises: InputError for a file that cannot be read or holds no request and, unless `skip_bad`, for a bad line.
+    """
+    requests, skipped = [], 0
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if len(requests) == limit:
+                    break
+                if not raw.strip():
+                    continue
+                try:
+                    requests.append(Request.from_line(raw.decode("utf-8"), len(requests)))
+                except ValueError as error:  # UnicodeDecodeError is one too
+                    problem = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+                    if not skip_bad:
+                        raise InputError(
+                            f"{path}, line {number}: {problem}; mend it or pass --skip_bad_requests"
+                        ) from None
+                    skipped += 1
+    except OSError as error:
+        raise InputError(f"--input-path {path}: cannot be read ({error.strerror})") from None
+    if not requests:
+        bad = f" ({skipped} bad lines skipped)" if skipped else ""
+        raise InputError(f"--input-path {path}: holds no requests{bad}; scripts/prepare_data.py makes some")
+    return requests, skipped
+
+
+def fingerprint(requests: list[Request]) -> str:
+    """SHA-256 over requests, to tell whether a file of results belongs to them."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(json.dumps(request.fields, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class ResultsFile:
+    """A jsonl of results that survives a crash at any moment, and the metrics JSON beside it.
+
+    Results are appended and flushed as they come, each with its request's `index`; a line that a crash cut short is
+    dropped when the file is opened again. `finish` puts them into the order of the requests, in one rename. Settings
+    stand in the metrics file from the start, so that a run with other settings does not mix with these results.
+
+    Args:
+        path: the results; the metrics go to the same name with `.metrics.json`.
+        settings: what a resumed run must share, by command-line flag.
+        overwrite: start anew whatever is there.
+
+    Raises: InputError when the path cannot be written, is in use, or holds something else than results of `settings`.
+    """
+
+    def __init__(self, path: Path, settings: dict, overwrite: bool = False):
+        self.path, self.settings = path, settings
+        self.metrics_path = path.with_suffix(".metrics.json")
+        self.results: dict[int, dict] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError(13, "the folder is not writable")
+        except OSError as error:
+            raise InputError(f"--output-path {path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--output-path {path}: another run is writing it; wait, or choose another path") from None
+        if overwrite:
+            self._file.truncate(0)
+        elif path.stat().st_size:
+            self._resume()
+        self.write_metrics({})
+
+    def _resume(self) -> None:
+        keep = "choose another --output-path, or pass --overwrite"
+        try:
+            before = json.loads(self.metrics_path.read_text())["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"--output-path {self.path}: exists without its {self.metrics_path.name}; {keep}"
+            ) from None
+        for flag in before | self.settings:
+            old, new = before.get(flag), self.settings.get(flag)
+            if old != new:
+                raise InputError(
+                    f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same to go on, {keep}"
+                )
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                break  # cut short by a crash
+            try:
+                result = json.loads(line)
+                self.results[result["index"]] = result
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.path}, line {number}: not a result; {keep}") from None
+            end += len(line)
+        self._file.truncate(end)
+
+    def append(self, result: dict) -> None:
+        """Add one result, in one write, and hand it to the operating system at once."""
+        self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        self.results[result["index"]] = result
+
+    def finish(self, metrics: dict) -> None:
+        """Order the results as the requests are, and write the final metrics."""
+        lines = (json.dumps(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
+        _replace(self.path, lines)
+        self.write_metrics(metrics)
+        self._file.close()
+
+    def write_metrics(self, metrics: dict) -> None:
+        _replace(self.metrics_path, [json.dumps({"settings": self.settings} | metrics, indent=2) + "\n"])
+
+
+def _replace(path: Path, lines) -> None:
+    """Write a file so that a reader, or a crash, finds the old or the new one whole."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
