@@ -15,8 +15,10 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
@@ -60,6 +62,13 @@ def count(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and {2**32 - 1}")
+    return number
+
+
 def count_or_all(text: str) -> int | None:
     return None if text == "all" else count(text)
 
@@ -71,9 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-path", type=Path, required=True, help="results, jsonl; metrics go beside it as .metrics.json")
     add("--model-name", required=True, help="a Llama checkpoint: a folder, or a name on the Hugging Face hub")
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
-    add("--batch_size", type=count, default=1, help="requests decoded together; halved when CUDA memory runs out")
+    add("--batch_size", type=count, default=1, help="requests decoded together; halved when memory runs out")
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
-    add("--seed", type=int, default=42, help="seed of sampling")
+    add("--seed", type=seed, default=42, help="seed of sampling")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
     add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
     add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
@@ -89,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--slimming", choices=("H", "mask"), help="H: gather into place; mask: boolean mask and copy")
     add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention")
     add("--score", choices=("mass", "sink", "random"), help="what slots are ranked by")
-    add("--score_seed", type=int, help="of --score random")
+    add("--score_seed", type=seed, help="of --score random")
     add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")
     add("--score_decay", type=float, help="mass is multiplied by this before each addition")
     add("--score_norm", choices=("sum", "mean"), help="mean: mass per query that could see the slot")
@@ -125,10 +134,12 @@ def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
 def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        raise InputError(f"--device {name}: no such device; cuda, cuda:1 or cpu") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; pass --device cpu")
+        if device.type == "cuda" and (device.index or 0) >= (visible := torch.cuda.device_count()):
+            raise InputError(f"--device {name}: {visible} CUDA devices are visible; pass --device cpu")
+        torch.zeros(1, device=device).item()  # torch names devices that it cannot compute on here
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--device {name}: cannot be used ({reason}); pass cuda, cuda:1 or cpu") from None
     return device
 
 
@@ -140,15 +151,24 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
         if config.model_type != "llama":
             raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        kwargs = {"dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)}
+        kwargs = {
+            "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # they are named below
+        }
         if h2o is None:
-            model = LlamaForCausalLM.from_pretrained(name, **kwargs)
+            model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs)
         else:
-            model = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, loading = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged checkpoint fails in any of four libraries
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--model-name {name}: cannot be loaded here or from the hub ({reason})") from None
-    if tokenizer.pad_token is None:
+    # transformers would fill these at random, and the summaries would be noise.
+    if absent := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
+        raise InputError(f"--model-name {name}: {len(absent)} weights miss or have another shape, first {absent[0]}")
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     # Requests decide how to sample: nothing else of the checkpoint's generation defaults takes part.
     model.generation_config = GenerationConfig(
@@ -261,7 +281,7 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
 
 
 class Summarizer:
-    """Runs batches of requests through a model, halving them when CUDA memory runs out."""
+    """Runs batches of requests through a model, halving them when memory runs out."""
 
     def __init__(self, model, tokenizer, args: argparse.Namespace):
         self.model, self.tokenizer, self.args = model, tokenizer, args
@@ -271,15 +291,23 @@ class Summarizer:
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos]) - {None}
 
-    def run(self, batch: list[Prompt]) -> list[dict]:
+    def run(self, batch: list[Prompt]) -> Iterator[dict]:
         """Results of a batch, as result lines. Raises InputError when one request alone is too large."""
         if len(batch) > self.batch_limit:
             limit = self.batch_limit
-            return [result for i in range(0, len(batch), limit) for result in self.run(batch[i : i + limit])]
+            for i in range(0, len(batch), limit):
+                yield from self.run(batch[i : i + limit])
+            return
+        results = None
         try:
-            return self._generate(batch)
-        except torch.OutOfMemoryError:
-            pass  # handled outside, where the traceback no longer holds the tensors
+            results = self._generate(batch)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+        if results is not None:
+            yield from results
+            return
+        # Out of memory: handled here, where the traceback no longer holds the tensors.
         self._cache = None
         gc.collect()
         if torch.cuda.is_available():
@@ -287,12 +315,12 @@ class Summarizer:
         if len(batch) == 1:
             prompt = batch[0]
             raise InputError(
-                f"request {prompt.request.index} ({len(prompt.tokens)} tokens): does not fit into the GPU's memory "
-                "even alone; use a GPU with more, or leave it out (results so far are kept)"
+                f"request {prompt.request.index} ({len(prompt.tokens)} tokens): does not fit into memory even "
+                "alone; use a device with more or a smaller window, or leave it out (results so far are kept)"
             )
         self.batch_limit = (len(batch) + 1) // 2
-        tqdm.write(f"out of CUDA memory with {len(batch)} requests: going on with {self.batch_limit}", file=sys.stderr)
-        return self.run(batch)
+        tqdm.write(f"out of memory with {len(batch)} requests: going on with {self.batch_limit}", file=sys.stderr)
+        yield from self.run(batch)
 
     def _new_cache(self, rows: int):
         if not isinstance(self.model, H2OLlamaForCausalLM):
@@ -350,6 +378,7 @@ class Summarizer:
             "rouge": self.rouge.score(request.summary_gt, choices[0]["text"]),
             "cache": stats,
             "tokens_generated": sum(len(watch.tokens[row]) for row in rows),
+            "peak_memory_bytes": peak_memory(self.model.device),
         }
 
     def _choice(self, request: Request, watch: RowWatch, row: int) -> dict:
@@ -360,7 +389,7 @@ class Summarizer:
         stop_at = first_stop(text, request.stop)
         if stop_at is not None:
             text = text[:stop_at]
-            while emitted and len(self.tokenizer.decode(emitted[:-1], skip_special_tokens=True)) >= stop_at:
+            while emitted and self.tokenizer.decode(emitted[:-1], skip_special_tokens=True).startswith(text):
                 emitted = emitted[:-1]
         return {
             "text": text,
@@ -372,16 +401,22 @@ class Summarizer:
         }
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the process's peak so far: of the GPU, or without one of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def summarize_metrics(results: list[dict], device: torch.device) -> dict:
     """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds."""
     times = [result["result"]["request_time"] for result in results]
     seconds = sum(t["batch_time"] / t["batch_size"] for t in times)
     tokens = sum(result["tokens_generated"] for result in results)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    mean = {name: sum(t[name] for t in times) / len(times) for name in ("time_to_first_token", "time_per_output_token")}
+    mean = {}
+    for name in ("time_to_first_token", "time_per_output_token"):
+        timed = [t[name] for t in times if t[name]] or [0.0]  # a single token has no time per token
+        mean[name] = sum(timed) / len(timed)
     return {
         "rouge": {name: mean_with_interval([result["rouge"][name] for result in results]) for name in ROUGE_TYPES},
         "requests": len(results),
@@ -389,7 +424,7 @@ def summarize_metrics(results: list[dict], device: torch.device) -> dict:
         **mean,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
         "kv_bytes_per_request": sum(result["cache"]["kv_bytes"] for result in results) / len(results),
         "slots_kept_per_request": sum(result["cache"]["slots_kept"] for result in results) / len(results),
         "requests_evicted_from": sum(result["cache"]["slimmings"] > 0 for result in results),
@@ -446,7 +481,7 @@ def run(args: argparse.Namespace) -> int:
     if h2o is not None:
         for name, value in dataclasses.asdict(h2o).items():
             settings[f"--{FLAG_OF_FIELD.get(name, name)}"] = value
-    output = ResultsFile(args.output_path, settings, args.overwrite)
+    output = ResultsFile(args.output_path, settings, args.overwrite, source=args.input_path)
 
     todo = [request for request in requests if request.index not in output.results]
     if output.results:
@@ -454,17 +489,27 @@ def run(args: argparse.Namespace) -> int:
     if todo:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        huggingface_hub.logging.set_verbosity_error()
         model, tokenizer = load_model(args, h2o, device)
         encoded = tokenizer([request.article for request in requests])["input_ids"]
         prompts = [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
+        known, largest = model.config.vocab_size, max(max(tokens, default=0) for tokens in encoded)
+        if largest >= known:
+            raise InputError(
+                f"--model-name {args.model_name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
+                "they do not belong together"
+            )
         rolling = h2o is not None and h2o.position_rolling
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling)
         # Batches are those of an uninterrupted run, so that a resumed one samples the same.
         batches = plan_batches(prompts, args.batch_size, args.greedy)
+        output.start()
         summarize(Summarizer(model, tokenizer, args), batches, output, len(requests))
-    metrics = summarize_metrics([output.results[request.index] for request in requests], device)
-    output.finish(metrics | {"skipped_lines": skipped, "batch_size": args.batch_size})
-    print_table(metrics)
+    if todo or not output.metrics:
+        metrics = summarize_metrics([output.results[request.index] for request in requests], device)
+        metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
+        output.finish(metrics)
+    print_table(output.metrics)
     return 0
 
 
@@ -474,15 +519,17 @@ def summarize(summarizer: Summarizer, batches: list[list[Prompt]], output: Resul
     tokens, begin = 0, time.perf_counter()
     with tqdm(total=total, initial=len(rouge2), unit="req", dynamic_ncols=True) as bar:
         for batch in batches:
-            batch = [prompt for prompt in batch if prompt.request.index not in output.results]
-            for result in summarizer.run(batch) if batch else ():
-                output.append(result)
-                rouge2.append(result["rouge"]["rouge2"])
+            if all(prompt.request.index in output.results for prompt in batch):
+                continue
+            # A batch that was interrupted runs again whole: what a row samples depends on the rows beside it.
+            for result in summarizer.run(batch):
                 tokens += result["tokens_generated"]
-                bar.update()
-            if batch:
-                speed = tokens / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"ROUGE-2 {100 * sum(rouge2) / len(rouge2):.2f}, {speed:.0f} tokens/s")
+                if result["index"] not in output.results:
+                    output.append(result)
+                    rouge2.append(result["rouge"]["rouge2"])
+                    bar.update()
+            speed = tokens / (time.perf_counter() - begin)
+            bar.set_postfix_str(f"ROUGE-2 {100 * sum(rouge2) / len(rouge2):.2f}, {speed:.0f} tokens/s")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from utils.cache import Step
 
-BLOCK_BYTES = 128 * 2**20  # float32 logits held at once by the sdpa backend
+BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
 
 
 def eager_attention(
@@ -29,7 +29,8 @@ def sdpa_attention(
     before padding, so causal is enough) and decode steps of rows of one length. Decode steps that want mass, or rows of
     different lengths, and later forwards of several tokens take output and mass from the same blocks.
     """
-    block = max(1, BLOCK_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
+    budget = BLOCK_BYTES if query.is_cuda else BLOCK_BYTES // 16
+    block = max(1, budget // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     prefill = step.max_start == 0
     if prefill or (step.decode and not step.scored and step.min_start == step.max_start):
         output = F.scaled_dot_product_attention(

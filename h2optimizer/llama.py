@@ -238,15 +238,27 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        if isinstance(past_key_values, HHCache) and not is_first_iteration and next_sequence_length == 1:
+            attention_mask = None  # H2O: decode tokens are real: no mask to read back from the device
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        decoding = not is_first_iteration and inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
-        if decoding and isinstance(inputs.get("past_key_values"), HHCache):
-            # H2O: decode tokens are real, and the cache counts positions: no mask to read back from the device
-            inputs.pop("attention_mask", None)
-        return inputs
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As PreTrainedModel's; the checkpoint names plain Llama as its architecture."""

@@ -1,9 +1,8 @@
 """Prefill and decode through `generate`, heavy-hitter cache beside stock Llama's DynamicCache, in one run.
 
 Regime: a Llama-3-8B shape with random bf16 weights, greedy, decode bound by the weights that every step reads and by
-the host that launches its kernels. The byte floor is what a step must read: all weights but the embedding table, and
-the filled slots. Decode time is the difference of two generate calls, so prefill and set-up drop out of it. Kernel
-launches and host waits are those of one step under the profiler. The last line is JSON.
+the host that launches its kernels. Kernel launches and host waits are those of one step, not due, under the profiler.
+The last line is JSON; keys that end in _x are ratios to stock.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -65,32 +64,60 @@ def count_launches(model, cache, token: torch.Tensor) -> dict[str, int]:
     }
 
 
+class PhaseClock(LogitsProcessor):
+    """Times the phases of a `generate`: prefill up to the first logits, and the mean of the decode steps after."""
+
+    def __enter__(self):
+        synchronize()
+        self.begin, self.first, self.steps = time.perf_counter(), None, 0
+        return self
+
+    def __call__(self, input_ids, scores):
+        if self.first is None:
+            synchronize()
+            self.first = time.perf_counter()
+        else:
+            self.steps += 1
+        return scores
+
+    def __exit__(self, *exception):
+        synchronize()
+        self.decode_ms = (time.perf_counter() - self.first) / max(self.steps, 1) * 1e3
+        self.prefill_ms = (self.first - self.begin) * 1e3
+
+
 @torch.no_grad()
-def measure(model, make_cache, prompt: torch.Tensor, new_tokens: int, repeats: int) -> dict:
-    """Time and memory of `generate` on a prompt [B, n]."""
+def measure(systems: dict, prompt: torch.Tensor, new_tokens: int, repeats: int) -> dict[str, dict]:
+    """Time and memory of `generate` on a prompt [B, n], by system; the runs of the systems take turns."""
 
-    def generate(tokens: int):
-        model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
-            past_key_values=make_cache(),
-        )  # fmt: skip
+    def generate(model, make_cache, tokens: int) -> PhaseClock:
+        with PhaseClock() as clock:
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
+                past_key_values=make_cache(), logits_processor=LogitsProcessorList([clock]),
+            )  # fmt: skip
+        return clock
 
-    generate(4)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    prefill = statistics.median(timed(lambda: generate(1)) for _ in range(repeats))
-    result = {"prefill_ms": round(prefill, 1)}
-    if torch.cuda.is_available():
-        result["extra_peak_GiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
-    if new_tokens > 1:
-        total = statistics.median(timed(lambda: generate(new_tokens)) for _ in range(repeats))
-        result["decode_ms"] = round((total - prefill) / (new_tokens - 1), 2)
-        cache = make_cache()
+    results, clocks = {}, {name: [] for name in systems}
+    for name, (model, make_cache) in systems.items():
+        generate(model, make_cache, 4)
+        results[name] = {"prefill_ms": None, "decode_ms": None}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            generate(model, make_cache, 1)
+            results[name]["extra_peak_GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        cache = make_cache() or DynamicCache(config=model.config)
         model(prompt, past_key_values=cache, logits_to_keep=1)
-        result |= count_launches(model, cache, prompt[:, :1])
-    return result
+        results[name] |= count_launches(model, cache, prompt[:, :1])
+    for _ in range(repeats):
+        for name, (model, make_cache) in systems.items():
+            clocks[name].append(generate(model, make_cache, new_tokens))
+    for name, result in results.items():
+        for phase in ("prefill_ms", "decode_ms"):
+            result[phase] = statistics.median(getattr(clock, phase) for clock in clocks[name])
+    return results
 
 
 def bench_slimming(device: str, rows: int = 16, heads: int = 8, window: int = 1024, interval: int = 16) -> dict:
@@ -129,7 +156,7 @@ def main() -> None:
     parser.add_argument("--update_interval", type=int, default=16, help="steps between slimmings")
     parser.add_argument("--prompts", default="2048x1,2048x16,32768x1", help="prompt length x batch, comma-separated")
     parser.add_argument("--new_tokens", type=int, default=65, help="tokens to generate, the first by prefill")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,14 +190,12 @@ def main() -> None:
     for spec in args.prompts.split(","):
         length, batch = map(int, spec.split("x"))
         prompt = torch.randint(1, config.vocab_size, (batch, length), device=device)
-        baseline = None
-        for name, (system, make_cache) in systems.items():
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            result = measure(system, make_cache, prompt, args.new_tokens, args.repeats)
-            baseline = baseline or result
-            ratios = {f"{key}_x": round(result[key] / baseline[key], 3) for key in result if baseline[key]}
-            rows.append({"prompt": spec, "system": name} | result | ratios)
+        results = measure(systems, prompt, args.new_tokens, args.repeats)
+        baseline = next(iter(results.values()))
+        for name, result in results.items():
+            ratios = {f"{key}_x": result[key] / baseline[key] for key in result if baseline[key]}
+            row = {key: round(value, 3) for key, value in (result | ratios).items()}
+            rows.append({"prompt": spec, "system": name} | row)
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     report |= {"rows": rows, "slimming": bench_slimming(device)}

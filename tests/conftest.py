@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from oracle import Oracle
-from utils.cache import HHCache
+from utils.cache import HHCache, Rows, Step
 
 torch.set_num_threads(1)
 
@@ -20,7 +20,7 @@ BACKENDS = ("eager", "sdpa")
 Llamas = namedtuple("Llamas", "stock h2o")  # one set of weights, as LlamaForCausalLM and as H2OLlamaForCausalLM
 
 
-def make_llamas(**config) -> Llamas:
+def make_llamas(dtype=torch.float32, **config) -> Llamas:
     """Two layers with weights so large that float32 decides the tokens; no end-of-sequence token."""
     config = LlamaConfig(
         **{
@@ -39,8 +39,8 @@ def make_llamas(**config) -> Llamas:
         }
     )
     torch.manual_seed(0)
-    stock = LlamaForCausalLM(config).eval()
-    h2o = H2OLlamaForCausalLM(config).eval()
+    stock = LlamaForCausalLM._from_config(config, dtype=dtype).eval()  # RoPE's frequencies stay float32
+    h2o = H2OLlamaForCausalLM._from_config(config, dtype=dtype).eval()
     h2o.load_state_dict(stock.state_dict())
     return Llamas(stock, h2o)
 
@@ -98,6 +98,55 @@ def forward(model, rows: list[list[int]], cache) -> list[torch.Tensor]:
         del inputs["attention_mask"]
     logits = model(**inputs, past_key_values=cache).logits
     return [logits[b, logits.shape[1] - len(row) :] for b, row in enumerate(rows)]
+
+
+# One attention, without a model
+
+HEADS, SCALING = 4, 0.3
+GARBAGE = 1e4  # stands where a row has no slot
+
+
+def make_step(start, new, decode=False, scored=True, score_queries=None) -> Step:
+    """A Step of rows with `start[b]` slots and `new[b]` new tokens, the last `score_queries` of which are scored."""
+    rows = Rows(len(start))
+    rows.append(start)
+    rows.append(new)
+    first = [0 if score_queries is None else max(0, n - score_queries) for n in new]
+    return Step(rows, start, new, max(new), decode, due=True, scored=scored, first_scored=first)
+
+
+def make_states(step: Step, kv_heads: int, dtype=torch.float32, head_dim=16, device="cpu"):
+    """Random query, key and value; garbage in the key and value columns that a row does not have."""
+    generator, batch_size = torch.Generator().manual_seed(0), len(step.start)
+    query = torch.randn(batch_size, HEADS, step.columns, head_dim, generator=generator)
+    key, value = 1.5 * torch.randn(2, batch_size, kv_heads, step.width, head_dim, generator=generator)
+    for b, (start, new) in enumerate(zip(step.start, step.new, strict=True)):
+        key[b, :, start + new :] = value[b, :, start + new :] = GARBAGE
+    return query.to(device, dtype), key.to(device, dtype), value.to(device, dtype)
+
+
+def plain_attention(query, key, value, step, group_reduce):
+    """Output and mass row by row, head by head, query by query, in float64. Outputs of padding columns are left 0."""
+    query, key, value = (states.double().cpu() for states in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    output, mass = torch.zeros_like(query), torch.zeros(key.shape[:3], dtype=torch.float64)
+    for b in range(len(step.start)):
+        for head in range(query.shape[1]):
+            for i in range(step.new[b]):
+                visible = step.start[b] + i + 1
+                probs = (key[b, head // group, :visible] @ query[b, head, i] * SCALING).softmax(0)
+                output[b, head, i] = probs @ value[b, head // group, :visible]
+                if i >= step.first_scored[b] and (head % group == 0 or group_reduce == "sum"):
+                    mass[b, head // group, :visible] += probs
+    return output, mass
+
+
+def own_columns(output, step):
+    """The output of the columns that hold a row's tokens, one row after the other."""
+    return torch.cat([output[b, :, :new].flatten() for b, new in enumerate(step.new)])
+
+
+# What a cache has to hold
 
 
 def assert_close(actual, expected, tolerance=2e-5, what=""):

@@ -202,18 +202,14 @@ class HHLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
         self.values = value_states.new_zeros(*slots, value_states.shape[-1])
         self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
-        self.count = torch.zeros_like(self.mass) if self.h2o.score_norm == "mean" else None
+        self.count = torch.zeros_like(self.mass) if self.h2o.needs_mass and self.h2o.score_norm == "mean" else None
         self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
         self.is_initialized = True
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The slot tensors in use, by name."""
-        named = {"keys": self.keys, "values": self.values, "positions": self.positions}
-        if self.h2o.needs_mass:
-            named["mass"] = self.mass
-            if self.count is not None:
-                named["count"] = self.count
-        return named
+        """The slot tensors by name, mass only where slots are ranked by it."""
+        names = ("keys", "values", "positions") + ("mass", "count") * self.h2o.needs_mass
+        return {name: slots for name in names if (slots := getattr(self, name)) is not None}
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
         if not self.is_initialized:
@@ -494,7 +490,12 @@ class HHCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all slots, filled or not: keys, values, mass and positions of every layer."""
-        return sum(slots.nbytes for layer in self.layers if layer.is_initialized for slots in layer.tensors().values())
+        return sum(
+            slots.nbytes
+            for layer in self.layers
+            if layer.is_initialized
+            for slots in (layer.tensors() | {"mass": layer.mass}).values()
+        )
 
     def positions(self, layer: int) -> torch.Tensor:
         """Original positions that a layer's slots hold, int32 [B, Hkv, longest row], -1 past a row's length."""

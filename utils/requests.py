@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class Request:
         """Raises ValueError that says what is wrong with the line."""
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
+        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
         for name in ("article", "summary_gt"):
             if not isinstance(fields.get(name), str) or not fields[name].strip():
                 raise ValueError(f"has no text in {name!r}")
@@ -44,15 +46,22 @@ class Request:
         for name, value in given.items():
             wanted, accepts = _CHECKS[name]
             if isinstance(value, bool) or not accepts(value):
-                raise ValueError(f"{name}={value!r}: must be {wanted}")
+                raise ValueError(f"{name}={value!r:.60}: must be {wanted}")
         if "stop" in given:
             given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
+        for name in ("temperature", "top_p"):  # transformers refuses a whole number
+            if name in given:
+                given[name] = float(given[name])
         return cls(index, fields, fields["article"], fields["summary_gt"], **given)
 
 
 _CHECKS = {
     "max_tokens": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
-    "temperature": ("a number of at least 0", lambda v: isinstance(v, int | float) and 0 <= v < float("inf")),
+    # Beyond these bounds probabilities overflow, or no longer depend on the model.
+    "temperature": (
+        "0 (greedy), or a number between 0.001 and 1000",
+        lambda v: isinstance(v, int | float) and (v == 0 or 0.001 <= v <= 1000),
+    ),
     "top_p": ("a number above 0, at most 1", lambda v: isinstance(v, int | float) and 0 < v <= 1),
     "n": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
     "stop": (
@@ -76,9 +85,9 @@ def read_requests(path: Path, skip_bad: bool = False, limit: int | None = None) 
                 if not raw.strip():
                     continue
                 try:
-                    requests.append(Request.from_line(raw.decode("utf-8"), len(requests)))
-                except ValueError as error:  # UnicodeDecodeError is one too
-                    problem = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+                    requests.append(Request.from_line(raw.decode("utf-8-sig"), len(requests)))
+                except ValueError as error:  # UnicodeError is one too
+                    problem = "is not valid UTF-8 text" if isinstance(error, UnicodeError) else str(error)
                     if not skip_bad:
                         raise InputError(
                             f"{path}, line {number}: {problem}; mend it or pass --skip_bad_requests"
@@ -105,42 +114,59 @@ class ResultsFile:
 
     Results are appended and flushed as they come, each with its request's `index`; a line that a crash cut short is
     dropped when the file is opened again. `finish` puts them into the order of the requests, in one rename. Settings
-    stand in the metrics file from the start, so that a run with other settings does not mix with these results.
+    stand in the metrics file from `start` on, so that a run with other settings does not mix with these results.
 
     Args:
-        path: the results; the metrics go to the same name with `.metrics.json`.
+        path: the results; the metrics go beside it, with `.metrics.json` in the place of `.jsonl`.
         settings: what a resumed run must share, by command-line flag.
-        overwrite: start anew whatever is there.
+        overwrite: start anew whatever is there; it stays until `start`.
+        source: the file of requests, which neither may be.
 
-    Raises: InputError when the path cannot be written, is in use, or holds something else than results of `settings`.
+    Raises: InputError when a path cannot be written, is in use, or holds something else than results of `settings`.
     """
 
-    def __init__(self, path: Path, settings: dict, overwrite: bool = False):
-        self.path, self.settings = path, settings
-        self.metrics_path = path.with_suffix(".metrics.json")
+    def __init__(self, path: Path, settings: dict, overwrite: bool = False, source: Path | None = None):
+        self.path, self.settings, self.overwrite = path, settings, overwrite
         self.results: dict[int, dict] = {}
-        try:
+        self.metrics: dict = {}  # of a finished run
+        with self._writing():
+            self._must_be_ours(path, source)
+            self.metrics_path = path.with_name(path.name.removesuffix(".jsonl") + ".metrics.json")
+            self._must_be_ours(self.metrics_path, source)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
             if not os.access(path.parent, os.W_OK):
                 raise PermissionError(13, "the folder is not writable")
-        except OSError as error:
-            raise InputError(f"--output-path {path}: cannot be written ({error.strerror})") from None
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--output-path {path}: another run is writing it; wait, or choose another path"
+                ) from None
+            if not overwrite and path.stat().st_size:
+                self._resume()
+
+    @contextmanager
+    def _writing(self, note: str = ""):
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--output-path {path}: another run is writing it; wait, or choose another path") from None
-        if overwrite:
-            self._file.truncate(0)
-        elif path.stat().st_size:
-            self._resume()
-        self.write_metrics({})
+            yield
+        except OSError as error:
+            raise InputError(f"--output-path {self.path}: cannot be written ({error.strerror}){note}") from None
+
+    def _must_be_ours(self, path: Path, source: Path | None) -> None:
+        if not path.exists():
+            return
+        if not path.is_file():  # `finish` would put a file in the place of a device
+            raise InputError(f"--output-path {self.path}: {path} is no regular file; choose another path")
+        if source is not None and path.samefile(source):
+            raise InputError(f"--output-path {self.path}: {path} is the --input-path; choose another path")
 
     def _resume(self) -> None:
         keep = "choose another --output-path, or pass --overwrite"
         try:
-            before = json.loads(self.metrics_path.read_text())["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+            metrics = json.loads(self.metrics_path.read_text())
+            before = dict(metrics.pop("settings"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
                 f"--output-path {self.path}: exists without its {self.metrics_path.name}; {keep}"
             ) from None
@@ -162,18 +188,29 @@ class ResultsFile:
                 raise InputError(f"{self.path}, line {number}: not a result; {keep}") from None
             end += len(line)
         self._file.truncate(end)
+        self.metrics = metrics
+
+    def start(self) -> None:
+        """Before the first result: `overwrite` takes effect, and the settings are written. Raises InputError."""
+        with self._writing():
+            if self.overwrite:
+                self._file.truncate(0)
+            self.write_metrics({})
 
     def append(self, result: dict) -> None:
-        """Add one result, in one write, and hand it to the operating system at once."""
-        self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Add one result, in one write, and hand it to the operating system at once. Raises InputError."""
+        with self._writing("; results so far are kept, the same command goes on"):
+            self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
         self.results[result["index"]] = result
 
     def finish(self, metrics: dict) -> None:
-        """Order the results as the requests are, and write the final metrics."""
+        """Order the results as the requests are, and write the final metrics. Raises InputError."""
         lines = (json.dumps(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
-        _replace(self.path, lines)
-        self.write_metrics(metrics)
+        with self._writing("; results are kept, the same command goes on"):
+            _replace(self.path, lines)
+            self.write_metrics(metrics)
+        self.metrics = metrics
         self._file.close()
 
     def write_metrics(self, metrics: dict) -> None:
@@ -182,9 +219,14 @@ class ResultsFile:
 
 def _replace(path: Path, lines) -> None:
     """Write a file so that a reader, or a crash, finds the old or the new one whole."""
+    path = path.resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The README's test command: sets up .venv, then lints and tests. Further arguments go to pytest (e.g. -m gpu).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh tests/requirements.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,649 @@
+"""H2OLlamaForCausalLM, through `generate` and its own forward, against the oracle, single rows and stock Llama."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+
+from conftest import (
+    BACKENDS,
+    VOCAB,
+    addresses,
+    assert_close,
+    assert_invariants,
+    assert_row_is_oracles,
+    forward,
+    generate,
+    left_pad,
+    make_llamas,
+    new_cache,
+    new_oracle,
+    prompt,
+    slot_tensors,
+)
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from utils.cache import HHCache
+
+
+def with_flags(llamas, **flags) -> H2OLlamaForCausalLM:
+    llamas.h2o.h2o = H2OConfig(**flags)
+    return llamas.h2o
+
+
+def new_tokens(result, rows) -> list[list[int]]:
+    return result.sequences[:, max(map(len, rows)) :].tolist()
+
+
+def assert_follows_oracle(result, row, oracle, block):
+    """The logits of each step are the oracle's on the tokens that were emitted; feeds all of them but the last."""
+    logits = torch.stack(result.logits)[:, row]
+    tokens = result.sequences[row, result.sequences.shape[1] - len(logits) :].tolist()
+    for step, token in enumerate(tokens):
+        expected = oracle.forward(block)[-1]
+        assert_close(logits[step], expected, what=f"logits of row {row}, step {step}")
+        block = [token]
+    return tokens
+
+
+# Every flag against the oracle
+
+VARIANTS = {
+    "H2O": {"update_interval": 1},
+    "rotation": {"update_interval": 4},
+    "rotation longer than the generation": {"update_interval": 16},
+    "local": {"num_heavy_hitters": 0},
+    "one recent slot": {"num_heavy_hitters": 7, "update_interval": 2},
+    "sink": {"score": "sink"},
+    "random": {"score": "random", "score_seed": 3},
+    "decay": {"score_decay": 0.5},
+    "last forward only": {"score_decay": 0.0},
+    "last due step only": {"score_decay": 0.0, "score_every_step": False},
+    "decay on scored steps": {"score_decay": 0.5, "score_every_step": False},
+    "mean": {"score_norm": "mean"},
+    "mean of some": {"score_norm": "mean", "score_decay": 0.75, "score_queries": 4, "score_every_step": False},
+    "last queries": {"score_queries": 3},
+    "more queries than tokens": {"score_queries": 99},
+    "pure attention between": {"score_every_step": False},
+    "first head": {"group_reduce": "first"},
+    "first head's mean": {"group_reduce": "first", "score_norm": "mean", "update_interval": 1},
+    "rolling": {"position_rolling": True},
+    "rolling H2O": {"position_rolling": True, "update_interval": 1, "score_decay": 0.5},
+    "rolling random": {"position_rolling": True, "score": "random", "slimming": "mask"},
+    "mask": {"slimming": "mask", "score_norm": "mean", "update_interval": 1},
+}
+
+
+def conversation(llamas, caches, flags, blocks):
+    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them."""
+    oracle = new_oracle(llamas, **flags)
+    for block in blocks:
+        expected = oracle.forward(block)
+        for cache in caches:
+            (logits,) = forward(llamas.h2o, [block], cache)
+            assert_close(logits, expected, what=f"{cache.h2o.backend}, forward {oracle.clock}")
+            assert_row_is_oracles(cache, 0, oracle)
+            assert_invariants(cache)
+    return oracle
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_flag_is_the_oracles(llamas, variant):
+    """A flag that does something else than it says, in prompt, decode steps, a second turn or the steps after it."""
+    flags = {"window_length": 8, "update_interval": 3, **variant}
+    decode = [[token] for token in prompt(20, 1)]
+    blocks = [prompt(13), *decode[:8], prompt(5, 2), *decode[8:15]]
+    caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]
+    oracle = conversation(llamas, caches, flags, blocks)
+    assert oracle.evictions >= 2
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 20])
+def test_prompts_around_the_window(llamas, length):
+    """A prompt of one token, or shorter than, as long as and longer than the window, that slims too early or not."""
+    flags = {"window_length": 8, "update_interval": 2}
+    caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]
+    conversation(llamas, caches, flags, [prompt(length), *([token] for token in prompt(10, 1))])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    st.fixed_dictionaries({
+        "window_length": st.just(6),
+        "num_heavy_hitters": st.integers(-1, 5),
+        "update_interval": st.integers(1, 5),
+        "score_every_step": st.booleans(),
+        "score_decay": st.sampled_from([1.0, 0.7, 0.0]),
+        "score_norm": st.sampled_from(["sum", "mean"]),
+        "score_queries": st.sampled_from([None, 1, 4]),
+        "group_reduce": st.sampled_from(["sum", "first"]),
+        "position_rolling": st.booleans(),
+        "slimming": st.sampled_from(["H", "mask"]),
+        "backend": st.sampled_from(BACKENDS),
+    }),
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.lists(st.integers(0, 5), min_size=3, max_size=3),
+)
+def test_flags_in_any_combination(gqa, flags, turns, steps):
+    """Flags that are right one by one and wrong together."""
+    tokens = iter(prompt(99))
+    blocks = []
+    for turn, decode in zip(turns, steps, strict=True):
+        blocks += [[next(tokens) for _ in range(turn)], *([next(tokens)] for _ in range(decode))]
+    conversation(gqa, [new_cache(**flags)], flags, blocks)
+
+
+# generate
+
+
+@pytest.mark.parametrize("new", [1, 3, 4, 5, 6, 8, 9, 10])
+@pytest.mark.parametrize("rolling", [False, True])
+def test_greedy_generations_of_any_length(llamas, new, rolling):
+    """A step clock that runs with the generation: it must end before, on and after a due step (4 and 8) alike."""
+    flags = {"window_length": 6, "update_interval": 4, "position_rolling": rolling}
+    model, oracle = with_flags(llamas, **flags), new_oracle(llamas, **flags)
+    cache = HHCache(model.h2o)
+    result = generate(model, [prompt(11)], new, past_key_values=cache)
+    assert new_tokens(result, [prompt(11)])[0] == oracle.generate(prompt(11), new)
+    assert result.past_key_values is cache and cache.clock == new
+    assert_row_is_oracles(cache, 0, oracle)
+
+
+@pytest.mark.parametrize("interval", [1, 4, 16])
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_left_padded_batch_is_its_rows_alone(llamas, interval, rolling, backend):
+    """Padding that takes slots, mass or positions, or a row that is slimmed as its neighbours are."""
+    flags = {"window_length": 8, "update_interval": interval, "position_rolling": rolling}
+    model = with_flags(llamas, **flags, backend=backend)
+    rows, new = [prompt(13), prompt(3), prompt(8), prompt(1)], 19
+    together = HHCache(model.h2o)
+    batch = generate(model, rows, new, past_key_values=together)
+    assert_invariants(together)
+    for b, row in enumerate(rows):
+        alone = HHCache(model.h2o)
+        single = generate(model, [row], new, past_key_values=alone)
+        assert new_tokens(batch, rows)[b] == new_tokens(single, [row])[0], f"row {b}"
+        assert_close(torch.stack(batch.logits)[:, b], torch.stack(single.logits)[:, 0], what=f"row {b}")
+        assert (together.lengths[b], together.seen[b]) == (alone.lengths[0], alone.seen[0])
+        assert together.evictions[b] == alone.evictions[0]
+        length = alone.lengths[0]
+        for layer_idx, (layer, own) in enumerate(zip(together.layers, alone.layers, strict=True)):
+            assert torch.equal(together.positions(layer_idx)[b, :, :length], alone.positions(layer_idx)[0])
+            for name in ("keys", "values", "mass"):
+                assert_close(getattr(layer, name)[b, :, :length], getattr(own, name)[0, :, :length], what=name)
+    oracle = new_oracle(llamas, **flags)
+    assert new_tokens(batch, rows)[1] == oracle.generate(rows[1], new)
+    assert_row_is_oracles(together, 1, oracle)
+
+
+@pytest.mark.parametrize("flags", [{"score": "random"}, {"score_norm": "mean", "score_queries": 2}], ids=str)
+def test_scores_know_nothing_of_the_batch(llamas, flags):
+    """A pseudo-random choice drawn for the batch, or counts and last queries that include padding."""
+    flags = {"window_length": 6, "update_interval": 2, **flags}
+    model, rows = with_flags(llamas, **flags), [prompt(4), prompt(12), prompt(9)]
+    cache = HHCache(model.h2o)
+    batch = generate(model, rows, 9, past_key_values=cache)
+    for b, row in enumerate(rows):
+        oracle = new_oracle(llamas, **flags)
+        assert_follows_oracle(batch, b, oracle, row)
+        assert_row_is_oracles(cache, b, oracle)
+
+
+def test_random_is_fixed_by_its_seed(gqa):
+    """A seed that is not used, or a global generator that is."""
+    kept = {}
+    for seed, disturbance in itertools.product((0, 1), (0, 1)):
+        torch.manual_seed(disturbance)
+        model = with_flags(gqa, window_length=8, update_interval=1, score="random", score_seed=seed)
+        cache = HHCache(model.h2o)
+        generate(model, [prompt(30)], 5, past_key_values=cache)
+        kept[seed, disturbance] = [cache.positions(layer).tolist() for layer in range(2)]
+    assert kept[0, 0] == kept[0, 1] and kept[1, 0] == kept[1, 1] and kept[0, 0] != kept[1, 0]
+    assert kept[0, 0][0] != kept[0, 0][1], "layers choose alike"
+    assert kept[0, 0][0][0][0] != kept[0, 0][0][0][1], "heads choose alike"
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_a_second_prompt_and_a_second_model_start_afresh(llamas, rolling):
+    """State that outlives a generation: in an attention module, a class or a default argument."""
+    flags = {"window_length": 8, "update_interval": 3, "position_rolling": rolling}
+    model, oracle = with_flags(llamas, **flags), new_oracle(llamas, **flags)
+    other = H2OLlamaForCausalLM(llamas.stock.config, model.h2o).eval()
+    other.load_state_dict(llamas.stock.state_dict())
+    for length, new in ((12, 7), (5, 2), (9, 10)):
+        row = prompt(length, new)
+        expected = oracle.generate(row, new)
+        for each in (model, other):
+            result = generate(each, [row], new)
+            assert new_tokens(result, [row])[0] == expected
+            assert_row_is_oracles(result.past_key_values, 0, oracle)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_an_early_stop_leaves_no_trace(llamas, interval):
+    """A stop before the full length that desynchronises the next prompt."""
+    flags = {"window_length": 8, "update_interval": interval}
+    model, oracle = with_flags(llamas, **flags), new_oracle(llamas, **flags)
+    tokens = oracle.generate(prompt(12), 12)
+    eos = tokens[5]
+    stop = tokens.index(eos) + 1
+    cache = HHCache(model.h2o)
+    result = generate(model, [prompt(12)], 12, past_key_values=cache, eos_token_id=eos)
+    assert new_tokens(result, [prompt(12)])[0] == tokens[:stop] == oracle.generate(prompt(12), 12, eos=eos)
+    assert cache.clock == stop and stop < 12
+    assert_row_is_oracles(cache, 0, oracle)
+    cache.reset()
+    for settings_ in ({"past_key_values": cache}, {}):
+        result = generate(model, [prompt(10, 1)], 9, **settings_)
+        assert new_tokens(result, [prompt(10, 1)])[0] == oracle.generate(prompt(10, 1), 9)
+        assert_row_is_oracles(result.past_key_values, 0, oracle)
+
+
+def test_rows_that_stop_do_not_touch_the_others(gqa):
+    """A row that ends early and is fed padding from then on, in a batch that goes on."""
+    model = with_flags(gqa, window_length=8, update_interval=2)
+    rows = [prompt(12), prompt(6)]
+    alone = [new_tokens(generate(model, [row], 12), [row])[0] for row in rows]
+    eos = next(token for token in alone[0][:6] if token not in alone[1])
+    batch = new_tokens(generate(model, rows, 12, eos_token_id=eos), rows)
+    stop = alone[0].index(eos) + 1
+    assert batch == [alone[0][:stop] + [0] * (12 - stop), alone[1]]
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3), (4, 2, 6)], ids=["alike", "ragged"])
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_second_turn_on_the_same_cache(llamas, interval, rolling, lengths):
+    """A turn of several tokens after evictions: wrong starts, positions or causal bounds in ragged rows, which alone
+    would show in one row and not in the other."""
+    flags = {"window_length": 8, "update_interval": interval, "position_rolling": rolling}
+    model, rows = with_flags(llamas, **flags), [prompt(11), prompt(2), prompt(7)]
+    oracles = [new_oracle(llamas, **flags) for _ in rows]
+    cache, inputs = HHCache(model.h2o), left_pad(rows)
+    blocks = rows
+    for turn in range(3):
+        result = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, past_key_values=cache, output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = [assert_follows_oracle(result, b, oracles[b], blocks[b]) for b in range(3)]
+        for b in range(3):
+            assert_row_is_oracles(cache, b, oracles[b])
+        # The last token of each row is not in the cache yet: it opens the next turn, behind the turn's padding.
+        blocks = [[row[-1], *prompt(length, turn)] for row, length in zip(tokens, lengths, strict=True)]
+        added = left_pad(blocks)
+        inputs = {
+            "input_ids": torch.cat([result.sequences[:, :-1], added["input_ids"]], dim=1),
+            "attention_mask": torch.cat(
+                [inputs["attention_mask"], torch.ones(3, 5, dtype=torch.long), added["attention_mask"]], dim=1
+            ),
+        }
+    assert min(cache.evictions) >= 4
+
+
+def test_later_forwards_take_a_mask_of_all_or_of_the_new_columns(llamas):
+    """A mask read from the wrong end: the first columns of the conversation for the turn's own."""
+    flags = {"window_length": 8, "update_interval": 2}
+    rows, turn = [prompt(11), prompt(4)], [prompt(2, 1), prompt(5, 1)]
+    logits = []
+    for whole in (False, True):
+        cache = new_cache(**flags)
+        forward(llamas.h2o, rows, cache)
+        inputs = left_pad(turn)
+        if whole:
+            inputs["attention_mask"] = torch.cat([left_pad(rows)["attention_mask"], inputs["attention_mask"]], dim=1)
+        with torch.no_grad():
+            logits.append(llamas.h2o(**inputs, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+    for b in range(2):
+        oracle = new_oracle(llamas, **flags)
+        oracle.forward(rows[b])
+        assert_close(logits[0][b, 5 - len(turn[b]) :], oracle.forward(turn[b]))
+
+
+def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):
+    """generate's prefill_chunk_size: chunks of which some hold only padding of a row."""
+    flags = {"window_length": 8, "update_interval": 3}
+    model, rows = with_flags(llamas, **flags), [prompt(17), prompt(6)]
+    cache = HHCache(model.h2o)
+    result = generate(model, rows, 6, past_key_values=cache, prefill_chunk_size=5)
+    for b, row in enumerate(rows):
+        oracle = new_oracle(llamas, **flags)
+        padding = 17 - len(row)
+        chunks = [row[max(0, begin - padding) : max(0, begin + 5 - padding)] for begin in range(0, 17, 5)]
+        for index, chunk in enumerate(chunks[:-1]):
+            if chunk:
+                oracle.forward(chunk)
+            oracle.clock = index + 1
+        assert_follows_oracle(result, b, oracle, chunks[-1])
+        assert_row_is_oracles(cache, b, oracle)
+
+
+def test_embeddings_in_place_of_tokens(gqa):
+    """inputs_embeds that are not freed of padding as tokens are, or that feed later steps too."""
+    model, rows = with_flags(gqa, window_length=8, update_interval=3), [prompt(13), prompt(4)]
+    expected = generate(model, rows, 8)
+    inputs = left_pad(rows)
+    result = model.generate(
+        inputs_embeds=model.model.embed_tokens(inputs.pop("input_ids")).detach(), **inputs, max_new_tokens=8,
+        do_sample=False,
+    )
+    assert result.tolist() == new_tokens(expected, rows)
+
+
+# Sampling and beams
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_sampled_sequences_are_consistent(llamas, rolling):
+    """num_return_sequences whose rows share or mix their slots: each row's logits are the oracle's on its tokens."""
+    flags = {"window_length": 8, "update_interval": 3, "position_rolling": rolling}
+    model, rows = with_flags(llamas, **flags), [prompt(11), prompt(5)]
+    cache = HHCache(model.h2o)
+    torch.manual_seed(1)
+    result = generate(model, rows, 9, past_key_values=cache, do_sample=True, num_return_sequences=2, temperature=1.5)
+    assert len(set(map(tuple, new_tokens(result, rows)))) == 4, "the samples differ, or the test says nothing"
+    for b in range(4):
+        oracle = new_oracle(llamas, **flags)
+        assert_follows_oracle(result, b, oracle, rows[b // 2])
+        assert_row_is_oracles(cache, b, oracle)
+
+
+BEAMS = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "early_stopping": False}
+
+
+def beam_search(model, rows, new, **more):
+    result = generate(model, rows, new, output_scores=True, **BEAMS, **more)
+    first = result.beam_indices.reshape(len(rows), 3, -1)[..., 1:new]
+    assert (first != first[..., :1]).any(), "beams change places, or the test says nothing"
+    return result
+
+
+@pytest.mark.parametrize("flags", [
+    {"update_interval": 1},
+    {"update_interval": 1, "position_rolling": True, "slimming": "mask"},
+    {"update_interval": 3},
+    {"update_interval": 3, "score_norm": "mean", "score_decay": 0.5},
+    {"update_interval": 1, "score": "random"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("lengths", [(9, 9), (12, 4)], ids=["alike", "ragged"])
+def test_beams_score_their_own_tokens(llamas, flags, lengths):
+    """Keys, mass or positions that do not follow their beam: its score would be that of tokens it does not hold."""
+    flags = {"window_length": 6, **flags}
+    model, rows, new = with_flags(llamas, **flags), [prompt(length) for length in lengths], 12
+    result = beam_search(model, rows, new)
+    for b, tokens in enumerate(new_tokens(result, rows)):
+        oracle, block, score = new_oracle(llamas, **flags), rows[b // 3], 0.0
+        for token in tokens:
+            score += oracle.forward(block)[-1].log_softmax(-1)[token].item()
+            block = [token]
+        assert abs(score - result.sequences_scores[b].item()) < 1e-4, f"beam {b}"
+        assert oracle.evictions > 0
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_beams_with_a_wide_window_are_stocks(llamas, rolling):
+    """Beam search that goes its own way even where nothing is evicted."""
+    rows = [prompt(10), prompt(4)]
+    expected = beam_search(llamas.stock, rows, 10)
+    model = with_flags(llamas, window_length=64, update_interval=2, position_rolling=rolling)
+    result = beam_search(model, rows, 10)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert_close(result.sequences_scores, expected.sequences_scores, 1e-5)
+
+
+# A wide window is plain Llama
+
+
+def assert_is_stock(llamas, rows, new, **flags):
+    expected = generate(llamas.stock, rows, new)
+    model = with_flags(llamas, **flags)
+    cache = HHCache(model.h2o)
+    result = generate(model, rows, new, past_key_values=cache)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert_close(torch.stack(result.logits), torch.stack(expected.logits), 1e-5)
+    assert cache.evictions == [0] * len(rows) and cache.lengths == cache.seen
+
+
+@pytest.mark.parametrize("lengths", [(12,), (12, 3, 7)], ids=["one row", "left-padded"])
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wide_window_is_stock(llamas, backend, rolling, lengths):
+    """An approximation where none is asked for; the window is exactly as wide as it has to be."""
+    rows = [prompt(length) for length in lengths]
+    for interval in (1, 4):
+        assert_is_stock(
+            llamas, rows, 10, window_length=21, update_interval=interval, backend=backend, position_rolling=rolling
+        )
+
+
+def test_a_window_one_slot_too_narrow_is_not_stock(gqa):
+    """The guard of the test above: a window that is never applied would be stock as well."""
+    model = with_flags(gqa, window_length=20, update_interval=1)
+    assert generate(model, [prompt(12)], 10).past_key_values.evictions == [1]
+    assert generate(model, [prompt(12)], 9).past_key_values.evictions == [0]
+
+
+ROPES = {
+    "llama3": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+CONFIGS = {name: {"rope_parameters": rope} for name, rope in ROPES.items()} | {
+    "attention_bias": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 24, "num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_other_llamas(config):
+    """Rope scaling that is not read, a bias left out, or head_dim taken for hidden_size / heads."""
+    llamas = make_llamas(**config)
+    for module in llamas.stock.modules():  # biases are born 0, and 0 cannot be missed
+        if getattr(module, "bias", None) is not None:
+            torch.nn.init.normal_(module.bias)
+    llamas.h2o.load_state_dict(llamas.stock.state_dict())
+    rows = [prompt(25), prompt(9)]
+    for rolling, backend in itertools.product((False, True), BACKENDS):
+        assert_is_stock(llamas, rows, 6, window_length=64, backend=backend, position_rolling=rolling)
+        flags = {"window_length": 8, "update_interval": 2, "position_rolling": rolling}
+        conversation(
+            llamas, [new_cache(**flags, backend=backend)], flags, [prompt(11), *([t] for t in prompt(6)), prompt(4)]
+        )
+
+
+def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
+    """A prefill that slims before it attends; and hidden states, labels and logits_to_keep of a padded batch."""
+    rows = [prompt(20), prompt(7)]
+    inputs = left_pad(rows)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) < 2, -100)  # nothing predicts the first
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = llamas.stock(**inputs, position_ids=positions, labels=labels, output_hidden_states=True)
+        for given_positions in ({}, {"position_ids": positions}):
+            outputs = llamas.h2o(
+                **inputs, **given_positions, labels=labels, output_hidden_states=True,
+                past_key_values=new_cache(window_length=4, update_interval=1),
+            )
+            real = inputs["attention_mask"].bool()
+            assert outputs.logits.shape == expected.logits.shape
+            assert_close(outputs.logits[real], expected.logits[real], 1e-5)
+            assert_close(outputs.loss, expected.loss, 1e-5)
+            assert len(outputs.hidden_states) == len(expected.hidden_states)
+            for hidden, stock in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+                assert_close(hidden[real], stock[real], 1e-5)
+        for keep in (1, 3, torch.tensor([4, 19])):
+            logits = llamas.h2o(**inputs, logits_to_keep=keep).logits
+            columns = slice(-keep, None) if isinstance(keep, int) else keep
+            assert_close(logits[0], expected.logits[0, columns], 1e-5)
+            assert_close(logits[1, -1], expected.logits[1, -1], 1e-5)
+
+
+def test_a_model_without_a_cache_makes_its_own(gqa):
+    """A forward without past_key_values that hands back a cache of another kind or with other settings."""
+    model = with_flags(gqa, window_length=8, update_interval=2)
+    with torch.no_grad():
+        cache = model(torch.tensor([prompt(12)])).past_key_values
+        assert isinstance(cache, HHCache) and cache.h2o is model.h2o and cache.lengths == [8]
+        assert model(torch.tensor([[5]]), past_key_values=cache).past_key_values is cache
+    assert cache.seen == [13]
+
+
+def test_rolled_positions_stay_below_the_capacity(gqa):
+    """A stream that runs past the positions the model was trained on."""
+    model = with_flags(gqa, window_length=8, update_interval=3, position_rolling=True)
+    highest = []
+    hook = model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: highest.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    try:
+        generate(model, [prompt(10), prompt(2)], 40)
+    finally:
+        hook.remove()
+    assert highest[0] == 9 and max(highest[1:]) == model.h2o.capacity - 1 == 10
+
+
+def test_addresses_never_change(llamas):
+    """Slots that are allocated anew on the way: no captured graph would survive it."""
+    for slimming in ("H", "mask"):
+        model = with_flags(llamas, window_length=8, update_interval=3, slimming=slimming, score_norm="mean")
+        cache = HHCache(model.h2o)
+        forward(model, [prompt(12), prompt(5)], cache)
+        at = addresses(cache)
+        assert len(at) == len(set(at.values())) == 2 * 5  # keys, values, mass, count and positions of two layers
+        for token in range(1, 20):
+            forward(model, [[token], [token]], cache)
+            assert addresses(cache) == at
+        cache.evict_for_space(2)
+        forward(model, [prompt(2), prompt(9)], cache)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        assert addresses(cache) == at
+        for rows in ([prompt(20), prompt(1)], [prompt(3), prompt(4)]):
+            cache.reset()
+            generate(model, rows, 8, past_key_values=cache)
+            assert addresses(cache) == at
+
+
+# The model as a checkpoint and its flags
+
+
+def test_checkpoints_are_plain_llamas(gqa, tmp_path):
+    """A checkpoint that only this project can load, or that loses weights on the way in or out."""
+    flags = H2OConfig(window_length=8, update_interval=2)
+    expected = generate(gqa.stock, [prompt(9)], 6).sequences
+    gqa.h2o.save_pretrained(tmp_path / "ours")
+    gqa.stock.save_pretrained(tmp_path / "stock")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert saved["architectures"] == ["LlamaForCausalLM"] and saved["model_type"] == "llama"
+    assert not any("h2o" in key.lower() for key in saved)
+    for load in (LlamaForCausalLM, AutoModelForCausalLM):
+        back = load.from_pretrained(tmp_path / "ours")
+        assert type(back) is LlamaForCausalLM
+        assert torch.equal(generate(back, [prompt(9)], 6).sequences, expected)
+    for folder in ("ours", "stock"):
+        model, info = H2OLlamaForCausalLM.from_pretrained(tmp_path / folder, h2o=flags, output_loading_info=True)
+        assert model.h2o == flags and not any(info.values())
+        for name, tensor in gqa.stock.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+        cache = generate(model, [prompt(9)], 6).past_key_values
+        assert cache.h2o == flags and cache.lengths == [9]
+    assert H2OLlamaForCausalLM.from_pretrained(tmp_path / "stock").h2o == H2OConfig()
+
+
+def test_new_flags_take_effect_at_the_next_generate(llamas):
+    """Flags copied at construction; and a cache that is given keeps its own, whatever the model's have become."""
+    flags = {"window_length": 8, "update_interval": 4}
+    model = with_flags(llamas, **flags)
+    for changes in ({"update_interval": 1}, {"window_length": 5}, {"position_rolling": True}, {"num_heavy_hitters": 0}):
+        flags |= changes
+        given_cache = HHCache(model.h2o)
+        before = given_cache.h2o
+        model.h2o = dataclasses.replace(model.h2o, **changes)
+        oracle = new_oracle(llamas, **flags)
+        result = generate(model, [prompt(12)], 9)
+        assert new_tokens(result, [prompt(12)])[0] == oracle.generate(prompt(12), 9)
+        assert_row_is_oracles(result.past_key_values, 0, oracle)
+        generate(model, [prompt(12)], 9, past_key_values=given_cache)
+        assert given_cache.h2o == before != model.h2o and max(given_cache.lengths) <= before.capacity
+        old = new_oracle(llamas, **{**flags, **{name: getattr(before, name) for name in changes}})
+        old.generate(prompt(12), 9)
+        assert given_cache.evictions == [old.evictions] and given_cache.lengths == [old.length()]
+
+
+REFUSED = {
+    "no such slimming": ({"slimming": "h"}, "H, mask"),
+    "no such backend": ({"backend": "flash"}, "eager, sdpa"),
+    "no such score": ({"score": "attention"}, "mass, sink, random"),
+    "no such norm": ({"score_norm": "max"}, "sum, mean"),
+    "no such reduction": ({"group_reduce": "last"}, "sum, first"),
+    "window of one": ({"window_length": 1}, "at least 2"),
+    "a fraction of a window": ({"window_length": 0.2}, "whole number"),
+    "true is no number": ({"update_interval": True}, "whole number"),
+    "no interval": ({"update_interval": 0}, "at least 1"),
+    "no recent slot": ({"window_length": 8, "num_heavy_hitters": 8}, "window_length=8"),
+    "more than the window": ({"window_length": 8, "num_heavy_hitters": 9}, "window_length=8"),
+    "heavy -2": ({"num_heavy_hitters": -2}, "at least -1"),
+    "negative decay": ({"score_decay": -0.1}, "between 0 and 1"),
+    "growing decay": ({"score_decay": 1.1}, "between 0 and 1"),
+    "not a decay": ({"score_decay": float("nan")}, "between 0 and 1"),
+    "no queries": ({"score_queries": 0}, "at least 1"),
+}
+
+
+@pytest.mark.parametrize(("flags", "way_out"), REFUSED.values(), ids=REFUSED)
+def test_flags_that_cannot_work(flags, way_out):
+    """A typing error that runs for hours with a default; the message names the flag and the way out."""
+    with pytest.raises(ValueError, match=way_out) as raised:
+        H2OConfig(**flags)
+    assert list(flags)[-1] in str(raised.value)
+
+
+def test_flags_that_work_at_their_bounds():
+    """A check that is off by one; and flags that change under a running generation."""
+    config = H2OConfig(window_length=2, num_heavy_hitters=1, update_interval=1, score_decay=0.0, score_queries=1)
+    assert (config.heavy, config.recent, config.capacity) == (1, 1, 3)
+    assert H2OConfig(window_length=7).heavy == 3 and H2OConfig(num_heavy_hitters=0).recent == 256
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.window_length = 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_right_padding_is_refused(gqa, cached):
+    """Padding on the right, or inside, would be taken for tokens or cut tokens off."""
+    model = with_flags(gqa, window_length=8, update_interval=2)
+    for row in ([1, 1, 1, 0], [0, 1, 0, 1]):
+        cache, mask = new_cache(window_length=8), torch.tensor([[1, 1, 1, 1], row])
+        if cached:
+            forward(model, [prompt(9), prompt(4)], cache)
+        clock, lengths = cache.clock, cache.lengths
+        with pytest.raises(ValueError, match="left"):
+            model(torch.tensor([prompt(4), prompt(4)]), attention_mask=mask, past_key_values=cache)
+        assert (cache.clock, cache.lengths) == (clock, lengths)
+        forward(model, [prompt(4), prompt(4)], cache)  # the refusal did no harm
+    with pytest.raises(ValueError, match="left"):
+        model.generate(torch.tensor([prompt(4)]), attention_mask=torch.tensor([[1, 1, 1, 0]]), max_new_tokens=2)
+
+
+def test_generate_refuses_to_go_without_its_cache(gqa):
+    """use_cache=False or another cache_implementation that runs as stock Llama and reports H2O's results."""
+    model = with_flags(gqa, window_length=8)
+    for settings_ in ({"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"}):
+        with pytest.raises(ValueError, match="HHCache"):
+            generate(model, [prompt(5)], 2, **settings_)
+    assert generate(model, [prompt(5)], 2, past_key_values=DynamicCache()).past_key_values.get_seq_length() == 6
+
+
+def test_the_last_token_is_not_cached(gqa):
+    """`seen` counts what the cache has been fed: the prompt and all new tokens but the last."""
+    model = with_flags(gqa, window_length=8, update_interval=2)
+    result = generate(model, [prompt(9), prompt(4)], 5)
+    assert result.past_key_values.seen == [13, 8] and result.past_key_values.get_seq_length() == 13
+    assert result.sequences.shape == (2, 14) and result.sequences.max() < VOCAB
+    assert all(tensor.shape[0] == 2 for tensor in slot_tensors(result.past_key_values).values())
