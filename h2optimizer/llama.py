@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, rotate_half
+from transformers.utils import can_return_tuple
 
 from h2optimizer.attention import ATTENTION_BACKENDS
 from utils.cache import HHCache
@@ -153,6 +154,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             layer.self_attn = H2OLlamaAttention(config, layer_idx)  # H2O: same weights and names
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -170,7 +172,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may pad on the left; reading it
         waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does.
 
-        Raises: ValueError for a mask with zeros to the right of a token.
+        Raises: ValueError for a mask with zeros to the right of a token, or that hides tokens which the cache holds.
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache:
@@ -182,8 +184,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, columns = inputs.shape[:2]
-        new = None if attention_mask is None else _tokens_per_row(attention_mask, columns)
-        seen = cache.seen or [0]
+        new = None if attention_mask is None else _tokens_per_row(attention_mask, columns, cache)
         step = cache.begin(batch_size, columns, new)
 
         # H2O: padding is dropped on entry. Tokens move to the left, where causal attention needs no mask, and back.
@@ -197,8 +198,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         if cache.h2o.position_rolling:  # H2O: positions are slot indices
             position_ids = torch.arange(step.width, device=inputs.device)[None]
         elif position_ids is None:
-            first = torch.tensor(seen, device=inputs.device)[:, None] if len(set(seen)) > 1 else seen[0]
-            position_ids = first + torch.arange(columns, device=inputs.device)[None]
+            position_ids = step.positions(inputs.device)
 
         outputs = self.model(
             input_ids=inputs if inputs_embeds is None else None,
@@ -274,13 +274,18 @@ def _take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index)
 
 
-def _tokens_per_row(attention_mask: torch.Tensor, columns: int) -> list[int]:
-    """Real tokens in the last `columns` columns of a left-padded mask [B, at least columns]."""
+def _tokens_per_row(attention_mask: torch.Tensor, columns: int, cache: HHCache) -> list[int]:
+    """Real tokens in the last `columns` columns of a left-padded mask; those before must be as the cache saw them."""
     if attention_mask.ndim != 2:
         raise ValueError("H2OLlamaForCausalLM takes a 2-D attention_mask [batch, tokens], 0 for left padding")
-    mask = attention_mask[:, -columns:].bool()
+    past, mask = attention_mask[:, :-columns].bool(), attention_mask[:, -columns:].bool()
     left_padded = (mask[:, 1:] >= mask[:, :-1]).all(dim=1)
-    new, ordered = torch.stack([mask.sum(dim=1), left_padded]).tolist()
+    seen, new, ordered = torch.stack([past.sum(dim=1), mask.sum(dim=1), left_padded]).tolist()
     if not all(ordered):
         raise ValueError("attention_mask: pad on the left (tokenizer.padding_side='left'), a token precedes padding")
+    if past.shape[1] and seen != cache.seen:
+        raise ValueError(
+            f"attention_mask: rows have {seen} tokens before this input, the cache has seen {cache.seen or 0}; tokens "
+            "cannot be hidden afterwards: give the mask of the new columns only, or reset() the cache"
+        )
     return new

@@ -122,7 +122,9 @@ class PlainRow:
                     if h2o.score == "mass" and h2o.score_norm == "mean":
                         return float(np.float32(mass) / np.float32(count)) if count else 0.0
                     return {
-                        "mass": mass, "sink": -j, "random": oracle.pseudo_random(position, layer, head, h2o.score_seed)
+                        "mass": mass,
+                        "sink": -j,
+                        "random": oracle.pseudo_random(position, layer, head, h2o.score_seed),
                     }[h2o.score]
 
                 best = sorted(range(older), key=lambda j: (-score(j), j))
@@ -306,7 +308,10 @@ def test_reset_and_reuse_is_a_fresh_cache_in_the_same_place(gqa, flags):
     assert torch.equal(torch.stack(results[0].logits), torch.stack(results[1].logits))
     assert addresses(used) == at
     assert (used.lengths, used.seen, used.evictions, used.clock) == (
-        fresh.lengths, fresh.seen, fresh.evictions, fresh.clock,
+        fresh.lengths,
+        fresh.seen,
+        fresh.evictions,
+        fresh.clock,
     )
     for where, tensor in slot_tensors(fresh).items():
         assert torch.equal(slot_tensors(used)[where], tensor), f"{where} after reset"

@@ -112,19 +112,21 @@ def test_prompts_around_the_window(llamas, length):
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
-    st.fixed_dictionaries({
-        "window_length": st.just(6),
-        "num_heavy_hitters": st.integers(-1, 5),
-        "update_interval": st.integers(1, 5),
-        "score_every_step": st.booleans(),
-        "score_decay": st.sampled_from([1.0, 0.7, 0.0]),
-        "score_norm": st.sampled_from(["sum", "mean"]),
-        "score_queries": st.sampled_from([None, 1, 4]),
-        "group_reduce": st.sampled_from(["sum", "first"]),
-        "position_rolling": st.booleans(),
-        "slimming": st.sampled_from(["H", "mask"]),
-        "backend": st.sampled_from(BACKENDS),
-    }),
+    st.fixed_dictionaries(
+        {
+            "window_length": st.just(6),
+            "num_heavy_hitters": st.integers(-1, 5),
+            "update_interval": st.integers(1, 5),
+            "score_every_step": st.booleans(),
+            "score_decay": st.sampled_from([1.0, 0.7, 0.0]),
+            "score_norm": st.sampled_from(["sum", "mean"]),
+            "score_queries": st.sampled_from([None, 1, 4]),
+            "group_reduce": st.sampled_from(["sum", "first"]),
+            "position_rolling": st.booleans(),
+            "slimming": st.sampled_from(["H", "mask"]),
+            "backend": st.sampled_from(BACKENDS),
+        }
+    ),
     st.lists(st.integers(1, 9), min_size=3, max_size=3),
     st.lists(st.integers(0, 5), min_size=3, max_size=3),
 )
@@ -268,7 +270,11 @@ def test_a_second_turn_on_the_same_cache(llamas, interval, rolling, lengths):
     blocks = rows
     for turn in range(3):
         result = model.generate(
-            **inputs, max_new_tokens=6, do_sample=False, past_key_values=cache, output_logits=True,
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            past_key_values=cache,
+            output_logits=True,
             return_dict_in_generate=True,
         )
         tokens = [assert_follows_oracle(result, b, oracles[b], blocks[b]) for b in range(3)]
@@ -284,6 +290,28 @@ def test_a_second_turn_on_the_same_cache(llamas, interval, rolling, lengths):
             ),
         }
     assert min(cache.evictions) >= 4
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_tokens_cannot_be_masked_after_the_fact(gqa, window):
+    """The next turn of a batch in which a row had stopped early, with a mask that hides the padding that generate fed
+    to that row: the cache holds it as tokens, so the row would silently differ from stock Llama's."""
+    model, rows = with_flags(gqa, window_length=window, update_interval=2), [prompt(12), prompt(6)]
+    alone = [new_tokens(generate(model, [row], 8), [row])[0] for row in rows]
+    eos = next(token for token in alone[0][:4] if token not in alone[1])
+    cache = HHCache(model.h2o)
+    result = generate(model, rows, 8, eos_token_id=eos, past_key_values=cache)
+    mask = torch.cat([left_pad(rows)["attention_mask"], torch.ones(2, 8 + 3, dtype=torch.long)], dim=1)
+    mask[0, len(rows[0]) + alone[0].index(eos) + 1 : 20] = 0
+    ids = torch.cat([result.sequences, torch.tensor([prompt(3), prompt(3, 1)])], dim=1)
+    clock, lengths = cache.clock, cache.lengths
+    with pytest.raises(ValueError, match="hidden"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+    assert (cache.clock, cache.lengths) == (clock, lengths)
+    model.generate(
+        ids, attention_mask=mask.index_fill(1, torch.arange(12, 20), 1), past_key_values=cache, max_new_tokens=3
+    )
+    assert cache.seen == [12 + 7 + 4 + 2, 6 + 7 + 4 + 2]
 
 
 def test_later_forwards_take_a_mask_of_all_or_of_the_new_columns(llamas):
@@ -322,6 +350,10 @@ def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):
             oracle.clock = index + 1
         assert_follows_oracle(result, b, oracle, chunks[-1])
         assert_row_is_oracles(cache, b, oracle)
+    expected = generate(llamas.stock, rows, 4).sequences
+    model = with_flags(llamas, window_length=64, update_interval=3)
+    for size in (1, 5, 16):  # the mask must be read even for chunks of one column, as no decode step's is
+        assert torch.equal(generate(model, rows, 4, prefill_chunk_size=size).sequences, expected)
 
 
 def test_embeddings_in_place_of_tokens(gqa):
@@ -330,7 +362,9 @@ def test_embeddings_in_place_of_tokens(gqa):
     expected = generate(model, rows, 8)
     inputs = left_pad(rows)
     result = model.generate(
-        inputs_embeds=model.model.embed_tokens(inputs.pop("input_ids")).detach(), **inputs, max_new_tokens=8,
+        inputs_embeds=model.model.embed_tokens(inputs.pop("input_ids")).detach(),
+        **inputs,
+        max_new_tokens=8,
         do_sample=False,
     )
     assert result.tolist() == new_tokens(expected, rows)
@@ -469,7 +503,10 @@ def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
         expected = llamas.stock(**inputs, position_ids=positions, labels=labels, output_hidden_states=True)
         for given_positions in ({}, {"position_ids": positions}):
             outputs = llamas.h2o(
-                **inputs, **given_positions, labels=labels, output_hidden_states=True,
+                **inputs,
+                **given_positions,
+                labels=labels,
+                output_hidden_states=True,
                 past_key_values=new_cache(window_length=4, update_interval=1),
             )
             real = inputs["attention_mask"].bool()
@@ -484,6 +521,15 @@ def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
             columns = slice(-keep, None) if isinstance(keep, int) else keep
             assert_close(logits[0], expected.logits[0, columns], 1e-5)
             assert_close(logits[1, -1], expected.logits[1, -1], 1e-5)
+
+
+def test_outputs_as_a_tuple(gqa):
+    """return_dict=False, which stock Llama takes."""
+    model, ids = with_flags(gqa, window_length=8), torch.tensor([prompt(9)])
+    with torch.no_grad():
+        outputs, expected = model(ids, return_dict=False), gqa.stock(ids, return_dict=False)
+    assert isinstance(outputs, tuple) and len(outputs) == len(expected)
+    assert_close(outputs[0], expected[0], 1e-5)
 
 
 def test_a_model_without_a_cache_makes_its_own(gqa):

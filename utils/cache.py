@@ -40,6 +40,16 @@ class Step:
             return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - 1)
         return self._once(device, "start", lambda: torch.tensor(self.start, device=device))
 
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Original positions of the query columns: int64 [1 or B, columns]."""
+        seen = [seen - new for seen, new in zip(self.rows.seen, self.new, strict=True)]
+        column = torch.arange(self.columns, device=device)
+        if min(seen) == max(seen):
+            return (column + seen[0])[None]
+        if self.decode:
+            return self.rows.mirror(device)[1].long()[:, None] - 1
+        return torch.tensor(seen, device=device)[:, None] + column
+
     def scored_columns(self, device: torch.device) -> torch.Tensor:
         """The query columns of each row that add mass: bool [B, columns]."""
 
