@@ -322,13 +322,12 @@ class Summarizer:
         tqdm.write(f"out of memory with {len(batch)} requests: going on with {self.batch_limit}", file=sys.stderr)
         yield from self.run(batch)
 
-    def _new_cache(self, rows: int):
+    def _empty_cache(self):
         if not isinstance(self.model, H2OLlamaForCausalLM):
             return DynamicCache(config=self.model.config)
-        if self._cache is None or len(self._cache.lengths) not in (0, rows):
-            self._cache = None  # let go of its slots before new ones are made
+        if self._cache is None:
             self._cache = HHCache(self.model.h2o)
-        self._cache.reset()
+        self._cache.reset()  # its slots are used again, or made anew where the number of rows changes
         return self._cache
 
     @torch.inference_mode()
@@ -337,7 +336,7 @@ class Summarizer:
         requests = [prompt.request for prompt in batch for _ in range(choices)]
         encoded = self.tokenizer.pad({"input_ids": [prompt.tokens for prompt in batch]}, return_tensors="pt")
         encoded = {name: tensor.to(self.model.device) for name, tensor in encoded.items()}
-        cache, logprobs = self._new_cache(len(requests)), TokenLogprobs()
+        cache, logprobs = self._empty_cache(), TokenLogprobs()
         padding = [encoded["input_ids"].shape[1] - len(prompt.tokens) for prompt in batch for _ in range(choices)]
         watch = RowWatch(requests, padding, self.eos, cache, logprobs, self.tokenizer)
         torch.manual_seed(self.args.seed + batch[0].request.index)

@@ -43,20 +43,31 @@ class H2OConfig:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        at_least = {"window_length": 2, "num_heavy_hitters": -1, "update_interval": 1, "score_queries": 1}
+        for name in ("score_every_step", "position_rolling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        at_least = {
+            "window_length": 2,
+            "num_heavy_hitters": -1,
+            "update_interval": 1,
+            "score_queries": 1,
+            "score_seed": 0,
+        }
         for name, least in at_least.items():
             number = getattr(self, name)
             if name == "score_queries" and number is None:
                 continue
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            if type(number) is not int or number < least:
                 raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
+        if self.score_seed >= 2**32:
+            raise ValueError(f"score_seed={self.score_seed}: must be below 2**32")
         if self.num_heavy_hitters >= self.window_length:
             raise ValueError(
                 f"num_heavy_hitters={self.num_heavy_hitters}: must be less than window_length={self.window_length}, "
                 "the newest slot is always kept"
             )
-        if not 0.0 <= self.score_decay <= 1.0:
-            raise ValueError(f"score_decay={self.score_decay!r}: must lie between 0 and 1")
+        if type(self.score_decay) not in (int, float) or not 0.0 <= self.score_decay <= 1.0:
+            raise ValueError(f"score_decay={self.score_decay!r}: must be a number between 0 and 1")
 
     @property
     def heavy(self) -> int:

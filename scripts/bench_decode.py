@@ -108,7 +108,9 @@ def measure(systems: dict, prompt: torch.Tensor, new_tokens: int, repeats: int) 
             before = torch.cuda.memory_allocated()
             generate(model, make_cache, 1)
             results[name]["extra_peak_GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-        cache = make_cache() or DynamicCache(config=model.config)
+        cache = make_cache()
+        if cache is None:
+            cache = DynamicCache(config=model.config)
         model(prompt, past_key_values=cache, logits_to_keep=1)
         results[name] |= count_launches(model, cache, prompt[:, :1])
     for _ in range(repeats):

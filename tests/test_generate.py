@@ -639,7 +639,11 @@ REFUSED = {
     "negative decay": ({"score_decay": -0.1}, "between 0 and 1"),
     "growing decay": ({"score_decay": 1.1}, "between 0 and 1"),
     "not a decay": ({"score_decay": float("nan")}, "between 0 and 1"),
+    "a decay in quotes": ({"score_decay": "0.5"}, "between 0 and 1"),
+    "a switch in quotes": ({"score_every_step": "no"}, "True or False"),
     "no queries": ({"score_queries": 0}, "at least 1"),
+    "a fraction of a seed": ({"score_seed": 1.5}, "whole number"),
+    "a seed of 40 bits": ({"score_seed": 2**40}, "below 2**32"),
 }
 
 

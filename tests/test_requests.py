@@ -1,0 +1,445 @@
+"""utils/requests.py and utils/rouge.py: what a line may hold, result files that survive, and ROUGE by hand."""
+
+import json
+import os
+import resource
+
+import pytest
+
+from utils.requests import InputError, Request, ResultsFile, fingerprint, read_requests
+from utils.rouge import Rouge, mean_with_interval
+
+LINE = '{"article": "a b", "summary_gt": "c"}\n'
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(content, ...) writes the bytes to a file and reads its requests."""
+
+    def read(content: bytes | str, *args, **kwargs):
+        path = tmp_path / "requests.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_requests(path, *args, **kwargs)
+
+    return read
+
+
+def line_with(**fields) -> str:
+    return json.dumps({"article": "a b", "summary_gt": "c"} | fields) + "\n"
+
+
+def refused(reading, *expected: str):
+    """The call raises an InputError of one line that holds the expected words."""
+    with pytest.raises(InputError) as caught:
+        reading()
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in expected:
+        assert words in message, message
+
+
+# Requests
+
+
+def test_defaults_decode_greedily():
+    """A line with only its two texts gets 64 tokens, greedy; other defaults would sample ROUGE figures."""
+    request = Request.from_line(LINE, 3)
+    assert (request.index, request.article, request.summary_gt) == (3, "a b", "c")
+    assert (request.max_tokens, request.temperature, request.top_p, request.n) == (64, 0.0, 1.0, 1)
+    assert request.stop == ()
+
+
+def test_fields_are_read_as_given():
+    """A field that is dropped or renamed on the way; null stands for "not given" in the H2O project's files."""
+    given = {"max_tokens": 7, "temperature": 0.3, "top_p": 0.9, "n": 2, "stop": ["###", "\n\n"], "logprobs": None}
+    request = Request.from_line(line_with(**given), 0)
+    assert (request.max_tokens, request.temperature, request.top_p, request.n) == (7, 0.3, 0.9, 2)
+    assert request.stop == ("###", "\n\n")
+    assert request.fields == {"article": "a b", "summary_gt": "c"} | given
+    unset = Request.from_line(line_with(max_tokens=None, temperature=None, top_p=None, n=None, stop=None), 0)
+    assert (unset.max_tokens, unset.temperature, unset.top_p, unset.n, unset.stop) == (64, 0.0, 1.0, 1, ())
+
+
+def test_one_stop_string_stands_for_a_list():
+    """tuple("###") would make three stop strings of one character."""
+    assert Request.from_line(line_with(stop="###"), 0).stop == ("###",)
+    assert Request.from_line(line_with(stop=[]), 0).stop == ()
+
+
+BAD_LINES = {
+    "{": "not JSON",
+    "article: a": "not JSON",
+    "[" * 100_000: "not JSON",
+    '["a", "b"]': "not a JSON object",
+    '"article"': "not a JSON object",
+    "null": "not a JSON object",
+    '{"summary_gt": "c"}': "no text in 'article'",
+    '{"article": "a"}': "no text in 'summary_gt'",
+    '{"article": " \\n", "summary_gt": "c"}': "no text in 'article'",
+    '{"article": "a", "summary_gt": ""}': "no text in 'summary_gt'",
+    '{"article": ["a"], "summary_gt": "c"}': "no text in 'article'",
+    '{"article": null, "summary_gt": "c"}': "no text in 'article'",
+    '{"article": "\\ud83d", "summary_gt": "c"}': "not valid UTF-8",
+    line_with(max_tokens=0): "max_tokens=0",
+    line_with(max_tokens=-1): "max_tokens=-1",
+    line_with(max_tokens=8.0): "max_tokens=8.0",
+    line_with(max_tokens="8"): "max_tokens='8'",
+    line_with(max_tokens=True): "max_tokens=True",
+    line_with(temperature="0.3"): "temperature='0.3'",
+    line_with(temperature=-0.1): "temperature=-0.1",
+    line_with(temperature=float("nan")): "temperature=nan",
+    line_with(temperature=float("inf")): "temperature=inf",
+    line_with(temperature=1e9): "temperature=1000000000.0",
+    line_with(temperature=1e-40): "temperature=1e-40",
+    line_with(temperature=10**400): "temperature=1000",
+    line_with(top_p=0): "top_p=0",
+    line_with(top_p=1.01): "top_p=1.01",
+    line_with(top_p=[1]): "top_p=[1]",
+    line_with(n=0): "n=0",
+    line_with(n=1.5): "n=1.5",
+    line_with(stop=""): "stop=''",
+    line_with(stop=["#", ""]): "stop=['#', '']",
+    line_with(stop=[1]): "stop=[1]",
+    line_with(stop={"a": 1}): "stop={'a': 1}",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:50])
+def test_bad_line_is_named(read, line):
+    """A bad line in the middle of a file must end in its number and the fault, not in a traceback from generate."""
+    content = LINE + "\n" + line.strip() + "\n" + LINE
+    refused(lambda: read(content), "line 3:", BAD_LINES[line], "--skip_bad_requests")
+    requests, skipped = read(content, skip_bad=True)
+    assert ([request.index for request in requests], skipped) == ([0, 1], 1)
+
+
+def test_line_that_is_not_utf8_is_named(read):
+    """UnicodeDecodeError would be a traceback, and errors="replace" a summary of other text."""
+    refused(lambda: read(LINE.encode() + b'{"article": "caf\xe9", "summary_gt": "c"}\n'), "line 2", "UTF-8")
+    refused(lambda: read(LINE.encode("utf-16")), "line 1", "UTF-8")
+
+
+def test_long_value_is_cut_in_the_message(read):
+    """A list of ten thousand stop strings must not fill the terminal."""
+    with pytest.raises(InputError) as caught:
+        read(line_with(stop=[1] * 10_000))
+    assert len(str(caught.value)) < 400
+
+
+def test_byte_order_mark_and_windows_line_ends(read):
+    """Files saved on Windows begin with a byte order mark, which json.loads refuses, and end lines with CR LF."""
+    windows = b"\xef\xbb\xbf" + (LINE * 2).replace("\n", "\r\n").encode()
+    requests, skipped = read(windows)
+    assert [request.fields for request in requests] == [json.loads(LINE)] * 2 and not skipped
+
+
+def test_last_line_without_newline_counts(read):
+    """Editors leave the last newline out; the last request must not be lost."""
+    assert len(read(LINE + LINE.strip())[0]) == 2
+
+
+def test_line_separators_inside_text_do_not_split_a_line(read):
+    """str.splitlines splits at U+2028, which JSON allows inside a string."""
+    (request,), _ = read('{"article": "a\u2028b \u00fc \U0001f642", "summary_gt": "c"}\n')
+    assert request.article == "a\u2028b ü 🙂"
+
+
+def test_limit_counts_requests_not_lines(read):
+    """--sample_num 2 over a blank and a bad line means two requests, and what comes after is not even read."""
+    content = "\n" + LINE + "bad\n" + LINE + "never read\n"
+    requests, skipped = read(content, skip_bad=True, limit=2)
+    assert (len(requests), skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "bad\nworse\n"])
+def test_no_requests_is_an_error(read, content):
+    """Means over no requests are NaN; with --skip_bad_requests a file of bad lines comes to the same."""
+    refused(lambda: read(content, skip_bad=True), "holds no requests")
+
+
+def test_bad_lines_only_are_counted_in_the_error(read):
+    """The user must see that the file was not empty."""
+    refused(lambda: read("bad\nworse\n", skip_bad=True), "2 bad lines")
+
+
+def test_unreadable_input(tmp_path):
+    """A missing file and a folder are the user's slip, not a traceback."""
+    refused(lambda: read_requests(tmp_path / "none.jsonl"), "--input-path", "No such file")
+    refused(lambda: read_requests(tmp_path), "--input-path", "directory")
+
+
+def test_fingerprint_sees_every_change(read):
+    """A file that changed under a resumed run: another text, setting, order or number of requests."""
+    one, other = line_with(article="x"), line_with(article="y")
+    files = [one + other, other + one, one, one + one + other, one + line_with(article="y", max_tokens=5)]
+    assert len({fingerprint(read(content)[0]) for content in files}) == len(files)
+    assert fingerprint(read(one)[0]) == fingerprint(read("\n" + one.replace(", ", ",   "))[0]), "only the form differs"
+
+
+# Result files
+
+SETTINGS = {"--seed": 1, "--num_window_length": 64}
+
+
+def result(index: int) -> dict:
+    return {"index": index, "text": f"summary {index} ü"}
+
+
+def results_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def interrupted(path, *indices):
+    """A results file that a run left behind when it was killed."""
+    output = ResultsFile(path, SETTINGS)
+    output.start()
+    for index in indices:
+        output.append(result(index))
+    output._file.close()
+
+
+def test_a_result_is_on_disk_before_the_next_begins(tmp_path):
+    """Results that stay in a buffer die with the process."""
+    output = ResultsFile(tmp_path / "o.jsonl", SETTINGS)
+    output.start()
+    for n in range(3):
+        output.append(result(n))
+        assert results_of(output.path) == [result(i) for i in range(n + 1)]
+
+
+def test_finish_puts_results_in_order_with_their_metrics(tmp_path):
+    """Batches end in order of length; the file must end in the order of the requests."""
+    output = ResultsFile(tmp_path / "new" / "folder" / "o.jsonl", SETTINGS)
+    output.start()
+    for index in (2, 0, 1):
+        output.append(result(index))
+    output.finish({"requests": 3})
+    assert results_of(output.path) == [result(0), result(1), result(2)]
+    assert json.loads((output.path.parent / "o.metrics.json").read_text()) == {"settings": SETTINGS, "requests": 3}
+    assert sorted(path.name for path in output.path.parent.iterdir()) == ["o.jsonl", "o.metrics.json"], "litter"
+
+
+@pytest.mark.parametrize("cut", [1, 10, 23])
+def test_line_cut_short_is_dropped(tmp_path, cut):
+    """A process killed while it writes leaves half a line, which must neither be read nor joined to the next one."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 4, 2)
+    line = json.dumps(result(3), ensure_ascii=False).encode() + b"\n"
+    with path.open("ab") as file:
+        file.write(line[:cut])
+    output = ResultsFile(path, SETTINGS)
+    assert list(output.results) == [4, 2]
+    output.start()
+    output.append(result(3))
+    assert results_of(path) == [result(4), result(2), result(3)]
+
+
+def test_character_cut_in_half_is_dropped(tmp_path):
+    """A cut inside a UTF-8 sequence raises UnicodeDecodeError where lines are read as text."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 0, 1)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: raw.rindex("ü".encode()) + 1])
+    assert list(ResultsFile(path, SETTINGS).results) == [0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"--num_window_length": 32}, {"--seed": 2}, {"--new_flag": 1}], ids=lambda change: next(iter(change))
+)
+def test_other_settings_are_refused_by_flag(tmp_path, change):
+    """Results of two settings in one file would be one meaningless ROUGE; what is there stays as it is."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 0)
+    before = path.read_bytes(), (tmp_path / "o.metrics.json").read_bytes()
+    refused(lambda: ResultsFile(path, SETTINGS | change), next(iter(change)), "--overwrite")
+    assert (path.read_bytes(), (tmp_path / "o.metrics.json").read_bytes()) == before
+
+
+def test_setting_that_is_gone_is_refused(tmp_path):
+    """A flag of the earlier run that the new one has not differs as well."""
+    interrupted(tmp_path / "o.jsonl", 0)
+    refused(lambda: ResultsFile(tmp_path / "o.jsonl", {"--seed": 1}), "--num_window_length", "64", "None")
+
+
+@pytest.mark.parametrize("metrics", [None, "{", "[]", "{}", '{"settings": [1]}', b"\xff\xfe"])
+def test_results_without_usable_settings_are_refused(tmp_path, metrics):
+    """Whatever stands at --output-path may be precious: without settings it is not ours to go on with."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 0)
+    (tmp_path / "o.metrics.json").unlink()
+    if metrics is not None:
+        (tmp_path / "o.metrics.json").write_bytes(metrics if isinstance(metrics, bytes) else metrics.encode())
+    before = path.read_bytes()
+    refused(lambda: ResultsFile(path, SETTINGS), "o.metrics.json", "--overwrite")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"text": "no index"}'])
+def test_foreign_line_is_refused(tmp_path, line):
+    """A whole line that is no result is no crash of ours: dropping it could lose what the user put there."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 0)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    before = path.read_bytes()
+    refused(lambda: ResultsFile(path, SETTINGS), "line 2", "--overwrite")
+    assert path.read_bytes() == before
+
+
+def test_overwrite_waits_until_the_run_starts(tmp_path):
+    """--overwrite with a misspelt model name must not cost the results that are there."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 0, 1)
+    output = ResultsFile(path, {"--seed": 9}, overwrite=True)
+    assert output.results == {} and results_of(path) == [result(0), result(1)]
+    output.start()
+    assert path.read_bytes() == b""
+    output.append(result(5))
+    assert results_of(path) == [result(5)]
+
+
+def test_second_run_on_the_same_file_is_refused(tmp_path):
+    """Two runs that append to one file would mix lines; --overwrite must not empty it under the other."""
+    path = tmp_path / "o.jsonl"
+    first = ResultsFile(path, SETTINGS)
+    first.start()
+    first.append(result(0))
+    for overwrite in (False, True):
+        refused(lambda overwrite=overwrite: ResultsFile(path, SETTINGS, overwrite), "another run")
+    assert results_of(path) == [result(0)]
+    first.finish({})
+    assert list(ResultsFile(path, SETTINGS).results) == [0], "free again once it ended"
+
+
+def test_paths_that_cannot_be_written(tmp_path):
+    """Each is one line before the model loads, and a device is not replaced by a file."""
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "o.metrics.json").mkdir()
+    for path in ("file/o.jsonl", "file/deeper/o.jsonl", ".", "/", "pipe", "/proc/o.jsonl", "x" * 300):
+        refused(lambda path=path: ResultsFile(tmp_path / path, SETTINGS), "--output-path")
+    refused(lambda: ResultsFile(tmp_path / "o.jsonl", SETTINGS), "o.metrics.json")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("output", ["in.jsonl", "hardlink.jsonl", "symlink.jsonl", "./folder/../in.jsonl"])
+def test_input_is_never_the_output(tmp_path, output, overwrite):
+    """A user in a hurry completes the same name twice; the requests must survive, --overwrite or not."""
+    source = tmp_path / "in.jsonl"
+    source.write_text(LINE)
+    (tmp_path / "folder").mkdir()
+    os.link(source, tmp_path / "hardlink.jsonl")
+    (tmp_path / "symlink.jsonl").symlink_to(source)
+    refused(lambda: ResultsFile(tmp_path / output, SETTINGS, overwrite, source), "--input-path")
+    assert source.read_text() == LINE
+
+
+def test_input_is_never_the_metrics(tmp_path):
+    """The metrics file is written without being asked for by name."""
+    source = tmp_path / "o.metrics.json"
+    source.write_text(LINE)
+    refused(lambda: ResultsFile(tmp_path / "o.jsonl", SETTINGS, True, source), "--input-path")
+    assert source.read_text() == LINE
+
+
+def test_metrics_of_names_with_dots_do_not_collide(tmp_path):
+    """with_suffix cuts decay0.9 and decay0.95 to the same decay0.metrics.json."""
+    for name in ("decay0.9", "decay0.95", "a.b.jsonl", "a.jsonl"):
+        ResultsFile(tmp_path / name, {"--name": name}).start()
+    for metrics, name in [
+        ("decay0.9.metrics.json", "decay0.9"),
+        ("decay0.95.metrics.json", "decay0.95"),
+        ("a.b.metrics.json", "a.b.jsonl"),
+        ("a.metrics.json", "a.jsonl"),
+    ]:
+        assert json.loads((tmp_path / metrics).read_text())["settings"] == {"--name": name}
+
+
+def test_link_to_results_stays_a_link(tmp_path):
+    """os.replace on a link leaves the unordered results where the link led, and a file in its place."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "o.jsonl").symlink_to(tmp_path / "scratch" / "real.jsonl")
+    output = ResultsFile(tmp_path / "o.jsonl", SETTINGS)
+    output.start()
+    for index in (1, 0):
+        output.append(result(index))
+    output.finish({})
+    assert (tmp_path / "o.jsonl").is_symlink()
+    assert results_of(tmp_path / "scratch" / "real.jsonl") == [result(0), result(1)]
+
+
+def test_disk_that_fills_up_keeps_what_is_there(tmp_path):
+    """OSError from a write is one line, and the next run goes on after the last whole result."""
+    path = tmp_path / "o.jsonl"
+    output = ResultsFile(path, SETTINGS)
+    output.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a full disk, for this process
+    try:
+        with pytest.raises(InputError, match=r"--output-path .*cannot be written .*are kept"):
+            for index in range(100):
+                output.append(result(index) | {"filling": "x" * 70})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    whole = path.read_bytes().count(b"\n")
+    assert 5 < whole == len(output.results) < 15
+    del output
+    assert len(ResultsFile(path, SETTINGS).results) in (whole, whole + 1)  # closing may have written the rest
+
+
+def test_failing_finish_keeps_results_and_leaves_no_scratch(tmp_path, monkeypatch):
+    """A disk that is full at the very end, where a second copy is written to bring results into order."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 1, 0)
+    output = ResultsFile(path, SETTINGS)
+
+    def replace(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    refused(lambda: output.finish({}), "--output-path", "No space left", "are kept")
+    monkeypatch.undo()
+    assert results_of(path) == [result(1), result(0)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "o.metrics.json"], "litter"
+
+
+# ROUGE
+
+
+@pytest.mark.parametrize(
+    ("reference", "summary", "expected"),
+    [
+        # 5 of 6 and of 5 words; 3 of 5 and of 4 pairs; the longest common subsequence has all 5
+        ("the cat sat on the mat", "the cat on the mat", (10 / 11, 2 * 0.75 * 0.6 / 1.35, 10 / 11)),
+        # the same words; 2 of 3 pairs; "the gunman" or "police killed" in order
+        ("police killed the gunman", "the gunman police killed", (1.0, 2 / 3, 0.5)),
+        # stems, case and punctuation: run, walk, fast against run, walk
+        ("Running, walking fast!", "runs walked", (0.8, 2 / 3, 0.8)),
+        ("alpha beta", "gamma delta", (0.0, 0.0, 0.0)),
+        ("alpha beta", "", (0.0, 0.0, 0.0)),
+        ("alpha", "alpha", (1.0, 0.0, 1.0)),  # one word has no pairs
+        # a repeated word counts as often as the reference has it: precision 1/4, recall 1/2
+        ("alpha beta", "alpha alpha alpha alpha", (1 / 3, 0.0, 1 / 3)),
+    ],
+)
+def test_rouge_by_hand(reference, summary, expected):
+    """Precision or recall for F, no stemming, or a swapped name of ROUGE type."""
+    scores = Rouge().score(reference, summary)
+    assert list(scores) == ["rouge1", "rouge2", "rougeL"]
+    assert tuple(scores.values()) == pytest.approx(expected)
+
+
+def test_interval_of_the_mean():
+    """A percentile bootstrap over requests: 1.96 standard errors to each side for a fair coin of 400 tosses."""
+    stats = mean_with_interval([0.0, 1.0] * 200)
+    half_width = 1.96 * 0.5 / 20
+    assert stats["mean"] == 0.5
+    assert stats["low"] == pytest.approx(0.5 - half_width, abs=0.004)
+    assert stats["high"] == pytest.approx(0.5 + half_width, abs=0.004)
+    assert stats == mean_with_interval([0.0, 1.0] * 200), "figures in a paper must not move between runs"
+
+
+def test_interval_of_one_request():
+    """A division by n - 1 would be NaN for a single request."""
+    assert mean_with_interval([0.25]) == {"mean": 0.25, "low": 0.25, "high": 0.25}

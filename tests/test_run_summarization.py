@@ -1,0 +1,1251 @@
+"""run_summarization.py as its users run it: results against independent replays, crashes, and bad input."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralConfig
+
+import run_summarization
+from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from utils.cache import HHCache
+from utils.requests import Request, ResultsFile
+
+ROOT = Path(__file__).resolve().parents[1]
+WINDOW = dict(window_length=24, num_heavy_hitters=10, update_interval=4)
+H2O = ["--enable_h2o_generation", "--num_window_length=24", "--num_heavy_hitter_tokens=10", "--update_interval=4"]
+CACHES = {"h2o": H2O, "full": []}
+SAMPLED = {"temperature": 0.8, "top_p": 0.9}
+
+both_caches = pytest.mark.parametrize("flags", CACHES.values(), ids=CACHES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No network, no threads of the tokenizer that a fork would miss, and no log level left to other tests."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    levels = transformers.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(levels[0])
+    huggingface_hub.logging.set_verbosity(levels[1])
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run of the command line left behind, as it was then."""
+
+    stdout: str
+    stderr: list[str]  # lines, progress bars not counted
+    path: Path  # the results
+    lines: list[bytes]
+    metrics: dict | None
+
+    @property
+    def results(self) -> list[dict]:
+        return [json.loads(line) for line in self.lines]
+
+    @property
+    def choices(self) -> list[dict]:
+        return [choice for result in self.results for choice in result["result"]["choices"]]
+
+    @property
+    def texts(self) -> list[str]:
+        return [choice["text"] for choice in self.choices]
+
+    @property
+    def files(self) -> tuple[bytes, bytes]:
+        """Results and metrics as they are on disk now."""
+        return self.path.read_bytes(), metrics_path(self.path).read_bytes()
+
+
+def metrics_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".jsonl") + ".metrics.json")
+
+
+def assert_same_results(actual: Outcome, expected: Outcome) -> None:
+    """The same in everything but times, memory, and log-probabilities by more than rounding."""
+    assert len(actual.results) == len(expected.results)
+    for pair in zip(actual.results, expected.results, strict=True):
+        logprobs = []
+        for result in pair:
+            del result["result"]["request_time"], result["peak_memory_bytes"]
+            choices = result["result"]["choices"]
+            logprobs.append([p for choice in choices for p in choice["logprobs"].pop("token_logprobs")])
+        assert pair[0] == pair[1]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, capsys):
+    """run(requests or path, *flags, ...) calls main in this process, on the CPU."""
+
+    def run(requests, *flags, output="out.jsonl", model=checkpoint, code=0) -> Outcome:
+        path = write_requests(tmp_path / "in.jsonl", requests) if isinstance(requests, list) else requests
+        argv = ["--input-path", path, "--output-path", tmp_path / output, "--model-name", model]
+        argv = [*map(str, argv), *([] if "--device" in flags else ["--device", "cpu"]), *flags]
+        capsys.readouterr()
+        try:
+            got = run_summarization.main(argv)
+        except SystemExit as stop:
+            got = stop.code
+        captured = capsys.readouterr()
+        lines = [line for line in re.split(r"[\r\n]+", captured.err) if line.strip() and "%|" not in line]
+        assert got == code, captured.err
+        path = tmp_path / output
+        metrics = metrics_path(path)
+        return Outcome(
+            captured.out,
+            lines,
+            path,
+            path.read_bytes().splitlines() if path.is_file() else [],
+            json.loads(metrics.read_text()) if metrics.is_file() else None,
+        )
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """refused(requests, *flags, words=...): exit 2 and one line on stderr that holds the words."""
+
+    def refused(*args, words, **kwargs) -> Outcome:
+        outcome = run(*args, code=2, **kwargs)
+        (line,) = outcome.stderr
+        assert line.startswith("error: ")
+        for word in [words] if isinstance(words, str) else words:
+            assert word in line, line
+        assert outcome.stdout == ""
+        return outcome
+
+    return refused
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails the test when a model is loaded."""
+    monkeypatch.setattr(run_summarization, "load_model", lambda *args: pytest.fail("a model was loaded"))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(tokens) lets every row say these tokens, the last one again and again; log-probabilities stay its own."""
+
+    def script(tokens):
+        class Scripted(run_summarization.TokenLogprobs):
+            step = 0
+
+            def __call__(self, input_ids, scores):
+                scores = super().__call__(input_ids, scores)
+                said = torch.full_like(scores, -torch.inf)
+                said[:, tokens[min(self.step, len(tokens) - 1)]] = 0.0
+                self.step += 1
+                return said
+
+        monkeypatch.setattr(run_summarization, "TokenLogprobs", Scripted)
+
+    return script
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """The HHCaches that a run makes."""
+    made = []
+
+    class Recorded(HHCache):
+        def __init__(self, h2o):
+            super().__init__(h2o)
+            made.append(self)
+
+    monkeypatch.setattr(run_summarization, "HHCache", Recorded)
+    return made
+
+
+def with_generation_config(checkpoint: Path, folder: Path, **settings) -> Path:
+    """A copy of the checkpoint with other generation defaults."""
+    shutil.copytree(checkpoint, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def says_eos(checkpoint: Path, folder: Path, tokenizer, *tokens: str) -> Path:
+    """A copy of the checkpoint for which ordinary tokens end a text too, as Llama 3 has two of them."""
+    eos = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(tokens))]
+    return with_generation_config(checkpoint, folder, eos_token_id=eos)
+
+
+def tokens_of(choice: dict) -> list[str]:
+    return choice["logprobs"]["tokens"]
+
+
+# What a result holds
+
+
+@both_caches
+def test_schema_of_results_and_metrics(run, flags):
+    """A key that is missing, renamed or of another type breaks whoever reads the files; DESIGN.md names them."""
+    requests = make_requests(3, max_tokens=5, stop=["###"], note="kept")
+    outcome = run(requests, *flags, "--batch_size", "2")
+    assert [result["request"] for result in outcome.results] == requests
+    assert [result["index"] for result in outcome.results] == [0, 1, 2]
+    for result in outcome.results:
+        (choice,) = result["result"]["choices"]
+        assert set(choice) == {"text", "finish_reason", "logprobs"} and isinstance(choice["text"], str)
+        assert choice["finish_reason"] == "length" and set(choice["logprobs"]) == {"tokens", "token_logprobs"}
+        assert len(tokens_of(choice)) == len(choice["logprobs"]["token_logprobs"]) == 5
+        assert all(logprob < 0 for logprob in choice["logprobs"]["token_logprobs"])
+        assert set(result["rouge"]) == {"rouge1", "rouge2", "rougeL"}
+        assert set(result["cache"]) == {"tokens_seen", "slots_kept", "slimmings", "kv_bytes"}
+        timing = result["result"]["request_time"]
+        assert 0 < timing["time_to_first_token"] < timing["batch_time"]
+        assert 0 < timing["time_per_output_token"] < timing["batch_time"]
+        assert result["tokens_generated"] == 5
+    assert [result["result"]["request_time"]["batch_size"] for result in outcome.results].count(2) == 2
+
+    metrics = outcome.metrics
+    assert metrics["requests"] == 3 and metrics["tokens_generated"] == 15
+    for name, interval in metrics["rouge"].items():
+        scores = [result["rouge"][name] for result in outcome.results]
+        assert interval["mean"] == pytest.approx(sum(scores) / 3)
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+    kv_bytes = [result["cache"]["kv_bytes"] for result in outcome.results]
+    assert metrics["kv_bytes_per_request"] == pytest.approx(sum(kv_bytes) / 3)
+    assert metrics["requests_evicted_from"] == (3 if flags else 0)
+    assert metrics["tokens_per_second"] == pytest.approx(15 / metrics["seconds"])
+    assert metrics["peak_memory_bytes"] > 50 * 2**20, "torch alone takes more"
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["batch_size"] == 2 and metrics["skipped_lines"] == 0 and metrics["input_path"].endswith("in.jsonl")
+    settings = metrics["settings"]
+    assert settings["--seed"] == 42 and settings["--enable_h2o_generation"] is bool(flags)
+    if flags:
+        assert settings["--num_window_length"] == 24 and settings["--update_interval"] == 4
+        assert len(settings) == 7 + len(dataclasses.fields(H2OConfig)), "every flag of the cache stands in the file"
+
+
+def test_single_tokens_have_no_time_per_token(run):
+    """A summary of one token would count as infinitely fast in the mean over requests."""
+    requests = make_requests(2, max_tokens=1) + make_requests(1, max_tokens=9)
+    outcome = run(requests)
+    times = [result["result"]["request_time"]["time_per_output_token"] for result in outcome.results]
+    assert times[:2] == [0, 0] and outcome.metrics["time_per_output_token"] == times[2] > 0
+    assert run(requests, "--sample_num", "2", output="none").metrics["time_per_output_token"] == 0
+
+
+def test_table_on_stdout(run):
+    """The figures people copy into a paper: percentages of the metrics file, not fractions."""
+    request = make_requests(1, max_tokens=30)[0]
+    said = run([request]).texts[0]
+    outcome = run([request | {"summary_gt": said}], "--overwrite")  # scores 1 against itself
+    assert re.search(r"^ROUGE-1 +100\.00 +\[100\.00, 100\.00\]$", outcome.stdout, re.M), outcome.stdout
+    assert re.search(r"^ROUGE-L +100\.00", outcome.stdout, re.M)
+    assert re.search(r"^requests +1 +0 with slots dropped$", outcome.stdout, re.M)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("batch_size", ["1", "4"])
+def test_token_logprobs_are_those_of_the_emitted_tokens_under_the_same_cache(
+    run, checkpoint, tokenizer, temperature, batch_size
+):
+    """The predecessor wrote each step's greatest log-probability; others write them after temperature and top-p."""
+    sampled = {"temperature": 0.8, "top_p": 0.9} if temperature else {}
+    outcome = run(make_requests(4, max_tokens=20, **sampled), *H2O, "--batch_size", batch_size)
+    model = H2OLlamaForCausalLM.from_pretrained(checkpoint, h2o=H2OConfig(**WINDOW)).eval()
+    greedy = 0
+    for result in outcome.results:
+        (choice,) = result["result"]["choices"]
+        emitted = tokenizer.convert_tokens_to_ids(tokens_of(choice))
+        cache, replayed = HHCache(model.h2o), []
+        fed = tokenizer(result["request"]["article"])["input_ids"]
+        for token in emitted:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([fed]), past_key_values=cache).logits[0, -1]
+            replayed.append(logits.log_softmax(-1)[token].item())
+            greedy += int(logits.argmax()) == token
+            fed = [token]
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(replayed, abs=1e-4)
+        assert choice["text"] == tokenizer.decode(emitted)
+        assert result["cache"]["slots_kept"] == cache.lengths[0]
+        assert result["cache"]["slimmings"] == cache.evictions[0] > 2
+    assert greedy == 80 if temperature == 0 else 20 < greedy < 80
+
+
+@pytest.mark.parametrize("batch_size", ["1", "4"])
+def test_full_cache_baseline_is_stock_llama(run, checkpoint, tokenizer, batch_size):
+    """A baseline with another cache, mask or position would make H2O's loss of quality look smaller or greater."""
+    outcome = run(make_requests(4, max_tokens=20), "--batch_size", batch_size)
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    for result in outcome.results:
+        (choice,) = result["result"]["choices"]
+        emitted = tokenizer.convert_tokens_to_ids(tokens_of(choice))
+        inputs = tokenizer(result["request"]["article"], return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        stock = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, length:].tolist()
+        assert emitted == stock
+        assert choice["text"] == tokenizer.decode(stock)
+        with torch.no_grad():
+            logprobs = model(torch.cat([inputs["input_ids"], torch.tensor([stock])], dim=1)).logits.log_softmax(-1)
+        expected = [logprobs[0, length - 1 + i, token].item() for i, token in enumerate(stock)]
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+        seen = length + 19  # the last token is never fed
+        nbytes = seen * 2 * 2 * 2 * 8 * 4  # keys and values, layers, KV heads, head_dim, float32
+        assert result["cache"] == {"tokens_seen": seen, "slots_kept": seen, "slimmings": 0, "kv_bytes": nbytes}
+
+
+def test_cache_statistics_prove_eviction(run, tokenizer):
+    """Counted by hand for one row: a cache that never slims, or counts for the wrong row, would still summarise."""
+    requests = make_requests(6, max_tokens=1) + make_requests(6, max_tokens=14)
+    requests.append({"article": "one", "summary_gt": "one", "max_tokens": 30})  # grows from below the window
+    outcome = run(requests, *H2O, "--batch_size", "5")
+    for result in outcome.results:
+        seen = len(tokenizer(result["request"]["article"])["input_ids"])
+        slimmings, slots = int(seen > 24), min(seen, 24)
+        for step in range(1, result["request"]["max_tokens"]):
+            seen, slots = seen + 1, slots + 1
+            if step % 4 == 0 and slots > 24:
+                slimmings, slots = slimmings + 1, 24
+        nbytes = 2 * 2 * (24 + 4) * (2 * 8 * 4 + 4 + 4)  # layers, KV heads, slots; keys, values, mass, positions
+        expected = {"tokens_seen": seen, "slots_kept": slots, "slimmings": slimmings, "kv_bytes": nbytes}
+        assert result["cache"] == expected, result["index"]
+    assert outcome.results[-1]["cache"]["slimmings"] > 0 and outcome.results[-1]["cache"]["tokens_seen"] < 40
+
+
+# Where a text ends
+
+
+@both_caches
+def test_text_without_stop_string_is_whole(run, tokenizer, flags):
+    """The predecessor cut the last character where find returned -1."""
+    request = make_requests(1, max_tokens=12)[0]
+    free = run([request], *flags)
+    kept = run([request | {"stop": ["never said", "###"]}], *flags, "--overwrite")
+    assert kept.texts == free.texts and len(tokens_of(kept.choices[0])) == 12
+    assert kept.choices[0]["text"] == tokenizer.convert_tokens_to_string(tokens_of(kept.choices[0]))
+    assert kept.choices[0]["finish_reason"] == "length"
+
+
+@both_caches
+def test_text_is_cut_at_the_first_stop_string(run, tokenizer, flags):
+    """Wherever a stop string begins, in a token or over several, text and tokens end right before it."""
+    request = make_requests(1, max_tokens=12)[0]
+    free = run([request], *flags).choices[0]
+    text, tokens = free["text"], tokens_of(free)
+    ends = [len(tokenizer.convert_tokens_to_string(tokens[: i + 1])) for i in range(len(tokens))]
+    spanning = 0
+    for begin in range(0, len(text) - 3, 3):
+        stop = text[begin : begin + 3]
+        at = text.find(stop)
+        choice = run([request | {"stop": ["never said", stop]}], *flags, "--overwrite").choices[0]
+        assert choice["text"] == text[:at] and choice["finish_reason"] == "stop"
+        covering = next((i + 1 for i, end in enumerate(ends) if end >= at), 0) if at else 0
+        assert tokens_of(choice) == tokens[:covering]
+        assert choice["logprobs"]["token_logprobs"] == free["logprobs"]["token_logprobs"][:covering]
+        spanning += any(at < end < at + 3 for end in ends)
+    assert spanning > 1
+
+
+def test_earliest_stop_string_cuts_whatever_their_order(run, script, tokenizer):
+    """Cutting at the first string of the list, or at the last found, instead of the first in the text."""
+    tokens = tokenizer.encode("one two three four")
+    script(tokens)
+    requests = make_requests(1, max_tokens=len(tokens), stop=["four", "wo t", "two t", "o t", "absent"])
+    assert run(requests).texts == ["one "], "all three appear with the same letter"
+
+
+def test_stop_string_appears_letter_by_letter(run, script, tokenizer):
+    """A stop string that is looked for in the last token only is never found."""
+    (sharp,) = tokenizer.encode("#")
+    script([*tokenizer.encode("fine"), sharp, sharp, sharp, *tokenizer.encode(" and more")])
+    outcome = run(make_requests(1, max_tokens=40, stop=["###"]))
+    assert outcome.texts == ["fine"] and outcome.choices[0]["finish_reason"] == "stop"
+    assert outcome.results[0]["tokens_generated"] == len(tokenizer.encode("fine")) + 3, "decoding went on"
+
+
+@pytest.mark.parametrize("said", ["naïve 🙂### more", "日本語###", "🙂🙂ab#", "###", "ab\n\n###"])
+def test_characters_of_several_tokens_before_the_stop_string(run, script, tokenizer, said):
+    """Half an emoji decodes to as many characters as a whole one, so counting characters drops its last token."""
+    tokens = tokenizer.encode(said)
+    script(tokens)
+    stop = "###" if "###" in said else "#"
+    choice = run(make_requests(1, max_tokens=len(tokens), stop=[stop])).choices[0]
+    assert choice["text"] == said[: said.find(stop)]
+    assert tokenizer.convert_tokens_to_string(tokens_of(choice)).startswith(choice["text"])
+    assert len(tokens_of(choice)) == len(tokenizer.encode(choice["text"]))
+    assert choice["finish_reason"] == "stop"
+
+
+def test_stop_string_of_characters_of_several_tokens(run, script, tokenizer):
+    """A stop string of four bytes a character reaches further back than its length in characters."""
+    assert len(tokenizer.encode("🙂")) == 4
+    script([*tokenizer.encode("kept"), *tokenizer.encode("🙂🙃🙂")])
+    outcome = run(make_requests(1, max_tokens=30, stop=["🙂🙃🙂"]))
+    assert outcome.texts == ["kept"] and outcome.choices[0]["finish_reason"] == "stop"
+
+
+def test_stop_string_in_the_prompt_is_not_the_summarys(run):
+    """Prompts of the H2O project begin with their own stop string."""
+    request = make_requests(1, max_tokens=8)[0]
+    assert request["article"].startswith("###\n")
+    outcome = run([request | {"stop": ["###", "Article"]}])
+    assert outcome.results[0]["tokens_generated"] == 8 and outcome.texts[0]
+
+
+def test_empty_stop_list_cuts_nothing(run):
+    """min() over no stop strings."""
+    requests = make_requests(1, max_tokens=8)
+    assert run([requests[0] | {"stop": []}]).texts == run(requests, "--overwrite").texts
+
+
+@both_caches
+def test_eos_ends_a_text_and_is_not_in_it(run, checkpoint, tokenizer, tmp_path, flags):
+    """Any of several EOS tokens ends its own row only; the text is all before it, and the reason is "stop"."""
+    requests = make_requests(5, max_tokens=25)
+    free = run(requests, *flags)
+    eos = [tokens_of(free.choices[i])[k] for i, k in ((0, 6), (1, 11), (2, 0))]
+    model = says_eos(checkpoint, tmp_path / "eos", tokenizer, *eos)
+    ended = run(requests, *flags, "--overwrite", "--batch_size", "5", model=model)
+    reasons = []
+    for result, choice, before in zip(ended.results, ended.choices, free.choices, strict=True):
+        tokens = tokens_of(before)
+        end = next((i for i, token in enumerate(tokens) if token in eos), None)
+        assert tokens_of(choice) == tokens[:end]
+        assert choice["text"] == tokenizer.convert_tokens_to_string(tokens[:end])
+        assert choice["finish_reason"] == ("length" if end is None else "stop")
+        assert result["tokens_generated"] == (25 if end is None else end + 1)
+        reasons.append(choice["finish_reason"])
+    assert ended.texts[2] == "" and ended.results[2]["rouge"]["rouge1"] == 0, "EOS as the first token: empty, no crash"
+    assert len({len(tokens_of(choice)) for choice in ended.choices}) > 2
+
+
+def test_eos_as_the_last_allowed_token_is_a_stop(run, script, tokenizer):
+    """finish_reason is decided by what was said, not by how much."""
+    script([*tokenizer.encode("ab"), tokenizer.eos_token_id])
+    n = len(tokenizer.encode("ab"))
+    assert run(make_requests(1, max_tokens=n + 1)).choices[0]["finish_reason"] == "stop"
+    choice = run(make_requests(1, max_tokens=n), "--overwrite").choices[0]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
+
+
+def test_a_billion_tokens_asked_for(run, script, tokenizer):
+    """Nothing may be allocated for max_tokens; the text ends where the model ends it."""
+    script([*tokenizer.encode("short"), tokenizer.eos_token_id])
+    outcome = run(make_requests(2, max_tokens=10**9), *H2O)
+    assert outcome.texts == ["short", "short"]
+    assert ["2 of 2" in line and "positions" in line for line in outcome.stderr] == [True]
+
+
+# Batches
+
+
+@both_caches
+def test_batches_change_nothing_and_results_come_in_order(run, checkpoint, tokenizer, tmp_path, flags):
+    """Padding, a neighbour that ends earlier, or sorting by length that leaks into the results."""
+    requests = make_requests(11)
+    for i, request in enumerate(requests):
+        request["max_tokens"] = (30, 9, 17)[i % 3]
+    alone = run(requests, *flags)
+    stop = alone.texts[3][10:13]
+    requests[3]["stop"] = requests[4]["stop"] = [stop]
+    model = says_eos(checkpoint, tmp_path / "eos", tokenizer, tokens_of(alone.choices[0])[20])
+    alone = run(requests, *flags, "--overwrite", model=model)
+    together = run(requests, *flags, "--overwrite", "--batch_size", "4", model=model)
+    assert [result["request"] for result in together.results] == requests
+    assert_same_results(together, alone)
+    assert {choice["finish_reason"] for choice in together.choices} == {"stop", "length"}
+    assert len({len(tokens_of(choice)) for choice in together.choices}) > 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_plan_of_batches(batch_size):
+    """A request lost or twice; a batch with two temperatures; long prompts late, when memory runs out after hours."""
+    fields = [SAMPLED if i % 3 == 0 else {} for i in range(10)]
+    requests = [
+        Request.from_line(json.dumps(r | f), i) for i, (r, f) in enumerate(zip(make_requests(10), fields, strict=True))
+    ]
+    prompts = [run_summarization.Prompt(request, [0] * (10 + (7 * request.index) % 10)) for request in requests]
+    batches = run_summarization.plan_batches(prompts, batch_size, greedy=False)
+    planned = [prompt.request.index for batch in batches for prompt in batch]
+    assert sorted(planned) == list(range(10))
+    if batch_size == 1:
+        assert planned == list(range(10)), "no padding to save: the order of the file"
+        return
+    assert all(len({prompt.request.temperature for prompt in batch}) == 1 for batch in batches)
+    assert sorted(map(len, batches)) == [1, 3, 3, 3], "4 that sample, 6 that do not"
+    longest = [[len(prompt.tokens) for prompt in batch] for batch in batches]
+    assert longest == sorted(longest, key=lambda lengths: -lengths[0])
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in longest)
+    together = run_summarization.plan_batches(prompts, batch_size, greedy=True)
+    assert sorted(map(len, together)) == [1, 3, 3, 3] and len(together[-1]) == 1, "--greedy makes them all alike"
+
+
+def test_requests_that_sample_do_not_touch_their_neighbours(run):
+    """One temperature for the whole batch: greedy requests would be sampled, or the other way round."""
+    greedy = make_requests(6, max_tokens=10)
+    mixed = [request | (SAMPLED if i % 2 else {}) for i, request in enumerate(greedy)]
+    expected, got = run(greedy, *H2O), run(mixed, *H2O, "--overwrite", "--batch_size", "3")
+    assert got.texts[::2] == expected.texts[::2]
+    assert all(a != b for a, b in zip(got.texts[1::2], expected.texts[1::2], strict=True))
+
+
+def test_tokenizer_without_padding_or_eos_token(run, checkpoint, tmp_path):
+    """Tokenizers of Llama checkpoints have no padding token, some no EOS either: pad() raises."""
+    assert AutoTokenizer.from_pretrained(checkpoint).pad_token is None
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    make_tokenizer(bare, unk_token="<s>")
+    assert AutoTokenizer.from_pretrained(bare).eos_token is None
+    requests = make_requests(4, max_tokens=6)
+    assert run(requests, "--batch_size", "4", model=bare).texts == run(requests, "--overwrite").texts
+
+
+# Flags
+
+EVERY_FLAG = {
+    "window_length": ("--num_window_length 20", 20),
+    "num_heavy_hitters": ("--num_heavy_hitter_tokens 7", 7),
+    "update_interval": ("--update_interval 3", 3),
+    "slimming": ("--slimming mask", "mask"),
+    "backend": ("--backend eager", "eager"),
+    "score": ("--score random", "random"),
+    "score_seed": ("--score_seed 5", 5),
+    "score_every_step": ("--no-score_every_step", False),
+    "score_decay": ("--score_decay 0.5", 0.5),
+    "score_norm": ("--score_norm mean", "mean"),
+    "score_queries": ("--score_queries 9", 9),
+    "group_reduce": ("--group_reduce first", "first"),
+    "position_rolling": ("--enable_position_rolling", True),
+}
+
+
+def test_every_flag_reaches_the_cache(run, caches):
+    """A flag that is parsed and then forgotten; a field of H2OConfig without a flag."""
+    assert set(EVERY_FLAG) == {field.name for field in dataclasses.fields(H2OConfig)}
+    given = [word for flag, _ in EVERY_FLAG.values() for word in flag.split()]
+    run(make_requests(1, max_tokens=6), "--enable_h2o_generation", *given)
+    (cache,) = caches
+    assert cache.h2o == H2OConfig(**{name: value for name, (_, value) in EVERY_FLAG.items()})
+    assert all(getattr(H2OConfig(), name) != value for name, (_, value) in EVERY_FLAG.items()), "tells nothing"
+    assert cache.layers[0].keys.shape[2] == 20 + 3
+
+
+def test_flag_of_the_default_value_reaches_the_cache(run, caches, monkeypatch):
+    """`if args.flag:` drops 0, False and "all", which then silently take an edited default."""
+    edited = dict(num_heavy_hitters=3, score_every_step=False, score_decay=0.9, score_queries=4, position_rolling=True)
+    fields = [(name, type(value), dataclasses.field(default=value)) for name, value in edited.items()]
+    monkeypatch.setattr(
+        run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
+    )
+    flags = "--num_heavy_hitter_tokens 0 --score_every_step --score_decay 0 --score_queries all"
+    run(make_requests(1, max_tokens=2), "--enable_h2o_generation", "--no-enable_position_rolling", *flags.split())
+    h2o = caches[0].h2o
+    assert (h2o.num_heavy_hitters, h2o.score_every_step, h2o.score_decay) == (0, True, 0.0)
+    assert h2o.score_queries is None and h2o.position_rolling is False
+
+
+def test_editing_a_default_is_enough(run, caches, monkeypatch):
+    """argparse defaults that repeat H2OConfig's would win over the edited file."""
+    run(make_requests(1, max_tokens=2), "--enable_h2o_generation", output="unedited")
+    edited = [("window_length", int, 20), ("update_interval", int, 2), ("score", str, "sink")]
+    fields = [(name, kind, dataclasses.field(default=value)) for name, kind, value in edited]
+    monkeypatch.setattr(
+        run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
+    )
+    outcome = run(make_requests(1, max_tokens=2), "--enable_h2o_generation", "--update_interval", "5")
+    assert caches[0].h2o == H2OConfig()
+    h2o = caches[1].h2o
+    assert (h2o.window_length, h2o.update_interval, h2o.score) == (20, 5, "sink"), "the flag given wins, only that one"
+    assert outcome.metrics["settings"]["--num_window_length"] == 20
+
+
+def test_cache_flags_change_the_text(run):
+    """A cache that is made and not used: heavy hitters, local attention and full cache would all say the same."""
+    requests = make_requests(2, max_tokens=30)
+    variants = [[], H2O, [*H2O, "--num_heavy_hitter_tokens", "0"], [*H2O, "--enable_position_rolling"]]
+    texts = [tuple(run(requests, *flags, output=f"{i}.jsonl").texts) for i, flags in enumerate(variants)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_wide_window_is_the_full_cache(run):
+    """With nothing to drop, both models say the same: weights, positions or padding of the H2O path are right."""
+    requests = make_requests(4, max_tokens=20)
+    wide = run(requests, "--enable_h2o_generation", "--num_window_length", "256", "--batch_size", "4", output="wide")
+    assert wide.texts == run(requests).texts
+    assert wide.metrics["requests_evicted_from"] == 0
+
+
+def test_dtype(run, monkeypatch):
+    """--dtype that is parsed and not passed on."""
+    loaded = []
+    original = run_summarization.load_model
+
+    def load_model(*args):
+        loaded.append(original(*args)[0].dtype)
+        return original(*args)
+
+    monkeypatch.setattr(run_summarization, "load_model", load_model)
+    for dtype in ("auto", "bfloat16"):
+        run(make_requests(1, max_tokens=2), *H2O, "--dtype", dtype, output=dtype)
+    assert loaded == [torch.float32, torch.bfloat16]
+
+
+def test_sample_num_takes_the_first_requests(run):
+    """The last ones, or one too many."""
+    requests = make_requests(4, max_tokens=3)
+    outcome = run(requests, "--sample_num", "2")
+    assert [result["request"] for result in outcome.results] == requests[:2]
+    assert len(run(requests, "--sample_num", "9", output="all").results) == 4
+
+
+# Sampling
+
+
+@both_caches
+def test_sampling_follows_the_seed(run, flags):
+    """Figures that nobody can reproduce; samples of a request that depend on which requests came before it."""
+    requests = make_requests(4, max_tokens=12, **SAMPLED)
+    first = run(requests, *flags)
+    assert run(requests, *flags, output="again").texts == first.texts
+    assert run(requests, *flags, "--sample_num", "2", output="two").texts == first.texts[:2]
+    other = run(requests, *flags, "--seed", "7", output="other").texts
+    assert all(a != b for a, b in zip(other, first.texts, strict=True))
+    batches = [run(requests, *flags, "--batch_size", "3", output=f"batch{i}").texts for i in range(2)]
+    assert batches[0] == batches[1]
+
+
+def test_duplicate_requests_are_separate_samples(run):
+    """Results kept by prompt would lose one; one seed for all would draw the same sample twice."""
+    outcome = run(make_requests(1, max_tokens=12, **SAMPLED) * 3)
+    assert len(set(outcome.texts)) == 3
+
+
+def test_temperature_and_top_p_are_each_requests_own(run):
+    """Temperature or top_p that never reaches generate: either one near 0 is greedy, high ones are far from it."""
+    request = make_requests(1, max_tokens=12)[0]
+    settings = [{}, {"temperature": 0.001}, {"temperature": 1, "top_p": 1e-6}, {"temperature": 1000}, {"top_p": 0.5}]
+    outcome = run([request | setting for setting in settings])
+    assert outcome.texts[0] == outcome.texts[1] == outcome.texts[2] == outcome.texts[4] != outcome.texts[3]
+    assert sum(outcome.choices[3]["logprobs"]["token_logprobs"]) < 2 * sum(
+        outcome.choices[0]["logprobs"]["token_logprobs"]
+    )
+
+
+def test_no_top_k_of_transformers_remains(run, script, checkpoint, tmp_path):
+    """transformers samples among the 50 likeliest tokens by default, and checkpoints bring defaults of their own."""
+    model = with_generation_config(
+        checkpoint, tmp_path / "opinionated", do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0
+    )
+    requests = make_requests(1, max_tokens=40) + make_requests(1, max_tokens=200, temperature=1000)
+    outcome = run(requests, model=model)
+    assert outcome.texts[0] == run(requests, output="plain").texts[0]
+    assert len(set(tokens_of(outcome.choices[1]))) > 100
+
+
+@both_caches
+def test_n_choices(run, flags):
+    """Choices mixed up between requests, or only the first one returned."""
+    requests = make_requests(3, max_tokens=12, n=2, **SAMPLED)
+    requests[1] |= {"max_tokens": 5}
+    outcome = run(requests, *flags, "--batch_size", "2")
+    for request, result in zip(requests, outcome.results, strict=True):
+        one, other = result["result"]["choices"]
+        assert one["text"] != other["text"]
+        assert len(tokens_of(one)) == len(tokens_of(other)) == request["max_tokens"]
+        assert result["tokens_generated"] == 2 * request["max_tokens"]
+        single = run([request | {"n": 1}], *flags, output=f"one{result['index']}").results[0]
+        assert result["cache"]["kv_bytes"] == 2 * single["cache"]["kv_bytes"]
+        assert result["cache"]["tokens_seen"] == single["cache"]["tokens_seen"]
+
+
+def test_greedy_flag_overrides_what_requests_ask_for(run):
+    """--greedy that leaves temperature, top_p or n in force."""
+    plain = make_requests(3, max_tokens=10)
+    sampled = [request | SAMPLED | {"n": 2} for request in plain]
+    outcome = run(sampled, "--greedy", "--batch_size", "3")
+    assert outcome.texts == run(plain, output="plain").texts and len(outcome.choices) == 3
+
+
+# Crashes
+
+
+def killed_while_writing(argv: list, whole: int) -> None:
+    """A run in a child process, killed with -9 in the middle of writing the result after `whole` results."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        append, done = ResultsFile.append, []
+
+        def append_half(self, result):
+            if len(done) == whole:
+                self._file.write(json.dumps(result).encode()[:100])
+                self._file.flush()
+                os.write(writing, b".")
+                time.sleep(60)
+            append(self, result)
+            done.append(result)
+
+        ResultsFile.append = append_half
+        with suppress(BaseException):
+            run_summarization.main([str(word) for word in argv])
+        os._exit(1)
+    os.close(writing)
+    try:
+        assert os.read(reading, 1) == b".", "the run ended by itself"
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("batch_size", ["1", "4"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path, sampled, batch_size):
+    """kill -9 inside a line, in the middle of a batch: a request lost, twice or out of order, or other samples."""
+    requests = make_requests(10, max_tokens=10, **(SAMPLED if sampled else {}))
+    flags = [*H2O, "--batch_size", batch_size]
+    uninterrupted = run(requests, *flags, output="uninterrupted.jsonl")
+    argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", tmp_path / "out.jsonl", "--model-name", checkpoint]
+    killed_while_writing([*argv, "--device", "cpu", *flags], whole=6)
+    left = (tmp_path / "out.jsonl").read_bytes()
+    assert left.count(b"\n") == 6 and not left.endswith(b"\n")
+    resumed = run(requests, *flags)
+    assert [result["request"] for result in resumed.results] == requests
+    assert_same_results(resumed, uninterrupted)
+    assert "6 of 10 results are there already" in resumed.stderr
+    kept = sorted((json.loads(line) for line in left.splitlines()[:-1]), key=lambda result: result["index"])
+    again = {result["index"]: result for result in resumed.results}
+    assert [again[result["index"]] for result in kept] == kept, "what was there was written anew"
+    assert resumed.metrics["rouge"] == uninterrupted.metrics["rouge"]
+    assert resumed.metrics["tokens_generated"] == uninterrupted.metrics["tokens_generated"] == 100
+
+
+def test_program_killed_then_interrupted_then_finished(run, checkpoint, tmp_path):
+    """The program itself: kill -9 at any moment, Ctrl-C with exit code 130, each time the same command goes on."""
+    requests = make_requests(12, max_tokens=80)
+    uninterrupted = run(requests, *H2O, output="uninterrupted.jsonl")
+    output = tmp_path / "out.jsonl"
+    argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", output, "--model-name", checkpoint, *H2O]
+    argv = [sys.executable, "run_summarization.py", *map(str, argv), "--device", "cpu"]
+
+    def stopped_by(number, after: int) -> tuple[int, str]:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        program = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            deadline = time.monotonic() + 60
+            while not output.exists() or output.read_bytes().count(b"\n") < after:
+                assert program.poll() is None and time.monotonic() < deadline, "did not get so far"
+                time.sleep(0.005)
+            program.send_signal(number)
+            _, stderr = program.communicate(timeout=60)
+        finally:
+            program.kill()
+        return program.returncode, stderr
+
+    code, _ = stopped_by(signal.SIGKILL, after=2)
+    assert code == -signal.SIGKILL
+    first = output.read_bytes().count(b"\n")
+    assert 2 <= first < 10
+    code, stderr = stopped_by(signal.SIGINT, after=first + 1)
+    assert code == 130 and "Traceback" not in stderr
+    last = stderr.strip().splitlines()[-1]
+    assert "interrupted" in last and str(output) in last
+    assert first < output.read_bytes().count(b"\n") < 12
+    assert_same_results(run(requests, *H2O), uninterrupted)
+
+
+def test_second_run_over_a_finished_one(run, request):
+    """It prints the table again and touches nothing: its memory and batch size are not those of the figures."""
+    requests = make_requests(3, max_tokens=5)
+    first = run(requests, *H2O)
+    request.getfixturevalue("no_model")
+    before = first.files
+    second = run(requests, *H2O, "--batch_size", "2")
+    assert second.stdout == first.stdout and second.stderr == ["3 of 3 results are there already"]
+    assert first.files == before
+
+
+def test_run_killed_between_last_result_and_metrics(run, monkeypatch, request):
+    """All results are there, metrics are not: they are made up for, in order, without a model."""
+    requests = make_requests(5, max_tokens=5)
+
+    def finish(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultsFile, "finish", finish)
+        run(requests, "--batch_size", "5", code=130)
+    request.getfixturevalue("no_model")
+    outcome = run(requests, "--batch_size", "5")
+    assert [result["index"] for result in outcome.results] == [0, 1, 2, 3, 4]
+    assert outcome.metrics["requests"] == 5 and outcome.metrics["peak_memory_bytes"] > 0
+
+
+CHANGES = {
+    "--num_window_length": [*H2O, "--num_window_length", "32"],
+    "--num_heavy_hitter_tokens": [*H2O, "--num_heavy_hitter_tokens", "2"],
+    "--enable_position_rolling": [*H2O, "--enable_position_rolling"],
+    "--score_decay": [*H2O, "--score_decay", "0.5"],
+    "--enable_h2o_generation": [],
+    "--sample_num": [*H2O, "--sample_num", "2"],
+    "--seed": [*H2O, "--seed", "1"],
+    "--greedy": [*H2O, "--greedy"],
+    "--dtype": [*H2O, "--dtype", "bfloat16"],
+}
+
+
+def test_resuming_with_other_settings_is_refused_by_flag(run, refused, checkpoint, tmp_path, request):
+    """Results of two settings under one ROUGE. Settings, model, and requests that changed in the file."""
+    requests = make_requests(3, max_tokens=4)
+    first = run(requests, *H2O)
+    request.getfixturevalue("no_model")
+    before = first.files
+    for flag, flags in CHANGES.items():
+        refused(requests, *flags, words=[f"error: {flag} is ", "--overwrite"])
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    refused(requests, *H2O, model=other, words=["--model-name is ", "other"])
+    refused([requests[0] | {"max_tokens": 5}, *requests[1:]], *H2O, words="--input-path is ")
+    refused(requests[::-1], *H2O, words="--input-path is ")
+    assert first.files == before
+
+
+def test_edited_default_is_refused_on_resuming(run, refused, monkeypatch):
+    """An edit of llama.py in the middle of a run is a change of settings as well."""
+    requests = make_requests(2, max_tokens=3)
+    run(requests, "--enable_h2o_generation")
+    fields = [("update_interval", int, dataclasses.field(default=2))]
+    monkeypatch.setattr(
+        run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
+    )
+    refused(requests, "--enable_h2o_generation", words="--update_interval is 2, but 16")
+
+
+def test_batch_size_may_change_on_resuming(run):
+    """Whoever ran out of memory lowers it; that must not cost the results that are there."""
+    requests = make_requests(4, max_tokens=5)
+    first = run(requests, *H2O, "--batch_size", "4")
+    first.path.write_bytes(b"".join(first.path.read_bytes().splitlines(keepends=True)[:2]))
+    assert_same_results(run(requests, *H2O, "--batch_size", "2"), first)
+
+
+def test_overwrite_starts_anew(run):
+    """--overwrite that keeps old results, or their settings."""
+    run(make_requests(3, max_tokens=4), *H2O)
+    outcome = run(make_requests(2, max_tokens=4), "--overwrite")
+    assert len(outcome.results) == 2 and outcome.metrics["settings"]["--enable_h2o_generation"] is False
+
+
+def test_concurrent_run_on_the_same_output_is_refused(run, refused, no_model, tmp_path):
+    """Two terminals with the same command: lines of both in one file."""
+    other = ResultsFile(tmp_path / "out.jsonl", {})
+    for flags in ([], ["--overwrite"]):
+        refused(make_requests(1), *flags, words=["--output-path", "another run"])
+    other._file.close()
+
+
+def test_disk_that_fills_up(run):
+    """A failing write in the middle is one line; with space again, the same command goes on."""
+    requests = make_requests(6, max_tokens=6)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3500, hard))  # a full disk, for this process
+    try:
+        full = run(requests, *H2O, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = full.stderr
+    assert line.startswith("error: --output-path") and "cannot be written" in line and "kept" in line
+    assert 0 < full.path.read_bytes().count(b"\n") < 6
+    assert_same_results(run(requests, *H2O), run(requests, *H2O, output="roomy"))
+
+
+# Out of memory
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """memory(fits, error) lets `generate` run out of memory where not fits(input_ids); returns the batches tried."""
+
+    def memory(fits, error):
+        tried = []
+        for model in (H2OLlamaForCausalLM, LlamaForCausalLM):
+
+            def generate(self, *args, original=model.generate, **kwargs):
+                if self.training or kwargs.get("input_ids") is None:
+                    pytest.fail("not called as expected")
+                tried.append(len(kwargs["input_ids"]))
+                if not fits(kwargs["input_ids"]):
+                    raise error
+                return original(self, *args, **kwargs)
+
+            if "generate" not in vars(model):
+                monkeypatch.setattr(model, "generate", generate)
+                break  # LlamaForCausalLM inherits it too, and H2O's must not count twice
+        return tried
+
+    return memory
+
+
+ON_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [ON_GPU, ON_CPU], ids=["gpu", "cpu"])
+def test_out_of_memory_halves_the_batch_and_goes_on(run, memory, error):
+    """A night's run that dies of one batch; halves that lose, repeat or reorder requests; a limit that is forgotten."""
+    requests = make_requests(9, max_tokens=6)
+    expected = run(requests, *H2O, output="alone")
+    tried = memory(lambda input_ids: len(input_ids) <= 2, error)
+    outcome = run(requests, *H2O, "--batch_size", "8")
+    assert_same_results(outcome, expected)
+    assert tried == [8, 4, 2, 2, 2, 2, 1], "each size fails once"
+    assert [line for line in outcome.stderr if "out of memory" in line] == [
+        "out of memory with 8 requests: going on with 4",
+        "out of memory with 4 requests: going on with 2",
+    ]
+    assert outcome.metrics["requests"] == 9
+
+
+def test_one_request_too_large_keeps_all_results_before_it(run, refused, memory, tokenizer, monkeypatch):
+    """A traceback, or a batch's results that are lost with the request of it that does not fit."""
+    requests = make_requests(6, max_tokens=6)
+    lengths = [len(tokenizer(request["article"])["input_ids"]) for request in requests]
+    order = sorted(range(6), key=lambda i: -lengths[i])
+    third = lengths[order[2]]
+    memory(lambda input_ids: len(input_ids) == 1 and input_ids.shape[1] != third, ON_GPU)
+    outcome = run(requests, *H2O, "--batch_size", "6", code=2)
+    assert [line.split(":")[0] for line in outcome.stderr] == [
+        "out of memory with 6 requests",
+        "out of memory with 3 requests",
+        "out of memory with 2 requests",
+        "error",
+    ]
+    assert f"request {order[2]} ({third} tokens)" in outcome.stderr[-1]
+    assert [result["index"] for result in outcome.results] == order[:2]
+    monkeypatch.undo()
+    assert len(run(requests, *H2O, "--batch_size", "6").results) == 6
+
+
+def test_other_errors_are_not_taken_for_memory(run, memory):
+    """Halving after any RuntimeError would hide a bug behind an hour of retries."""
+    memory(lambda input_ids: False, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(make_requests(2, max_tokens=2), *H2O, "--batch_size", "2")
+
+
+# Bad input
+
+
+def test_bad_lines(refused, run, tmp_path, monkeypatch):
+    """The line is named before a model loads; --skip_bad_requests goes on and says how many."""
+    good = make_requests(2, max_tokens=2)
+    path = tmp_path / "bad.jsonl"
+    lines = [json.dumps(good[0]), "{", '{"article": "a"}', json.dumps(good[1]), json.dumps(good[0] | {"n": "2"})]
+    path.write_text("\n".join(lines))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_summarization, "load_model", lambda *args: pytest.fail("a model was loaded"))
+        refused(path, words=["bad.jsonl, line 2", "not JSON", "--skip_bad_requests"])
+    outcome = run(path, "--skip_bad_requests")
+    assert outcome.stderr == [f"warning: 3 bad lines of {path} skipped"]
+    assert [result["request"] for result in outcome.results] == good and outcome.metrics["skipped_lines"] == 3
+
+
+@pytest.mark.parametrize("flags", [[], ["--skip_bad_requests"]])
+def test_files_without_requests(refused, no_model, tmp_path, flags):
+    """Means over nothing."""
+    path = tmp_path / "empty.jsonl"
+    path.write_text("")
+    refused(path, *flags, words="holds no requests")
+    path.write_text("bad\n")
+    refused(path, *flags, words="1 bad lines" if flags else "line 1")
+
+
+def test_input_that_cannot_be_read(refused, no_model, tmp_path):
+    """A missing file or a folder, before the model loads; no results file is left behind for it."""
+    outcome = refused(tmp_path / "none.jsonl", words=["--input-path", "none.jsonl", "No such file"])
+    refused(tmp_path, words=["--input-path", "Is a directory"])
+    assert not outcome.path.exists()
+
+
+@pytest.mark.parametrize("output", ["file/out.jsonl", "file/deeper/out.jsonl", ".", "/proc/out.jsonl", "/dev/null"])
+def test_output_that_cannot_be_written(refused, no_model, tmp_path, output):
+    """After an hour of decoding is too late; and root must not lose /dev/null to the final rename."""
+    (tmp_path / "file").write_text("")
+    refused(make_requests(1), output=output, words="--output-path")
+    assert not Path("/dev/null").is_file()
+
+
+def test_output_folder_is_made(run, tmp_path):
+    """A new folder for a new experiment is no error."""
+    outcome = run(make_requests(1, max_tokens=2), output="new/deep/a.b")
+    assert len(outcome.results) == 1 and (tmp_path / "new/deep/a.b.metrics.json").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_input_path_as_output_path_keeps_the_requests(refused, no_model, tmp_path, flags):
+    """A user in a hurry completes the same name twice."""
+    before = write_requests(tmp_path / "in.jsonl", make_requests(2)).read_bytes()
+    refused(tmp_path / "in.jsonl", *flags, output="in.jsonl", words=["--output-path", "--input-path"])
+    assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+def test_overwrite_with_a_wrong_model_keeps_the_results(run, refused):
+    """Nothing is lost by bad input, not even with --overwrite."""
+    requests = make_requests(2, max_tokens=3)
+    first = run(requests)
+    before = first.files
+    refused(requests, "--overwrite", model="nobody/misspelt", words="--model-name")
+    assert first.files == before
+
+
+BAD_FLAGS = {
+    "--num_window_length 1": "--num_window_length=1",
+    "--num_window_length 0": "--num_window_length=0",
+    "--num_window_length 8 --num_heavy_hitter_tokens 8": "--num_heavy_hitter_tokens=8: must be less than num_window",
+    "--num_heavy_hitter_tokens 256": "--num_heavy_hitter_tokens=256",
+    "--num_heavy_hitter_tokens -2": "--num_heavy_hitter_tokens=-2",
+    "--update_interval 0": "--update_interval=0",
+    "--update_interval -4": "--update_interval=-4",
+    "--score_decay 1.1": "--score_decay=1.1",
+    "--score_decay -0.1": "--score_decay=-0.1",
+    "--score_decay nan": "--score_decay=nan",
+    "--score_queries 0": "--score_queries",
+    "--score_queries some": "--score_queries",
+    "--score_seed 4294967296": "--score_seed",
+    "--score best": "--score",
+    "--slimming h": "--slimming",
+    "--backend fast": "--backend",
+    "--score_norm max": "--score_norm",
+    "--group_reduce last": "--group_reduce",
+    "--num_window_length 2.5": "--num_window_length",
+    "--num_window_length": "--num_window_length",
+    "--sample_num 0": "--sample_num",
+    "--sample_num -1": "--sample_num",
+    "--batch_size 0": "--batch_size",
+    "--batch_size many": "--batch_size",
+    "--seed -1": "--seed",
+    "--seed 99999999999999999999": "--seed",
+    "--dtype int8": "--dtype",
+    "--device gpu": "--device gpu",
+    "--device meta": "--device meta",
+    "--device 0": "--device 0",
+    "--num_window 64": "unrecognized arguments: --num_window",
+    "--greed": "unrecognized arguments: --greed",
+    "--window_length 64": "unrecognized arguments: --window_length",
+    "stray": "unrecognized arguments: stray",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flag(refused, no_model, tmp_path, flags):
+    """One line that names the flag as the user typed it, before a model loads; no abbreviation is guessed."""
+    outcome = refused(make_requests(1), "--enable_h2o_generation", *flags.split(), words=BAD_FLAGS[flags])
+    assert not outcome.path.exists()
+
+
+def test_required_flags(capsys):
+    """argparse prints a usage of twenty lines before its error."""
+    with pytest.raises(SystemExit) as stop:
+        run_summarization.main(["--input-path", "a"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--output-path" in line and "--model-name" in line
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_cuda_asked_for_and_absent(refused, no_model, monkeypatch, device):
+    """A traceback out of CUDA's initialisation, after the model was read."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused(make_requests(1), "--device", device, words=[f"--device {device}", "--device cpu"])
+
+
+@pytest.mark.parametrize("flag", [flag for flag, _ in EVERY_FLAG.values()] + ["--score_queries all"])
+def test_cache_flag_without_h2o_generation(refused, no_model, flag):
+    """A baseline in the belief that it was H2O: the flags would do nothing."""
+    refused(make_requests(1), *flag.split(), words=[flag.split()[0].replace("no-", ""), "--enable_h2o_generation"])
+
+
+def broken(folder: Path, how: str) -> Path:
+    """Damages a copy of the checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    if how == "gpt2":
+        GPT2Config().save_pretrained(folder)
+    elif how == "mistral":
+        MistralConfig().save_pretrained(folder)
+    elif how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "empty weights":
+        weights.write_bytes(b"")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "weights of a smaller model":
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    elif how == "weights of another shape":
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif how == "truncated tokenizer":
+        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:1000])
+    elif how == "config is not JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "config is a list":
+        (folder / "config.json").write_text("[]")
+    elif how == "config with a wrong type":
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
+    elif how == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif how == "no folder":
+        shutil.rmtree(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    {
+        "gpt2": "a gpt2 checkpoint; H2Optimizer runs Llama only",
+        "mistral": "a mistral checkpoint",
+        "truncated weights": "cannot be loaded",
+        "empty weights": "cannot be loaded",
+        "no weights": "model.safetensors",
+        "weights of a smaller model": "9 weights miss",
+        "weights of another shape": "6 weights miss or have another shape, first model.layers.0.mlp.down_proj.weight",
+        "no tokenizer": "tokenizer",
+        "truncated tokenizer": "cannot be loaded",
+        "config is not JSON": "config.json",
+        "config is a list": "cannot be loaded",
+        "config with a wrong type": "hidden_size",
+        "empty folder": "cannot be loaded",
+        "no folder": "cannot be loaded",
+    }.items(),
+)
+@both_caches
+def test_checkpoint_that_cannot_be_used(refused, checkpoint, tmp_path, how, words, flags):
+    """A traceback from one of four libraries; or weights that transformers fills at random without a word."""
+    folder = broken(shutil.copytree(checkpoint, tmp_path / "broken"), how)
+    refused(make_requests(1), *flags, model=folder, words=[f"--model-name {folder}", words])
+
+
+def test_tied_weights_are_not_missing(run, tmp_path):
+    """Small Llamas tie lm_head to the embedding and do not store it."""
+    model = make_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
+    assert len(run(make_requests(1, max_tokens=2), *H2O, model=model).texts) == 1
+
+
+def test_tokenizer_of_another_model(refused, checkpoint, tmp_path):
+    """An index error from the embedding, on a GPU a device-side assert that names nothing."""
+    small = make_checkpoint(tmp_path / "small", vocab_size=300)
+    refused(make_requests(1), model=small, words=["--model-name", "300 tokens", "do not belong together"])
+
+
+def test_model_name_that_is_nowhere(refused):
+    """Offline, a name that is neither a folder nor in the cache; and what a stray slash or space makes of one."""
+    for name in ("nobody/no-such-model", "nosuchmodel", "a b", ""):
+        refused(make_requests(1), model=name, words=f"--model-name {name}: cannot be loaded")
+
+
+def test_model_name_with_the_hub_out_of_reach(refused, monkeypatch):
+    """huggingface_hub tries six times over 23 s and logs twelve lines; one is enough."""
+    logged, waits = [], []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", waits.append)
+    logging.getLogger("huggingface_hub").addHandler(handler)
+    try:
+        refused(make_requests(1), model="nobody/no-such-model", words="nobody/no-such-model: cannot be loaded")
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(handler)
+    assert len(waits) > 1, "nobody tried"
+    assert not logged
+
+
+@pytest.mark.parametrize(
+    ("flags", "needs"), [(H2O, "prompts with their summaries"), ([*H2O, "--enable_position_rolling"], "prompts are")]
+)
+def test_prompts_longer_than_the_models_positions(run, tokenizer, flags, needs):
+    """Said once, with the count, and the run goes on; rolling keeps decoding, not the prompt, within them."""
+    requests = make_requests(2, max_tokens=5)
+    long = make_requests(1, max_tokens=5)[0]
+    long["article"] *= 8
+    length = len(tokenizer(long["article"])["input_ids"])
+    assert length > POSITIONS
+    outcome = run([long, requests[0], long, requests[1]], *flags, "--batch_size", "2")
+    (line,) = outcome.stderr
+    rolling = "--enable_position_rolling" in flags
+    assert line.startswith("warning: 2 of 4 prompts") and needs in line
+    assert f"{POSITIONS} positions" in line and f"needs {length + (0 if rolling else 5)})" in line
+    assert len(outcome.results) == 4
+
+
+def test_summary_that_outgrows_the_models_positions(run, tokenizer):
+    """The prompt fits and the summary does not; with rolling it never needs more."""
+    request = make_requests(1, max_tokens=POSITIONS)
+    assert len(run(request, *H2O, "--sample_num", "1").stderr) == 1
+    assert run(request, *H2O, "--enable_position_rolling", output="rolling").stderr == []
+
+
+# What a user in a hurry feeds it
+
+
+def test_windows_file_of_unicode(run, tmp_path):
+    """Byte order mark, CR LF, and text beyond ASCII, which must come back as it was."""
+    requests = [
+        {"article": "Ein Wörterbuch für 日本語 🙂 \u2028 und\r\nmehr", "summary_gt": "Ω\x7f", "max_tokens": 3},
+        {"article": "word", "summary_gt": "word", "max_tokens": 3},
+    ]
+    path = tmp_path / "windows.jsonl"
+    lines = "\r\n".join(json.dumps(request, ensure_ascii=False) for request in requests)
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    outcome = run(path, *H2O, "--batch_size", "2")
+    raw = outcome.path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["request"] for line in raw[:-1]] == requests and raw[-1] == ""
+    assert outcome.stderr == []
+
+
+def test_requests_from_a_pipe(run, tmp_path):
+    """`--input-path <(head -2 requests.jsonl)` can be read once only."""
+    reading, writing = os.pipe()
+    os.write(writing, "".join(json.dumps(request) + "\n" for request in make_requests(2, max_tokens=2)).encode())
+    os.close(writing)
+    try:
+        assert len(run(Path(f"/dev/fd/{reading}")).results) == 2
+    finally:
+        os.close(reading)
+
+
+def test_more_requests_in_a_batch_than_there_are(run):
+    """range() and padding with a batch that is never full."""
+    assert len(run(make_requests(2, max_tokens=2), *H2O, "--batch_size", "1000000").results) == 2
+
+
+def test_window_far_beyond_memory(run):
+    """ "No limit" as a window: its slots are allocated at once, and the CPU's error is no OutOfMemoryError."""
+    outcome = run(make_requests(1), "--enable_h2o_generation", "--num_window_length", "100000000000000", code=2)
+    (line,) = outcome.stderr
+    assert "does not fit into memory" in line and "smaller window" in line
