@@ -643,7 +643,7 @@ REFUSED = {
     "a switch in quotes": ({"score_every_step": "no"}, "True or False"),
     "no queries": ({"score_queries": 0}, "at least 1"),
     "a fraction of a seed": ({"score_seed": 1.5}, "whole number"),
-    "a seed of 40 bits": ({"score_seed": 2**40}, "below 2**32"),
+    "a seed of 40 bits": ({"score_seed": 2**40}, "must be below"),
 }
 
 
