@@ -3,7 +3,8 @@
     python run_summarization.py --input-path data/xsum.jsonl --output-path out/xsum.jsonl \\
         --model-name meta-llama/Meta-Llama-3-8B --enable_h2o_generation
 
-A flag of the cache that is not given takes H2OConfig's value, so that editing h2optimizer/llama.py is enough.
+Without arguments it runs the bundled model on the bundled requests. A flag of the cache that is not given takes
+H2OConfig's value, so that editing h2optimizer/llama.py is enough.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from h2optimizer.attention import ATTENTION_BACKENDS
 from utils.cache import HHCache
 from utils.requests import InputError, Request, ResultsFile, fingerprint, read_requests
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
+
+DEMO_REQUESTS = Path(__file__).resolve().parent / "data/summarization/demo.jsonl"
+DEMO_MODEL = Path(__file__).resolve().parent / "data/demo_model"
 
 # The flags that are not called what their H2OConfig field is: the names that H2O's own scripts use.
 FLAG_OF_FIELD = {
@@ -76,14 +80,21 @@ def count_or_all(text: str) -> int | None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--input-path", type=Path, required=True, help="requests, jsonl")
-    add("--output-path", type=Path, required=True, help="results, jsonl; metrics go beside it as .metrics.json")
-    add("--model-name", required=True, help="a Llama checkpoint: a folder, or a name on the Hugging Face hub")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
+    add(
+        "--output-path", type=Path, default=Path("out/summaries.jsonl"), help="results; metrics beside it (%(default)s)"
+    )
+    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
     add("--batch_size", type=count, default=1, help="requests decoded together; halved when memory runs out")
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
     add("--seed", type=seed, default=42, help="seed of sampling")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: the checkpoint's; on a CPU float32",
+    )
     add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
     add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
     add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
@@ -145,14 +156,14 @@ def select_device(name: str) -> torch.device:
 
 def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.device):
     """Model (eval mode) and left-padding tokenizer of a Llama checkpoint. Raises InputError."""
-    name = args.model_name
+    name, on_gpu = args.model_name, device.type == "cuda"
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "llama":
             raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         kwargs = {
-            "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+            "dtype": getattr(torch, args.dtype) if args.dtype != "auto" else "auto" if on_gpu else torch.float32,
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,  # they are named below
         }

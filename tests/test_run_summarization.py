@@ -1065,13 +1065,13 @@ def test_bad_flag(refused, no_model, tmp_path, flags):
     assert not outcome.path.exists()
 
 
-def test_required_flags(capsys):
+def test_usage_errors_take_one_line(capsys):
     """argparse prints a usage of twenty lines before its error."""
     with pytest.raises(SystemExit) as stop:
-        run_summarization.main(["--input-path", "a"])
+        run_summarization.main(["--input-path"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--output-path" in line and "--model-name" in line
+    assert "--input-path" in line
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
