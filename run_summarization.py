@@ -38,7 +38,7 @@ from transformers import (
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS
 from utils.cache import HHCache
-from utils.requests import InputError, Request, ResultsFile, fingerprint, read_requests
+from utils.requests import InputError, OneLineParser, Request, ResultsFile, fingerprint, read_requests
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
 
 DEMO_REQUESTS = Path(__file__).resolve().parent / "data/summarization/demo.jsonl"
@@ -50,13 +50,6 @@ FLAG_OF_FIELD = {
     "num_heavy_hitters": "num_heavy_hitter_tokens",
     "position_rolling": "enable_position_rolling",
 }
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error here."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (see --help)\n")
 
 
 def count(text: str) -> int:
@@ -543,8 +536,8 @@ def summarize(summarizer: Summarizer, batches: list[list[Prompt]], output: Resul
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         return run(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -95,7 +95,7 @@ def blocked_attention(
 
 
 def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q·k * scaling [B, Hkv, G, m, n] of [B, Hkv, G, m, D] and [B, Hkv, n, D]: float32 (or float64), never half."""
+    """q·k * scaling [B, Hkv, G, m, n] of [B, Hkv, G, m, D], [B, Hkv, n, D]; float32 or float64, but under autocast."""
     q, k = grouped.flatten(0, 1).flatten(1, 2), key.flatten(0, 1).transpose(1, 2)
     exact = {}
     if q.dtype in (torch.float16, torch.bfloat16):

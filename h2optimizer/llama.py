@@ -181,21 +181,28 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         """As LlamaForCausalLM's; `past_key_values` may be an HHCache, and is a new one when none is given.
 
         With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may pad on the left; reading it
-        waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does.
+        waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. With
+        position_rolling the cache gives the positions, and `position_ids` is not read.
 
         Raises: ValueError for a mask with zeros to the right of a token, or that hides tokens which the cache holds.
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache:
+        recomputing = self.training and self.model.gradient_checkpointing  # its layers go without a cache
+        if past_key_values is None and use_cache and not recomputing:
             past_key_values = HHCache(self.h2o)
         cache = past_key_values
         if not isinstance(cache, HHCache):
             kwargs |= dict(labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)
             return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
 
+        if recomputing:
+            raise ValueError("gradient checkpointing works without a cache only: leave past_key_values out")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("output_attentions: an HHCache's model keeps no attention matrix; use LlamaForCausalLM")
+
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, columns = inputs.shape[:2]
-        new = None if attention_mask is None else _tokens_per_row(attention_mask, columns, cache)
+        new = None if attention_mask is None else _tokens_per_row(attention_mask, batch_size, columns, cache)
         step = cache.begin(batch_size, columns, new)
 
         # H2O: padding is dropped on entry. Tokens move to the left, where causal attention needs no mask, and back.
@@ -228,6 +235,8 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             hidden_states = _take_columns(hidden_states, to_right)
             if all_hidden_states is not None:
                 all_hidden_states = tuple(_take_columns(states, to_right) for states in all_hidden_states)
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
+            raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, slice_indices, :])
         loss = None
@@ -271,24 +280,32 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             **kwargs,
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As PreTrainedModel's; the checkpoint names plain Llama as its architecture."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As PreTrainedModel's; the checkpoint names plain Llama as its architecture.
+
+        Raises: ValueError for push_to_hub, which would upload before the name is right.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub: save to a folder, then upload that")
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         self.config.architectures = ["LlamaForCausalLM"]
-        if kwargs.get("is_main_process", True):
+        if is_main_process:
             self.config.save_pretrained(save_directory)
 
 
 def _take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """states [B, n(, H)] with row b's columns in the order columns[b]."""
-    index = columns if states.ndim == 2 else columns[..., None].expand_as(states)
-    return states.gather(1, index)
+    columns = columns.to(states.device)  # the last layer's, where layers are spread over devices
+    return states.gather(1, columns if states.ndim == 2 else columns[..., None].expand_as(states))
 
 
-def _tokens_per_row(attention_mask: torch.Tensor, columns: int, cache: HHCache) -> list[int]:
+def _tokens_per_row(attention_mask: torch.Tensor, batch_size: int, columns: int, cache: HHCache) -> list[int]:
     """Real tokens in the last `columns` columns of a left-padded mask; those before must be as the cache saw them."""
-    if attention_mask.ndim != 2:
-        raise ValueError("H2OLlamaForCausalLM takes a 2-D attention_mask [batch, tokens], 0 for left padding")
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < columns:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)}: must be 2-D, [batch, tokens] with 0 for left padding, for "
+            f"inputs {(batch_size, columns)}"
+        )
     past, mask = attention_mask[:, :-columns].bool(), attention_mask[:, -columns:].bool()
     left_padded = (mask[:, 1:] >= mask[:, :-1]).all(dim=1)
     seen, new, ordered = torch.stack([past.sum(dim=1), mask.sum(dim=1), left_padded]).tolist()

@@ -5,26 +5,27 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements.txt
 out=out/demo
+names=()
 summarize() { # name, flags
-  echo "$1 …" >&2
+  echo "$1" >&2
+  names+=("$1")
   .venv/bin/python run_summarization.py --output-path "$out/$1.jsonl" --overwrite --sample_num "${REQUESTS:-40}" \
     --batch_size 8 --greedy "${@:2}" > /dev/null
 }
 h2o=(--enable_h2o_generation --num_window_length 224)
-summarize full
-summarize h2o_n1 "${h2o[@]}" --update_interval 1
-summarize h2o_n16 "${h2o[@]}" --update_interval 16
-summarize sink "${h2o[@]}" --update_interval 1 --score sink
-summarize local "${h2o[@]}" --update_interval 1 --num_heavy_hitter_tokens 0
-.venv/bin/python - "$out" full h2o_n1 h2o_n16 sink local <<'PY'
+summarize "full cache"
+summarize "H2O, N = 1" "${h2o[@]}" --update_interval 1
+summarize "H2O, N = 16" "${h2o[@]}" --update_interval 16
+summarize "sink + recent" "${h2o[@]}" --update_interval 1 --score sink
+summarize "recent only" "${h2o[@]}" --update_interval 1 --num_heavy_hitter_tokens 0
+.venv/bin/python - "$out" "${names[@]}" <<'PY'
 import json, sys
 from pathlib import Path
 
-title = {"full": "full cache", "h2o_n1": "H2O, N = 1", "h2o_n16": "H2O, N = 16", "sink": "sink + recent", "local": "recent only"}
 print(f"{'':14}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  ms a token")
 for name in sys.argv[2:]:
     m = json.loads(Path(sys.argv[1], f"{name}.metrics.json").read_text())
     rouge = "  ".join(f"{100 * m['rouge'][kind]['mean']:7.2f}" for kind in ("rouge1", "rouge2", "rougeL"))
     kv, slots, ms = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], 1e3 * m["time_per_output_token"]
-    print(f"{title[name]:14}  {rouge}  {kv:16.2f}  {slots:10.0f}  {ms:10.1f}")
+    print(f"{name:14}  {rouge}  {kv:16.2f}  {slots:10.0f}  {ms:10.1f}")
 PY

@@ -18,12 +18,12 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.requests import InputError
+from utils.requests import InputError, OneLineParser, replace_file
 
 if TYPE_CHECKING:  # importing datasets takes seconds: --help and a wrong flag should not wait for it
     from datasets import Dataset
@@ -186,22 +186,10 @@ def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Datase
 def write_jsonl(output_path: Path, requests: Iterable[dict]) -> None:
     """Readers see the old file or the whole new one, never a part, however this ends."""
     try:
-        output = output_path.resolve()  # through a link to the file it names
-        temporary = output.with_name(f".prepare_data.{os.getpid()}.tmp")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(request) + "\n" for request in requests)
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        output_path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        replace_file(output_path, (json.dumps(request) + "\n" for request in requests))
     except OSError as error:
         raise InputError(f"cannot write --output-path {output_path} ({error.strerror}); give another place") from error
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -253,6 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     if skipped:
         print(f"skipped {skipped} rows with an empty article or summary", file=sys.stderr)
     print(f"wrote {len(rows)} requests to {args.output_path}")

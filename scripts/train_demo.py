@@ -9,16 +9,12 @@ the context is learned quickest. Weights are float32 masters under bfloat16 auto
 """
 
 import argparse
-import json
 import math
 import os
 import platform
 import random
-import re
 import sys
 import time
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,9 +24,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from make_demo_data import POOLS, PROMPT, SHOT, SHOT_WORDS, make_stories, make_story
 
+from utils.requests import InputError, OneLineParser, Request, read_requests
+from utils.rouge import Rouge
+
+ROOT = Path(__file__).resolve().parents[1]
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SHOTS = (0, 1, 1, 2, 2)  # drawn for each batch, so that its documents have similar lengths
 
@@ -195,27 +197,24 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-def bigram_f(reference: str, summary: str) -> float:
-    """ROUGE-2 F without stemming."""
-    words = [re.findall(r"[a-z0-9]+", text.lower()) for text in (reference, summary)]
-    wanted, given = (Counter(pairwise(text)) for text in words)
-    both = (wanted & given).total()
-    return 2 * both / max(1, wanted.total() + given.total())
-
-
 @torch.inference_mode()
-def evaluate(folder: Path, requests: list[dict], device: torch.device, batch_size: int = 50) -> tuple[float, list[str]]:
+def evaluate(
+    folder: Path, requests: list[Request], device: torch.device, batch_size: int = 50
+) -> tuple[float, list[str]]:
     """Greedy full-cache ROUGE-2 of the checkpoint as saved, computed in float32; and the summaries."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     summaries = []
     for first in range(0, len(requests), batch_size):
-        prompts = [request["article"] for request in requests[first : first + batch_size]]
+        prompts = [request.article for request in requests[first : first + batch_size]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         summaries += [text.split("###")[0].strip() for text in texts]
-    scores = [bigram_f(request["summary_gt"], text) for request, text in zip(requests, summaries, strict=True)]
+    rouge = Rouge()
+    scores = [
+        rouge.score(request.summary_gt, text)["rouge2"] for request, text in zip(requests, summaries, strict=True)
+    ]
     return sum(scores) / len(scores), summaries
 
 
@@ -273,10 +272,10 @@ def write_card(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("data/demo_model"), help="folder of the checkpoint")
-    add("--requests", type=Path, default=Path("data/summarization/demo.jsonl"), help="to evaluate on at the end")
+    add("--output", type=Path, default=ROOT / "data/demo_model", help="folder of the checkpoint, replaced")
+    add("--requests", type=Path, default=ROOT / "data/summarization/demo.jsonl", help="to evaluate on at the end")
     add("--minutes", type=float, default=4.2, help="train no longer than this, whatever --steps says")
     add("--steps", type=int, default=6000, help="optimizer steps")
     add("--batch_tokens", type=int, default=65536, help="tokens a step, padding included")
@@ -293,14 +292,30 @@ def parse_args() -> argparse.Namespace:
     add("--workers", type=int, default=max(0, min(15, len(os.sched_getaffinity(0)) - 1)), help="that make documents")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--log_every", type=int, default=100, help="steps between points of the loss curve")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag in ("steps", "batch_tokens", "summary_weight", "warmup", "layers", "tokenizer_documents", "log_every"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.hidden_size < 64 or args.hidden_size % 64:
+        raise InputError(f"--hidden_size {args.hidden_size}: must be a multiple of 64")
+    if args.vocab_size < 512:
+        raise InputError(f"--vocab_size {args.vocab_size}: must be at least 512, 256 of which are bytes")
+    if args.minutes <= 0 or args.lr <= 0 or args.workers < 0 or not 0 <= args.short_share <= 1:
+        raise InputError("--minutes and --lr must be above 0, --workers at least 0, --short_share from 0 to 1")
+    return args
 
 
-def main() -> None:
-    args = parse_args()
+def run(args: argparse.Namespace) -> None:
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    requests = [json.loads(line) for line in args.requests.read_text(encoding="utf-8").splitlines()]
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used ({' '.join(str(error).split())[:120]})") from None
+    requests, _ = read_requests(args.requests, flag="--requests")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from None
     torch.manual_seed(args.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -313,11 +328,20 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     rouge, summaries = evaluate(args.output, requests, device)
     for request, summary in list(zip(requests, summaries, strict=True))[:5]:
-        print(f"wanted {request['summary_gt']}\n   got {summary}")
+        print(f"wanted {request.summary_gt}\n   got {summary}")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
     write_card(args.output, args, curve, rouge, len(requests), hardware)
     print(f"ROUGE-2 F {rouge:.4f} on {len(requests)} requests with the full cache; checkpoint in {args.output}")
 
 
+def main() -> int:
+    try:
+        run(parse_args())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -100,6 +100,35 @@ def test_test_names_never_occur_in_training(monkeypatch):
         assert not names & set(re.findall(r"[A-Z][a-z]+", document["article"] + document["summary_gt"]))
 
 
+def test_demo_window_is_a_quarter_of_the_median_prompt(prompt_lengths):
+    """A window in scripts/demo.sh that new requests have outdated."""
+    window = re.search(r"--num_window_length (\d+)", (ROOT / "scripts/demo.sh").read_text())
+    assert abs(int(window[1]) - statistics.median(prompt_lengths) / 4) < 1
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        ("make_demo_data", "--requests 0", "--requests"),
+        ("make_demo_data", "--output-path /dev/null/a.jsonl", "--output-path"),
+        ("train_demo", "--requests /nowhere.jsonl", "--requests /nowhere.jsonl"),
+        ("train_demo", "--steps 0", "--steps"),
+        ("train_demo", "--hidden_size 100", "--hidden_size"),
+        ("train_demo", "--device nowhere", "--device"),
+        ("train_demo", "--vocab 100", "--vocab"),
+    ],
+)
+def test_bad_input_of_the_scripts_takes_one_line(monkeypatch, capsys, script, flags, word):
+    """A traceback, or a training that ends in one after it has replaced the bundled model."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(sys, "argv", [script, *flags.split()])
+    assert importlib.import_module(script).main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and word in line
+
+
 def test_model_is_small_and_grouped():
     """A retrained model that outgrew the repository, or lost what tests of GQA and RoPE rely on."""
     folder = run_summarization.DEMO_MODEL

@@ -697,3 +697,76 @@ def test_the_last_token_is_not_cached(gqa):
     assert result.past_key_values.seen == [13, 8] and result.past_key_values.get_seq_length() == 13
     assert result.sequences.shape == (2, 14) and result.sequences.max() < VOCAB
     assert all(tensor.shape[0] == 2 for tensor in slot_tensors(result.past_key_values).values())
+
+
+def test_gradients_reach_a_later_turns_own_keys(gqa):
+    """Keys and values of a second turn that are cached under no_grad and attended to without a gradient."""
+    model = with_flags(gqa, window_length=64)
+    first, turn = torch.tensor([prompt(9)]), torch.tensor([prompt(5)])
+    norms = []
+    for llama, cache in ((gqa.stock, DynamicCache()), (model, HHCache(model.h2o))):
+        with torch.no_grad():
+            llama(first, past_key_values=cache)
+        llama.zero_grad()
+        llama(turn, past_key_values=cache, labels=turn).loss.backward()
+        norms.append([p.grad.norm() for name, p in llama.named_parameters() if "layers.0.self_attn" in name])
+        llama.zero_grad()
+    assert_close(torch.stack(norms[1]), torch.stack(norms[0]), 1e-4)
+
+
+def test_gradient_checkpointing_goes_without_a_cache(gqa):
+    """A cache that checkpointed layers never see, and attention under a mask that is no mask."""
+    model, ids, losses = with_flags(gqa, window_length=8), torch.tensor([prompt(12)]), []
+    for llama in (gqa.stock, model):
+        llama.gradient_checkpointing_enable()
+        llama.train()
+        losses.append(llama(ids, labels=ids).loss)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(ids, past_key_values=HHCache(model.h2o))
+    for llama in (gqa.stock, model):
+        llama.gradient_checkpointing_disable()
+        llama.eval()
+    assert_close(losses[1], losses[0], 1e-5)
+
+
+def test_cache_moves_between_inference_mode_and_generate(gqa):
+    """Slots that are inference tensors: nothing outside could write to them, not even after a reset."""
+    model, ids = with_flags(gqa, window_length=8, update_interval=2), prompt(12)
+    expected = new_tokens(generate(model, [ids], 6), [ids])
+    cache = HHCache(model.h2o)
+    with torch.inference_mode():
+        generate(model, [ids], 6, past_key_values=cache)
+    cache.reset()
+    assert new_tokens(generate(model, [ids], 6, past_key_values=cache), [ids]) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (1, 20), (3, 20)])
+def test_mask_of_another_shape_is_refused(gqa, shape):
+    """A mask that is cut to fit, or fails in the middle and leaves the cache unusable."""
+    model, ids = with_flags(gqa, window_length=8), torch.tensor([prompt(20), prompt(20)])
+    cache = HHCache(model.h2o)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(shape, dtype=torch.long), past_key_values=cache)
+    model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"output_attentions": True}, {"logits_to_keep": torch.tensor([[1], [2]])}],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_what_a_forward_cannot_give_is_refused(gqa, kwargs):
+    """None for attention maps, or logits of the wrong shape, without a word."""
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        with_flags(gqa, window_length=8)(torch.tensor([prompt(5), prompt(5)]), **kwargs)
+
+
+def test_device_map(gqa, tmp_path):
+    """Weights that accelerate places: hooks around layers that pass the cache on."""
+    pytest.importorskip("accelerate")
+    gqa.stock.save_pretrained(tmp_path)
+    flags = H2OConfig(window_length=8, update_interval=2)
+    placed = H2OLlamaForCausalLM.from_pretrained(tmp_path, h2o=flags, device_map={"": "cpu"})
+    rows = [prompt(12), prompt(5)]
+    expected = generate(with_flags(gqa, window_length=8, update_interval=2), rows, 6)
+    assert new_tokens(generate(placed, rows, 6), rows) == new_tokens(expected, rows)

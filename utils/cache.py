@@ -100,7 +100,8 @@ class Rows:
     def mirror(self, device: torch.device) -> torch.Tensor:
         """int32 [2, B] on `device`: lengths and tokens seen."""
         if device not in self._mirrors:
-            self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # outlives the mode it is made in
+                self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
         return self._mirrors[device]
 
     def append(self, new: list[int]) -> None:
@@ -206,6 +207,7 @@ class HHLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.block: dict[str, torch.Tensor] | None = None
 
+    @torch.inference_mode(False)  # slots outlive the mode they are made in
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         slots = (*key_states.shape[:2], self.h2o.capacity)
@@ -225,12 +227,13 @@ class HHLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if step.decode:
-            for slots, new in ((self.keys, key_states), (self.values, value_states)):
-                if step.min_start == step.max_start:
-                    slots[:, :, step.min_start].copy_(new[:, :, 0])
-                else:
-                    at = step.starts(slots.device)
-                    slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
+            with torch.no_grad():
+                for slots, new in ((self.keys, key_states), (self.values, value_states)):
+                    if step.min_start == step.max_start:
+                        slots[:, :, step.min_start].copy_(new[:, :, 0])
+                    else:
+                        at = step.starts(slots.device)
+                        slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
             return self.keys[:, :, : step.width], self.values[:, :, : step.width]
         keys, values = self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
@@ -268,11 +271,11 @@ class HHLayer(CacheLayerMixin):
     def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool) -> None:
         """Bring slots, or the pending block, into the first heavy + recent slots (boolean mask, or gather)."""
         source, self.block = self.block or self.tensors(), None
-        appending = source["keys"] is not self.keys
-        plan = rows.plan(self.keys.device, source["keys"].shape[2], self.h2o.capacity, heavy, recent)
+        appending, width = source["keys"] is not self.keys, source["keys"].shape[2]
+        plan = rows.plan(self.keys.device, width, self.h2o.capacity, heavy, recent)
         if appending:
-            filled = min(self.positions.shape[2], source["keys"].shape[2])
-            new = plan.appended[..., filled : source["keys"].shape[2]].expand(*self.mass.shape[:2], -1)
+            filled = min(self.h2o.capacity, width)
+            new = plan.appended[..., filled:width].expand(*self.mass.shape[:2], -1)
             source["positions"] = torch.cat([self.positions[:, :, :filled], new], dim=-1)
         if plan.longest > plan.window:
             keep = select_slots(self._score(source), plan.empty, plan.recent, plan.window)
@@ -346,7 +349,7 @@ class HHCache(Cache):
     - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: one slot
       index means the same token in all four. A row's slots are filled from 0; past its length mass is zero.
     - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
-    - lengths[b] <= window_length after slimming, <= capacity at any time; the same for all layers and heads.
+    - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.
     - `get_seq_length()` counts the columns seen (as a full cache would hold them), not the slots stored.
     - Left padding is dropped on entry: a row's slots are what they would be alone.
     - The step clock is the number of forwards since the cache was reset; slimming is due after forwards of several
@@ -383,6 +386,8 @@ class HHCache(Cache):
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
         new = new or [columns] * batch_size
+        if len(new) != batch_size:
+            raise ValueError(f"{len(new)} token counts for {batch_size} rows")
         decode = self.clock > 0 and columns == 1 and min(new) == 1
         due = not decode or self.clock % h2o.update_interval == 0
         first_scored = [0] * batch_size
@@ -393,11 +398,11 @@ class HHCache(Cache):
         rows.append(new)
         return self.step
 
-    @torch.no_grad()
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
 
         A decode step returns views of the slots, a forward of several tokens the slots followed by the new tokens.
+        Slots carry no gradient: it reaches the new tokens of a forward of several, and those only.
 
         Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache.
         """
@@ -470,7 +475,16 @@ class HHCache(Cache):
         """Let row b continue row beam_idx[b], [B] int64, in place."""
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
-        self._rows.reorder(beam_idx)
+        if self._rows is not None:
+            self._rows.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Raises NotImplementedError."""
+        raise NotImplementedError(
+            "the rows of an HHCache are fixed: reorder_cache exchanges them, reset() makes new ones"
+        )
+
+    batch_repeat_interleave = batch_select_indices
 
     def crop(self, tokens_to_remove: int = 0) -> None:
         """Raises NotImplementedError."""
@@ -478,7 +492,7 @@ class HHCache(Cache):
             "an HHCache cannot take tokens back (evicted ones are gone): assisted decoding needs a full cache"
         )
 
-    activate_past_recording = crop
+    activate_past_recording = crop  # what assisted decoding asks for first
 
     # What it holds
 

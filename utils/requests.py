@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,13 @@ from pathlib import Path
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message is one line: the file, line or flag, and the way out."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises InputError where argparse would print its usage and exit."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see --help)")
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,12 @@ _CHECKS = {
 }
 
 
-def read_requests(path: Path, skip_bad: bool = False, limit: int | None = None) -> tuple[list[Request], int]:
+def read_requests(
+    path: Path, skip_bad: bool = False, limit: int | None = None, flag: str = "--input-path"
+) -> tuple[list[Request], int]:
     """The first `limit` requests of a jsonl file, and how many bad lines were skipped. Blank lines do not count.
+
+    `flag` is what the user gave the path with, for messages.
 
     Raises: InputError for a file that cannot be read or holds no request and, unless `skip_bad`, for a bad line.
     """
@@ -94,10 +107,10 @@ def read_requests(path: Path, skip_bad: bool = False, limit: int | None = None) 
                         ) from None
                     skipped += 1
     except OSError as error:
-        raise InputError(f"--input-path {path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from None
     if not requests:
         bad = f" ({skipped} bad lines skipped)" if skipped else ""
-        raise InputError(f"--input-path {path}: holds no requests{bad}; scripts/prepare_data.py makes some")
+        raise InputError(f"{flag} {path}: holds no requests{bad}; scripts/prepare_data.py makes some")
     return requests, skipped
 
 
@@ -208,16 +221,16 @@ class ResultsFile:
         """Order the results as the requests are, and write the final metrics. Raises InputError."""
         lines = (json.dumps(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
         with self._writing("; results are kept, the same command goes on"):
-            _replace(self.path, lines)
+            replace_file(self.path, lines)
             self.write_metrics(metrics)
         self.metrics = metrics
         self._file.close()
 
     def write_metrics(self, metrics: dict) -> None:
-        _replace(self.metrics_path, [json.dumps({"settings": self.settings} | metrics, indent=2) + "\n"])
+        replace_file(self.metrics_path, [json.dumps({"settings": self.settings} | metrics, indent=2) + "\n"])
 
 
-def _replace(path: Path, lines) -> None:
+def replace_file(path: Path, lines: Iterable[str]) -> None:
     """Write a file so that a reader, or a crash, finds the old or the new one whole."""
     path = path.resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
