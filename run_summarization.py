@@ -38,7 +38,15 @@ from transformers import (
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS
 from utils.cache import HHCache
-from utils.requests import InputError, OneLineParser, Request, ResultsFile, fingerprint, read_requests
+from utils.requests import (
+    InputError,
+    OneLineParser,
+    Request,
+    ResultsFile,
+    checkpoint_fingerprint,
+    fingerprint,
+    read_requests,
+)
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
 
 DEMO_REQUESTS = Path(__file__).resolve().parent / "data/summarization/demo.jsonl"
@@ -481,6 +489,8 @@ def run(args: argparse.Namespace) -> int:
         "--dtype": args.dtype,
         "--enable_h2o_generation": args.enable_h2o_generation,
     }
+    if weights := checkpoint_fingerprint(Path(args.model_name)):
+        settings["what --model-name holds"] = f"sha256 {weights[:16]}"
     if h2o is not None:
         for name, value in dataclasses.asdict(h2o).items():
             settings[f"--{FLAG_OF_FIELD.get(name, name)}"] = value

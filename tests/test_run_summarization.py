@@ -245,7 +245,7 @@ def test_schema_of_results_and_metrics(run, flags):
     assert settings["--seed"] == 42 and settings["--enable_h2o_generation"] is bool(flags)
     if flags:
         assert settings["--num_window_length"] == 24 and settings["--update_interval"] == 4
-        assert len(settings) == 7 + len(dataclasses.fields(H2OConfig)), "every flag of the cache stands in the file"
+        assert len(settings) == 8 + len(dataclasses.fields(H2OConfig)), "every flag of the cache stands in the file"
 
 
 def test_single_tokens_have_no_time_per_token(run):
@@ -829,6 +829,18 @@ def test_resuming_with_other_settings_is_refused_by_flag(run, refused, checkpoin
     refused(requests, *H2O, model=other, words=["--model-name is ", "other"])
     refused([requests[0] | {"max_tokens": 5}, *requests[1:]], *H2O, words="--input-path is ")
     refused(requests[::-1], *H2O, words="--input-path is ")
+    assert first.files == before
+
+
+def test_replaced_checkpoint_is_refused_on_resuming(run, refused, checkpoint, tmp_path):
+    """One file of results from two models that stood at the same place, one after the other."""
+    model, requests = shutil.copytree(checkpoint, tmp_path / "model"), make_requests(2, max_tokens=3)
+    first = run(requests, *H2O, model=model)
+    before = first.files
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 64
+    (model / "model.safetensors").write_bytes(weights)
+    refused(requests, *H2O, model=model, words=["what --model-name holds is ", "--overwrite"])
     assert first.files == before
 
 

@@ -122,6 +122,19 @@ def fingerprint(requests: list[Request]) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_fingerprint(folder: Path) -> str | None:
+    """SHA-256 over names, sizes and first MiB of a checkpoint's files; None where the folder is not on this machine."""
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".model"))
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as opened:
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode() + opened.read(2**20))
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
 class ResultsFile:
     """A jsonl of results that survives a crash at any moment, and the metrics JSON beside it.
 
