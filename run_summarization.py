@@ -245,7 +245,7 @@ class RowWatch(StoppingCriteria):
         self.finish_reason: list[str | None] = [None] * len(requests)
         self.end_time = [0.0] * len(requests)
         self.cache_stats: list[dict] = [{} for _ in requests]
-        self.begin = self.first_token_time = None
+        self.first_token_time: float | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         latest = input_ids[:, -1:]

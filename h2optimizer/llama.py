@@ -199,6 +199,8 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("gradient checkpointing works without a cache only: leave past_key_values out")
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions: an HHCache's model keeps no attention matrix; use LlamaForCausalLM")
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
+            raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
 
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, columns = inputs.shape[:2]
@@ -235,8 +237,6 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             hidden_states = _take_columns(hidden_states, to_right)
             if all_hidden_states is not None:
                 all_hidden_states = tuple(_take_columns(states, to_right) for states in all_hidden_states)
-        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
-            raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, slice_indices, :])
         loss = None
