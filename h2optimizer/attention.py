@@ -1,27 +1,62 @@
 """Attention that also reports probability mass: what each slot received from this forward's queries.
 
-Both backends take query [B, Hq, columns, D], key and value [B, Hkv, width, D] as `HHCache.update` returns them, and the
-`Step` that says which slots each query sees. They return the output [B, Hq, columns, D] and, on scored steps, the mass
-[B, Hkv, width] float32 (else None): column sums of softmax(QK^T * scaling) over queries and a group's query heads.
+Every backend takes query [B, Hq, columns, D], key and value [B, Hkv, width, D] as `HHCache.update` returns them, the
+`Step` that says which slots each query sees, `scaling` of q·k, and `group_reduce`. Of the keyword arguments, `slots` is
+the `HHLayer` that key and value belong to, and `rope` the cosines and sines [width, D] by slot index to rotate the keys
+with, where they are cached unrotated. They return the output [B, Hq, columns, D] and, on scored steps, the mass
+[B, Hkv, width] float32: column sums of softmax(QK^T * scaling) over queries and a group's query heads. The mass is None
+on other steps, and where it went straight into `slots`.
 """
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
 
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import rotate_half
 
-from utils.cache import Step
+from utils.cache import HHLayer, Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
 
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on states [B, H, n, D] with tables that broadcast to it, the same arithmetic as apply_rotary_pos_emb."""
+    return (states * cos) + (rotate_half(states) * sin)
+
 
 def eager_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, scaling: float, group_reduce: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scaling: float,
+    group_reduce: str,
+    *,
+    slots: HHLayer | None = None,
+    rope: Rope | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The reference: the whole attention matrix at once."""
+    key = key if rope is None else rotate(key, *rope)
     return blocked_attention(query, key, value, step, scaling, group_reduce, block=step.columns)
 
 
 def sdpa_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, scaling: float, group_reduce: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scaling: float,
+    group_reduce: str,
+    *,
+    slots: HHLayer | None = None,
+    rope: Rope | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Torch's fused attention; mass in blocks of queries, in memory linear in the prompt.
 
@@ -29,6 +64,7 @@ def sdpa_attention(
     before padding, so causal is enough) and decode steps of rows of one length. Decode steps that want mass, or rows of
     different lengths, and later forwards of several tokens take output and mass from the same blocks.
     """
+    key = key if rope is None else rotate(key, *rope)
     budget = BLOCK_BYTES if query.is_cuda else BLOCK_BYTES // 16
     block = max(1, budget // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     prefill = step.max_start == 0
@@ -44,7 +80,105 @@ def sdpa_attention(
     return blocked_attention(query, key, value, step, scaling, group_reduce, block)
 
 
-ATTENTION_BACKENDS = {"eager": eager_attention, "sdpa": sdpa_attention}
+def triton_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scaling: float,
+    group_reduce: str,
+    *,
+    slots: HHLayer | None = None,
+    rope: Rope | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Triton kernels: decode steps in one pass, the mass of several tokens in one pass of tiles after the attention.
+
+    What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend.
+    """
+    if not _kernels_apply(query, key):
+        return sdpa_attention(query, key, value, step, scaling, group_reduce, rope=rope)
+    if step.decode:
+        return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
+    key = key if rope is None else rotate(key, *rope)
+    if step.max_start == 0 and not step.scored:
+        return sdpa_attention(query, key, value, step, scaling, group_reduce)
+    from h2optimizer.kernels.prefill import attention_with_lse
+
+    if step.max_start == 0 and _cudnn_applies(query, key, value):
+        # SDPA's own choice where it applies; called by name because SDPA keeps the log-sum-exp to itself
+        output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, True, False, scale=scaling
+        )[:2]
+    else:
+        with _on(query.device):
+            output, lse = attention_with_lse(query, key, value, step.spans(query.device), scaling)
+    return output, _kernel_mass(query, key, lse, step, scaling, group_reduce) if step.scored else None
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scaling: float,
+    group_reduce: str,
+    *,
+    slots: HHLayer | None = None,
+    rope: Rope | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The flash-attn package, on the slots as they are; mass, and keys to be rotated in a decode step, by the kernels.
+
+    A later forward of several tokens is causal from the bottom right: query column i of row b sees start[b] + i + 1
+    slots when the row is said to end `columns` after its start.
+    """
+    if not _kernels_apply(query, key) or query.dtype == torch.float32:
+        return triton_attention(query, key, value, step, scaling, group_reduce, slots=slots, rope=rope)
+    if step.decode and (step.scored or rope is not None):
+        return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
+    key = key if rope is None else rotate(key, *rope)
+    flash, (q, k, v) = _flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
+    lse = None
+    if step.max_start == 0:
+        wanted = {"return_attn_probs": step.scored}  # early versions of flash-attn 3 always give the log-sum-exp
+        wanted = wanted if "return_attn_probs" in inspect.signature(flash.flash_attn_func).parameters else {}
+        output = flash.flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, **wanted)
+    else:
+        output = flash.flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=(step.starts(q.device) + step.columns).int(), softmax_scale=scaling, causal=True,
+            return_softmax_lse=step.scored,
+        )  # fmt: skip
+    if isinstance(output, tuple):
+        output, lse = output[:2]
+    output = output.transpose(1, 2)
+    return output, _kernel_mass(query, key, lse, step, scaling, group_reduce) if step.scored else None
+
+
+ATTENTION_BACKENDS = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "triton": triton_attention,
+    "flash_attn": flash_attention,
+}
+
+
+@functools.cache
+def resolve_backend(name: str, device: str) -> str:
+    """The backend that `name` means on a device type: "auto" is triton on CUDA (compute capability 8), else sdpa.
+
+    Raises: ValueError, with the way out, for one that cannot run there.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        usable = device == "cuda" and has_triton and torch.cuda.get_device_capability() >= (8, 0)
+        return "triton" if usable else "sdpa"
+    if name in ("triton", "flash_attn"):
+        if not has_triton:
+            raise ValueError(f"backend={name!r}: triton is not installed: pip install triton, or choose backend='sdpa'")
+        if device != "cuda" and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+            raise ValueError(f"backend={name!r} needs a CUDA device, this is {device!r}: choose backend='auto'")
+    if name == "flash_attn":
+        _flash_attn()
+    return name
 
 
 def blocked_attention(
@@ -105,3 +239,71 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
             q, k = q.float(), k.float()
     unused = q.new_empty(1, 1, 1, dtype=exact.get("out_dtype"))  # beta = 0: never read
     return torch.baddbmm(unused, q, k, beta=0, alpha=scaling, **exact).view(*grouped.shape[:4], -1)
+
+
+def _on(device: torch.device):
+    """Triton launches on the current device, which is another one where the layers are spread over several."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _kernels_apply(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the Triton kernels can take these states."""
+    return (
+        query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and key.dtype == query.dtype
+        and query.shape[-1] <= 256
+        and query.shape[-1] * query.element_size() % 16 == 0
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+    )
+
+
+def _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope):
+    """One decode step by kernel; the mass goes into `slots`, or is returned when there are none."""
+    from h2optimizer.kernels.decode import decode_attention
+
+    added, mass = {}, None
+    if step.scored and slots is not None:
+        added = dict(mass=slots.mass, count=slots.count, decay=slots.h2o.score_decay)
+    elif step.scored:
+        mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+        added = dict(mass=mass)
+    if slots is not None:  # all slots, filled or not: what a launch is given must not change from step to step
+        key, value = slots.keys, slots.values
+    lengths = step.rows.mirror(key.device)[0]
+    with _on(key.device):
+        output = decode_attention(
+            query, key, value, lengths, scaling, rope=rope, first_head=group_reduce == "first", **added
+        )
+    return output, mass
+
+
+def _kernel_mass(query, key, lse, step, scaling, group_reduce):
+    from h2optimizer.kernels.prefill import attention_mass
+
+    lse = lse.reshape(query.shape[:3]).contiguous()
+    with _on(query.device):
+        return attention_mass(query, key, lse, step.spans(query.device), scaling, group_reduce == "first")
+
+
+def _cudnn_applies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    if not query.is_cuda:
+        return False
+    asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(asked)
+
+
+@functools.cache
+def _flash_attn():
+    """flash-attn 3's module, or else 2's. Raises: ValueError, with the way out, when neither can be imported."""
+    for name in ("flash_attn_interface", "flash_attn"):
+        if importlib.util.find_spec(name) is not None:
+            try:
+                return importlib.import_module(name)
+            except ImportError as error:  # built for another torch or Python
+                raise ValueError(
+                    f"backend='flash_attn': {name} does not import ({error}): reinstall it, or choose backend='triton'"
+                ) from error
+    raise ValueError(
+        "backend='flash_attn': flash-attn is not installed: pip install flash-attn --no-build-isolation, or choose "
+        "backend='triton'"
+    )

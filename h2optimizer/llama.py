@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 
-from h2optimizer.attention import ATTENTION_BACKENDS
+from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend, rotate
 from utils.cache import HHCache
 
 
@@ -23,7 +23,7 @@ class H2OConfig:
     num_heavy_hitters: int = -1  # how many of them are heavy hitters; -1 = half, 0 = local attention
     update_interval: int = 16  # slimming is due on every N-th forward; 1 = H2O
     slimming: str = "H"  # "H": gather into place (update_slimmingH); "mask": boolean mask and copy (update_slimming)
-    backend: str = "auto"  # "eager" (reference), "sdpa"; auto = sdpa
+    backend: str = "auto"  # "eager" (reference), "sdpa", "triton", "flash_attn"; auto = triton on CUDA, else sdpa
     score: str = "mass"  # "mass" (H2O), "sink" (StreamingLLM: oldest slots), "random" (fixed by score_seed)
     score_seed: int = 0  # of score="random"
     score_every_step: bool = True  # add mass on skipped steps as well; False = pure attention there
@@ -68,6 +68,11 @@ class H2OConfig:
             )
         if type(self.score_decay) not in (int, float) or not 0.0 <= self.score_decay <= 1.0:
             raise ValueError(f"score_decay={self.score_decay!r}: must be a number between 0 and 1")
+        if self.backend == "flash_attn" and self.needs_mass and self.score_every_step:
+            raise ValueError(
+                "backend='flash_attn' gives no scores in a decode step: set score_every_step=False, which leaves them "
+                "to the steps that slim, or backend='triton'"
+            )
 
     @property
     def heavy(self) -> int:
@@ -89,10 +94,13 @@ class H2OConfig:
         """Whether slimming ranks slots by mass; if not, every step is pure attention."""
         return self.score == "mass" and self.heavy > 0
 
-    @property
-    def attention_backend(self) -> str:
-        """The backend that "auto" stands for."""
-        return "sdpa" if self.backend == "auto" else self.backend
+    def slimming_kernels(self, device: torch.device):
+        """The module that slims slots on `device`, or None where torch does it."""
+        if resolve_backend(self.backend, device.type) not in ("triton", "flash_attn"):
+            return None
+        from h2optimizer.kernels import slimming
+
+        return slimming
 
 
 class H2OLlamaAttention(LlamaAttention):
@@ -122,13 +130,16 @@ class H2OLlamaAttention(LlamaAttention):
         if not h2o.position_rolling:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
         keys, values = cache.update(key_states, value_states, self.layer_idx)
-        if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index here, in a copy
-            keys = _rotate(keys, cos[:, None], sin[:, None])
-            query_states = _rotate(query_states, *(_at_queries(table, step)[:, None] for table in (cos, sin)))
+        slots, key_rope = cache.layers[self.layer_idx], None
+        if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
+            key_rope = (cos[0], sin[0])
+            query_states = rotate(query_states, *(_at_queries(table, step)[:, None] for table in (cos, sin)))
 
         # H2O: attention reports the mass that each slot received, and slimming follows it when due
-        attend = ATTENTION_BACKENDS[h2o.attention_backend]
-        attn_output, mass = attend(query_states, keys, values, step, self.scaling, h2o.group_reduce)
+        attend = ATTENTION_BACKENDS[resolve_backend(h2o.backend, query_states.device.type)]
+        attn_output, mass = attend(
+            query_states, keys, values, step, self.scaling, h2o.group_reduce, slots=slots, rope=key_rope
+        )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
         if step.due:
@@ -136,11 +147,6 @@ class H2OLlamaAttention(LlamaAttention):
 
         attn_output = attn_output.transpose(1, 2).reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), None
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on states [B, H, n, D] with tables that broadcast to it, the same arithmetic as apply_rotary_pos_emb."""
-    return (states * cos) + (rotate_half(states) * sin)
 
 
 def _at_queries(table: torch.Tensor, step) -> torch.Tensor:

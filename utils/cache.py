@@ -60,6 +60,11 @@ class Step:
 
         return self._once(device, "scored", mask)
 
+    def spans(self, device: torch.device) -> torch.Tensor:
+        """`start`, `new` and `first_scored` on `device`: int32 [3, B]."""
+        spans = [self.start, self.new, self.first_scored]
+        return self._once(device, "spans", lambda: torch.tensor(spans, dtype=torch.int32, device=device))
+
     def all_scored(self, begin: int, end: int) -> bool:
         """Whether query columns [begin, end) add mass in every row."""
         return begin >= max(self.first_scored) and end <= min(self.new)

@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing outside this package imports them before they are needed."""

@@ -1,0 +1,240 @@
+"""Attention of one query per row over its slots, with the mass update in the same pass.
+
+The query heads of a KV head go together, so keys and values are read once. A program that has a row's KV head to itself
+keeps the logits in registers and finishes alone; where that would leave the device idle, or the slots are too many for
+it, several programs share the slots, leave logits and partial sums in memory, and a second kernel combines them (as
+FlashDecoding splits the keys: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Lengths are
+read on the device and grids follow from shapes alone, so that a CUDA graph can hold the launches.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+MOST_KEPT = 2048  # slots whose logits fit into the registers of one program
+
+
+@triton.jit
+def _load_rows(states, stride, slot, end, offset_d, width: tl.constexpr):
+    inside = (slot < end)[:, None] & (offset_d < width)[None, :]
+    return tl.load(states + slot[:, None] * stride + offset_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end, D: tl.constexpr, BH: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """q·k [heads, BN] of keys that are rotated here by slot index, in float32, both halves of a head at once."""
+    half = tl.arange(0, BH)
+    low = _load_rows(key, stride, slot, end, half, D // 2)
+    high = _load_rows(key + D // 2, stride, slot, end, half, D // 2)
+    c = _load_rows(cos, stride_rope, slot, end, half, D // 2).to(tl.float32)
+    s = _load_rows(sin, stride_rope, slot, end, half, D // 2).to(tl.float32)
+    turned_low = (low.to(tl.float32) * c - high.to(tl.float32) * s).to(low.dtype)
+    turned_high = (high.to(tl.float32) * c + low.to(tl.float32) * s).to(low.dtype)
+    inside = inside[:, None] & (half < D // 2)[None, :]
+    q_low = tl.load(query[:, None] + half[None, :], mask=inside, other=0.0)
+    q_high = tl.load(query[:, None] + D // 2 + half[None, :], mask=inside, other=0.0)
+    logits = tl.dot(q_low, tl.trans(turned_low), input_precision=PRECISION)
+    return tl.dot(q_high, tl.trans(turned_high), logits, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_received(mass, count, received, slot, length, decay, COUNT: tl.constexpr):
+    """mass = mass * decay + received in place, and as much for the number of queries that could see the slot."""
+    filled = slot < length
+    old = tl.load(mass + slot, mask=filled, other=0.0)
+    tl.store(mass + slot, old * decay + received, mask=filled)
+    if COUNT:
+        old = tl.load(count + slot, mask=filled, other=0.0)
+        tl.store(count + slot, old * decay + 1.0, mask=filled)
+
+
+@triton.jit
+def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COUNTED: tl.constexpr,
+              COUNT: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """The mass of logits that were kept in registers, [TILES, G, BN], with the heads' log-sum-exps [G]."""
+    p = tl.exp2(logits - lse[None, :, None])
+    p = tl.where((tl.arange(0, G) < COUNTED)[None, :, None], p, 0.0)
+    slot = first_slot + tl.arange(0, TILES)[:, None] * BN + offset_n[None, :]
+    _add_received(mass, count, tl.sum(p, 1), slot, length, decay, COUNT)
+
+
+@triton.jit
+def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, logits, sums, partial, stride_qb,
+                   stride_qh, stride_b, stride_h, stride_n, stride_rope, slots, scale_log2, decay,
+                   HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr,
+                   BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+                   TILES: tl.constexpr, MORE_TILES: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
+                   ROPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One row's KV head, or one of SPLIT shares of its slots."""
+    head, share = tl.program_id(0), tl.program_id(1)
+    b, h = head // HEADS, head % HEADS
+    length = tl.load(lengths + b)
+    per_share = tl.cdiv(tl.cdiv(length, SPLIT), BN) * BN
+    begin = share * per_share
+    end = tl.minimum(length, begin + per_share)
+
+    offset_g, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BN)
+    real = offset_g < GROUP
+    query += b.to(tl.int64) * stride_qb + (h * GROUP + offset_g) * stride_qh
+    q = tl.load(query[:, None] + offset_d[None, :], mask=real[:, None] & (offset_d < D)[None, :], other=0.0)
+    key += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    value += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    mass += head.to(tl.int64) * slots
+    count += head.to(tl.int64) * slots
+    at_logits = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots
+
+    top = tl.full([GP], -float("inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, BD], tl.float32)
+    if TILES > 0:
+        kept = tl.full([TILES, G, BN], -float("inf"), tl.float32)
+    if MORE_TILES > 0:
+        more = tl.full([MORE_TILES, G, BN], -float("inf"), tl.float32)
+    for i in range(begin, end, BN):
+        slot = i + offset_n
+        if ROPE:
+            s = _rotated_logits(query, real, key, cos, sin, stride_n, stride_rope, slot, end, D, BD // 2, PRECISION)
+        else:
+            s = tl.dot(q, tl.trans(_load_rows(key, stride_n, slot, end, offset_d, D)), input_precision=PRECISION)
+        s = tl.where((slot < end)[None, :], s * scale_log2, -float("inf"))
+        v = _load_rows(value, stride_n, slot, end, offset_d, D)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+        if TILES > 0:
+            tile = i // BN
+            s = tl.sum(tl.reshape(tl.where(real[:, None], s, 0.0), [GP // G, G, BN]), 0)  # padding heads are zero
+            kept = tl.where((tl.arange(0, TILES) == tile)[:, None, None], s[None, :, :], kept)
+            if MORE_TILES > 0:
+                more = tl.where((tl.arange(0, MORE_TILES) + TILES == tile)[:, None, None], s[None, :, :], more)
+        elif MASS:
+            tl.store(at_logits + slot[None, :], s, mask=real[:, None] & (slot < end)[None, :])
+
+    if SPLIT == 1 and (TILES > 0 or not MASS):
+        inside = real[:, None] & (offset_d < D)[None, :]
+        at_output = output + (head * GROUP + offset_g)[:, None] * D + offset_d[None, :]
+        tl.store(at_output, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+        if TILES > 0:
+            lse = tl.sum(tl.reshape(tl.where(real, top + tl.log2(total), 0.0), [GP // G, G]), 0)
+            _add_kept(mass, count, kept, lse, 0, offset_n, length, decay, COUNTED, COUNT, TILES, G, BN)
+            if MORE_TILES > 0:
+                _add_kept(
+                    mass, count, more, lse, TILES * BN, offset_n, length, decay, COUNTED, COUNT, MORE_TILES, G, BN
+                )
+    else:
+        part = (head * SPLIT + share) * GROUP + offset_g
+        tl.store(sums + part * 2, top, mask=real)
+        tl.store(sums + part * 2 + 1, total, mask=real)
+        tl.store(partial + part[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
+
+
+@triton.jit
+def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, decay, HEADS: tl.constexpr,
+                    GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr,
+                    SPLIT: tl.constexpr, BR: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+    """The first GROUP programs of a KV head combine one query head's output each, the others BR slots' mass each."""
+    head, block = tl.program_id(0), tl.program_id(1)
+    share = tl.arange(0, SPLIT)
+    if block < GROUP:
+        part = (head * SPLIT + share) * GROUP + block
+        top, total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
+        weight = tl.exp2(top - tl.max(top, 0))
+        offset_d = tl.arange(0, BD)
+        acc = tl.load(partial + part[:, None] * BD + offset_d[None, :])
+        acc = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
+        tl.store(output + (head * GROUP + block) * D + offset_d, acc.to(output.dtype.element_ty), mask=offset_d < D)
+    else:
+        length = tl.load(lengths + head // HEADS)
+        offset_g = tl.arange(0, G)
+        real = (offset_g < COUNTED)[:, None]
+        part = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
+        top = tl.load(sums + part * 2, mask=real, other=0.0)
+        total = tl.load(sums + part * 2 + 1, mask=real, other=1.0)
+        highest = tl.max(top, 1)
+        lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest[:, None]), 1))
+        slot = (block - GROUP) * BR + tl.arange(0, BR)
+        at = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots + slot[None, :]
+        s = tl.load(at, mask=real & (slot < length)[None, :], other=-float("inf"))
+        received = tl.sum(tl.where(real, tl.exp2(s - lse[:, None]), 0.0), 0)
+        row = head.to(tl.int64) * slots
+        _add_received(mass + row, count + row, received, slot, length, decay, COUNT)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float,
+    *,
+    mass: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    decay: float = 1.0,
+    first_head: bool = False,
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Softmax attention of one query per row over the row's slots; adds to the slots' mass in place.
+
+    Args:
+        query: [B, Hq, 1, D], float32, float16 or bfloat16, rotated.
+        keys, values: [B, Hkv, slots, D], same dtype and strides, D contiguous; nothing past a row's length is used.
+        lengths: int32 [B], at least 1: filled slots of each row, the query's own included.
+        scaling: of q·k.
+        mass: float32 [B, Hkv, slots], contiguous: mass = mass * decay + probability, summed over a group's query heads.
+        count: as mass: count = count * decay + 1.
+        first_head: take mass from the first query head of each group only.
+        rope: cos and sin [slots or more, D] by slot index, the same in both halves of D, to rotate the keys with.
+
+    Returns: [B, Hq, 1, D].
+    """
+    batch, q_heads, _, dim = query.shape
+    heads, slots = keys.shape[1:3]
+    group = q_heads // heads
+    padded = max(16, triton.next_power_of_2(dim)) if rope is None else 2 * max(16, triton.next_power_of_2(dim // 2))
+    tile = max(16, min(64, 16384 // (padded * query.element_size())))
+    programs, tiles = batch * heads, triton.cdiv(slots, tile)
+    split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
+    split = min(split, triton.next_power_of_2(tiles + 1) // 2)
+    alone = split == 1 and (mass is None or slots <= MOST_KEPT)
+    kept = more = 0
+    if alone and mass is not None:
+        kept = triton.next_power_of_2(tiles + 1) // 2
+        more = triton.next_power_of_2(tiles - kept) if tiles > kept else 0
+    assert keys.stride() == values.stride() and keys.stride(3) == 1 and query.stride(3) == 1
+
+    output = query.new_empty(batch, q_heads, 1, dim)
+    logits = sums = partial = output  # not used
+    if not alone:
+        parts = (batch, heads, split, group)
+        sums = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
+        partial = torch.empty(*parts, padded, dtype=torch.float32, device=query.device)
+        if mass is not None:
+            logits = torch.empty(batch, q_heads, slots, dtype=torch.float32, device=query.device)
+    added = (output if mass is None else mass, output if count is None else count)
+    cos, sin = (output, output) if rope is None else rope
+    shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=padded,
+                 G=triton.next_power_of_2(group), SPLIT=split, COUNT=count is not None)  # fmt: skip
+    _decode_kernel[programs, split](
+        query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, query.stride(0), query.stride(1),
+        *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E, decay, **shape,
+        GP=max(16, triton.next_power_of_2(group)), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
+        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if not alone:
+        block = 1024
+        blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
+        _combine_kernel[programs, blocks](
+            lengths, output, *added, logits, sums, partial, slots, decay, **shape, BR=block, num_warps=4
+        )
+    return output

@@ -1,0 +1,174 @@
+"""Attention of many queries over slots and new tokens, and the mass that they give to each, in memory linear in both.
+
+Query column i of row b stands at slot starts[b] + i and sees the slots up to there; of a row's columns the first new[b]
+are real. The output and log-sum-exp come from whichever kernel is fastest; the mass, column sums of exp(q·k * scaling -
+lse), takes one pass of tiles more, as in the backward pass of FlashAttention-2 (Dao, arXiv 2307.08691), which needs no
+atomics because a program keeps its tile of keys and walks over the queries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _mass_tile(query, keys_t, lse, qb, qh, i, offset_n, start, end, scale_log2, MASKED: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Probabilities of queries i … i + BM and a tile of keys, rows r and r + 8 (one thread's) added: [BM/16, 8, BN]."""
+    columns = i + tl.arange(0, BM)
+    q = query.load([qb, qh, i, 0]).reshape(BM, BD)
+    if MASKED:
+        row_lse = tl.load(lse + columns, mask=columns < end, other=float("inf"))
+    else:
+        row_lse = tl.load(lse + columns)
+    logits = tl.dot(q, keys_t, input_precision=PRECISION) * scale_log2
+    p = tl.exp2(logits - (row_lse * LOG2_E)[:, None])
+    if MASKED:
+        p = tl.where((columns < end)[:, None] & (columns[:, None] + start >= offset_n[None, :]), p, 0.0)
+    return tl.sum(tl.reshape(p, [BM // 16, 2, 8, BN]), 1)
+
+
+@triton.jit(do_not_specialize=["columns", "width"])
+def _mass_kernel(query, key, lse, spans, mass, columns, width, scale_log2, BATCH: tl.constexpr, HEADS: tl.constexpr,
+                 GROUP: tl.constexpr, COUNTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys and one query head: mass [B, Hkv, COUNTED, width] from the queries in [first, new)."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    b, h = head // (HEADS * COUNTED), head // COUNTED % HEADS
+    q_head = h * GROUP + head % COUNTED
+    start, new, first = tl.load(spans + b), tl.load(spans + BATCH + b), tl.load(spans + 2 * BATCH + b)
+    lse += (b * HEADS * GROUP + q_head).to(tl.int64) * columns
+    offset_n = block * BN + tl.arange(0, BN)
+    keys_t = tl.trans(key.load([b, h, block * BN, 0]).reshape(BN, BD))
+    # Queries before `begin` see none of the keys, those from `whole` on see all; the masked tiles also take what is
+    # left over when the others are full.
+    begin = tl.maximum(first, block * BN - start)
+    whole = tl.minimum(new, tl.maximum(begin, block * BN + BN - 1 - start))
+    middle = whole + tl.maximum(new - whole, 0) % BM
+    total = tl.zeros([BM // 16, 8, BN], tl.float32)
+    for i in tl.range(begin, middle, BM, num_stages=1):
+        total += _mass_tile(query, keys_t, lse, b, q_head, i, offset_n, start, middle, scale_log2, True, BM, BN, BD,
+                            PRECISION)  # fmt: skip
+    for i in range(middle, new, BM):
+        total += _mass_tile(query, keys_t, lse, b, q_head, i, offset_n, start, new, scale_log2, False, BM, BN, BD,
+                            PRECISION)  # fmt: skip
+    mass += head.to(tl.int64) * width
+    tl.store(mass + offset_n, tl.sum(tl.reshape(total, [BM // 2, BN]), 0), mask=offset_n < width)
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, stride_n, scale_log2,
+                      BATCH: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head, the latest first: output [B, columns, Hq, D], lse [B, Hq, columns]."""
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    b, q_head = head // (HEADS * GROUP), head % (HEADS * GROUP)
+    h = q_head // GROUP
+    start, new = tl.load(spans + b), tl.load(spans + BATCH + b)
+    column = block * BM + tl.arange(0, BM)
+    offset_d, offset_n = tl.arange(0, BD), tl.arange(0, BN)
+    q = query.load([b, q_head, block * BM, 0]).reshape(BM, BD)
+    top = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    seen_by_all = (start + tl.minimum(block * BM + 1, new)) // BN * BN  # whole tiles that every query sees
+    visible = start + tl.minimum(new, block * BM + BM)
+    for j in range(0, seen_by_all, BN):
+        k = key.load([b, h, j, 0]).reshape(BN, BD)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        higher = tl.maximum(top, tl.max(logits, 1))
+        p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
+        v = value.load([b, h, j, 0]).reshape(BN, BD)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+    for j in tl.range(seen_by_all, visible, BN, num_stages=1):
+        k = key.load([b, h, j, 0]).reshape(BN, BD)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        slot = j + offset_n
+        sees = (slot[None, :] <= start + column[:, None]) & (slot < start + new)[None, :]
+        logits = tl.where(sees, logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
+        v = value.load([b, h, j, 0]).reshape(BN, BD)
+        v = tl.where((slot < start + new)[:, None], v, 0.0)  # what stands past the row's end may be NaN
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+    output += b.to(tl.int64) * stride_b + q_head * D
+    at = output + column[:, None].to(tl.int64) * stride_n + offset_d[None, :]
+    inside = (column < columns)[:, None] & (offset_d < D)[None, :]
+    tl.store(at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+    lse += head.to(tl.int64) * columns
+    tl.store(lse + column, (top + tl.log2(total)) / LOG2_E, mask=column < columns)
+
+
+def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
+    """states [B, H, n, D] for loads of [rows, D], zeros past n and past D up to a power of two."""
+    if states.stride(3) != 1 or any(s * states.itemsize % 16 for s in states.stride()[:3]) or states.data_ptr() % 16:
+        states = states.contiguous()
+    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, _padded(states.shape[3])])
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # half precision has one way only
+
+
+def attention_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention and the log-sum-exp of each query's logits.
+
+    Args:
+        query: [B, Hq, columns, D], float32, float16 or bfloat16; key, value: [B, Hkv, width, D], same dtype.
+        spans: int32 [2 or more, B]: slots that each row holds before its new tokens, and how many of those it has.
+        scaling: of q·k.
+
+    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens both are undefined.
+    """
+    batch, q_heads, columns, dim = query.shape
+    output = query.new_empty(batch, columns, q_heads, dim)
+    lse = query.new_empty(batch, q_heads, columns, dtype=torch.float32)
+    wide = dim > 128 or query.dtype == torch.float32
+    rows, slots = (32, 32) if wide else (128, 64)
+    _attention_kernel[triton.cdiv(columns, rows), batch * q_heads](
+        _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, columns, output.stride(0),
+        output.stride(1), scaling * LOG2_E.value, BATCH=batch, HEADS=key.shape[1], GROUP=q_heads // key.shape[1], D=dim,
+        BM=rows, BN=slots, BD=_padded(dim), PRECISION=_precision(query.dtype), num_warps=4 if wide else 8, num_stages=2,
+    )  # fmt: skip
+    return output.transpose(1, 2), lse
+
+
+def attention_mass(
+    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, scaling: float, first_head: bool
+) -> torch.Tensor:
+    """The probability that each slot receives from a forward's queries, summed over them and a group's query heads.
+
+    Args:
+        query: [B, Hq, columns, D], float32, float16 or bfloat16; key: [B, Hkv, width, D], same dtype.
+        lse: [B, Hq, columns] float32, contiguous: natural log-sum-exp of each query's scaled logits.
+        spans: int32 [3, B]: slots before a row's new tokens, its new tokens, and the first of them that is counted.
+        scaling: of q·k.
+        first_head: count the first query head of each group only.
+
+    Returns: float32 [B, Hkv, width], zero past a row's slots.
+    """
+    batch, kv_heads, width, dim = key.shape
+    group = query.shape[1] // kv_heads
+    counted = 1 if first_head else group
+    mass = torch.empty(batch, kv_heads, counted, width, dtype=torch.float32, device=key.device)
+    wide = dim > 128 or query.dtype == torch.float32
+    rows, slots = (32, 32) if wide else (64, 128)
+    _mass_kernel[triton.cdiv(width, slots), batch * kv_heads * counted](
+        _tiles(query, rows), _tiles(key, slots), lse, spans, mass, query.shape[2], width, scaling * LOG2_E.value,
+        BATCH=batch, HEADS=kv_heads, GROUP=group, COUNTED=counted, BM=rows, BN=slots, BD=_padded(dim),
+        PRECISION=_precision(query.dtype), num_warps=4, num_stages=3, maxnreg=168,
+    )  # fmt: skip
+    return mass.sum(2) if counted > 1 else mass[:, :, 0]
