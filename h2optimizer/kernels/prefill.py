@@ -109,7 +109,7 @@ def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, 
 def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
     """states [B, H, n, D] for loads of [rows, D], zeros past n and past D up to a power of two."""
     if states.stride(3) != 1 or any(s * states.itemsize % 16 for s in states.stride()[:3]) or states.data_ptr() % 16:
-        states = states.contiguous()
+        states = states.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a misaligned one
     return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, _padded(states.shape[3])])
 
 
