@@ -95,7 +95,7 @@ def triton_attention(
 
     What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend.
     """
-    if not _kernels_apply(query, key):
+    if not _kernels_apply(query, key, value):
         return sdpa_attention(query, key, value, step, scaling, group_reduce, rope=rope)
     if step.decode:
         return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
@@ -131,7 +131,7 @@ def flash_attention(
     A later forward of several tokens is causal from the bottom right: query column i of row b sees start[b] + i + 1
     slots when the row is said to end `columns` after its start.
     """
-    if not _kernels_apply(query, key) or query.dtype == torch.float32:
+    if not _kernels_apply(query, key, value) or query.dtype == torch.float32:
         return triton_attention(query, key, value, step, scaling, group_reduce, slots=slots, rope=rope)
     if step.decode and (step.scored or rope is not None):
         return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
@@ -246,14 +246,14 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _kernels_apply(query: torch.Tensor, key: torch.Tensor) -> bool:
+def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the Triton kernels can take these states."""
     return (
         query.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and key.dtype == query.dtype
         and query.shape[-1] <= 256
         and query.shape[-1] * query.element_size() % 16 == 0
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+        and not (torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)))
     )
 
 

@@ -18,6 +18,7 @@ from h2optimizer.kernels import decode, prefill
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HEADS = {"mha": (3, 1), "gqa3": (2, 3), "gqa4": (2, 4), "gqa8": (2, 8), "mqa": (1, 4)}  # KV heads, heads per KV head
+ONE = (1, 1)
 UNTOUCHED = -7.0  # mass and count past a row's length, to be found as they were
 
 # the interpreter computes both sides of a tl.where
@@ -65,7 +66,7 @@ def off_alignment(states):
 
 def make_states(step, heads, dim, dtype, device, layout=as_model, slots=None):
     """Random query [B, Hq, columns, D], key and value [B, Hkv, slots or step.width, D], NaN where a row has none."""
-    (kv_heads, group), batch_size = HEADS[heads], len(step.start)
+    (kv_heads, group), batch_size = HEADS.get(heads, heads), len(step.start)
     generator = torch.Generator().manual_seed(dim)
     query = torch.randn(batch_size, kv_heads * group, step.columns, dim, generator=generator) * 4 / dim**0.5
     key, value = torch.randn(2, batch_size, kv_heads, slots or step.width, dim, generator=generator)
@@ -133,7 +134,7 @@ SOME = [
     ("ragged", "gqa3", 64, FP16, False),
     ("ragged chunk", "gqa3", 16, FP32, True),
     ("last queries", "gqa4", 96, FP32, False),
-    ("ragged chunk", "gqa4", 128, FP16, False),
+    ("ragged chunk", "mqa", 128, FP16, False),
     ("chunk", "gqa8", 16, FP16, True),
     ("ragged chunk", "gqa8", 16, FP32, True),
     ("last queries", "mqa", 80, FP16, False),
@@ -180,7 +181,7 @@ def test_every_edge_of_a_tile(device, dtype, spans_of):
     start, new = map(list, zip(*itertools.product(starts, news), strict=True))
     step = make_step(start, new)
     step.first_scored = [[0, n - 1, max(0, n - 33), n // 2][b % 4] for b, n in enumerate(new)]
-    check_prefill(step, make_states(step, "mha", 16, dtype, device))
+    check_prefill(step, make_states(step, ONE, 16, dtype, device))
 
 
 def run_prefill(step, states):
@@ -199,7 +200,7 @@ def run_prefill(step, states):
 def test_strides_do_not_show(device, dtype, layout):
     """Strides or an address that a tensor descriptor cannot take, or strides of one tensor used for another."""
     step = make_step([33, 0], [3, 35])
-    states = make_states(step, "gqa3", 80, dtype, device)
+    states = make_states(step, (2, 1), 80, dtype, device)
     query, key, value = (layout(tensor) for tensor in states)
     expected = run_prefill(step, states)
     for mixed in ((query, key, value), (query, states[1], value)):
@@ -210,8 +211,8 @@ def test_strides_do_not_show(device, dtype, layout):
 @on_each_device
 def test_two_runs_give_the_same_bits(device):
     """Sums in an order that changes from run to run: the same prompt would keep other slots."""
-    step = make_step(**SPANS["ragged chunk"])
-    states = make_states(step, "gqa3", 64, FP16, device)
+    step = make_step([66, 5], [3, 33])
+    states = make_states(step, ONE, 64, FP16, device)
     for first, second in zip(run_prefill(step, states), run_prefill(step, states), strict=True):
         assert torch.equal(first, second)
 
@@ -220,7 +221,7 @@ def test_two_runs_give_the_same_bits(device):
 def test_a_broken_row_is_alone(device):
     """NaN in one row's states that reaches the other rows, or that is taken for a number in its own."""
     step = make_step([33, 5, 0], [3, 35, 33])
-    clean = make_states(step, "mha", 16, FP32, device)
+    clean = make_states(step, ONE, 16, FP32, device)
     results = []
     for broken in (None, 0, 1, 2):
         states = [tensor.clone() for tensor in clean]
@@ -321,7 +322,7 @@ PLANS = {
     "in memory": (1, True, 3, (1, 0, 0)),
     "2 shares": (2, False, 3, (2, 0, 0)),
     "8 shares": (8, False, 11, (8, 0, 0)),
-    "64 shares": (64, False, 66, (64, 0, 0)),
+    "64 shares": (64, False, 65, (64, 0, 0)),
     "more shares than tiles": (64, False, 3, (2, 0, 0)),
 }
 WIDE = {"cpu": 256, "cuda": 128}  # head_dim: the wider, the smaller a tile
@@ -357,7 +358,7 @@ def test_however_the_slots_are_divided(planned, device, plan, heads, dtype):
 )
 def test_every_length_up_to_the_capacity(planned, device, shares, in_memory, dtype):
     """Off by one at any length: a row for each, from 1 to as many as there are slots."""
-    slots = 37 if device == "cpu" else 149
+    slots = 34 if device == "cpu" else 149
     planned(shares, slots, in_memory)
     check_decode(list(range(1, slots + 1)), slots, "mqa", 256, dtype, device)
 
@@ -438,11 +439,11 @@ def test_views_of_the_slots_are_enough(planned, device, shares):
 @pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (8, False)])
 def test_two_decode_steps_give_the_same_bits(planned, device, shares, in_memory):
     """Sums in an order that changes from run to run."""
-    planned(shares, 4, in_memory)
+    planned(shares, 2, in_memory)
     step, lengths = decode_step([150, 17]), torch.tensor([150, 17], dtype=torch.int32, device=device)
-    states, results = make_states(step, "gqa3", 256, FP32, device, as_slots, 160), []
+    states, results = make_states(step, "mqa", 256, FP32, device, as_slots, 160), []
     for _ in range(2):
-        mass = torch.zeros(2, 2, 160, device=device)
+        mass = torch.zeros(2, 1, 160, device=device)
         results.append((decode.decode_attention(*states, lengths, SCALING, mass=mass), mass))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
@@ -471,15 +472,15 @@ def test_output_and_mass_do_not_depend_on_what_is_asked(planned, device, shares,
 @pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (2, False)])
 def test_a_broken_row_is_alone_in_a_decode_step(planned, device, shares, in_memory):
     """NaN in one slot of a row that reaches the other rows, or that is taken for a number in its own."""
-    planned(shares, 6, in_memory)
+    planned(shares, 3, in_memory)
     step, lengths = decode_step([70, 9, 150]), torch.tensor([70, 9, 150], dtype=torch.int32, device=device)
-    clean = make_states(step, "gqa3", 64, FP32, device, as_slots, 160)
+    clean = make_states(step, "mqa", 64, FP32, device, as_slots, 160)
     results = []
     for broken, name in ((None, None), (0, 0), (1, 1), (2, 2)):  # a row's query, a key, a value
         states = [tensor.clone() for tensor in clean]
         if broken is not None:
             states[name][broken, :, 0] = torch.nan
-        mass = torch.zeros(3, 2, 160, device=device)
+        mass = torch.zeros(3, 1, 160, device=device)
         results.append((decode.decode_attention(*states, lengths, SCALING, mass=mass), mass))
     for broken, (output, mass) in enumerate(results[1:]):
         others = [b for b in range(3) if b != broken]

@@ -101,7 +101,8 @@ def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, 
     output += b.to(tl.int64) * stride_b + q_head * D
     at = output + column[:, None].to(tl.int64) * stride_n + offset_d[None, :]
     inside = (column < columns)[:, None] & (offset_d < D)[None, :]
-    tl.store(at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+    divisor = tl.where(total == 0.0, 1.0, total)  # padding of a row without slots sees nothing: zero, not NaN
+    tl.store(at, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
     lse += head.to(tl.int64) * columns
     tl.store(lse + column, (top + tl.log2(total)) / LOG2_E, mask=column < columns)
 
@@ -131,7 +132,8 @@ def attention_with_lse(
         spans: int32 [2 or more, B]: slots that each row holds before its new tokens, and how many of those it has.
         scaling: of q·k.
 
-    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens both are undefined.
+    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens the output
+    is finite where the states are, both are of no use.
     """
     batch, q_heads, columns, dim = query.shape
     output = query.new_empty(batch, columns, q_heads, dim)
