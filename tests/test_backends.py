@@ -43,29 +43,20 @@ pytestmark = [
 # The whole model on the kernels
 
 FLAGS = {
-    "H2O": {"update_interval": 1},
-    "rolling": {"position_rolling": True, "score_norm": "mean", "score_decay": 0.75, "score_queries": 4},
-    "first head": {"group_reduce": "first", "score_decay": 0.5, "slimming": "mask"},
-    "last due step only": {"score_decay": 0.0, "score_every_step": False},
-    "random": {"score": "random", "position_rolling": True},
-    "local": {"num_heavy_hitters": 0},
+    "H2O": ("mha", {"update_interval": 1}),
+    "rolling": ("gqa", {"position_rolling": True, "score_norm": "mean", "score_decay": 0.75, "score_queries": 4}),
+    "first head": ("mqa", {"group_reduce": "first", "score_decay": 0.5, "slimming": "mask"}),
+    "last due step only": ("gqa", {"score_decay": 0.0, "score_every_step": False}),
+    "random": ("mqa", {"score": "random", "position_rolling": True}),
+    "local": ("gqa", {"num_heavy_hitters": 0}),
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_a_ragged_conversation_is_the_oracles(gqa, flags):
+@pytest.mark.parametrize("heads, flags", FLAGS.values(), ids=FLAGS)
+def test_a_ragged_conversation_is_the_oracles(heads, flags):
     """Mass that goes to other slots, twice or not at all, a flag that the kernels are not told, or a row that shows in
     another: prompts, decode steps and a turn of three left-padded rows against the oracle, row by row."""
-    check_conversation(gqa, {"window_length": 6, "update_interval": 2, **flags})
-
-
-@pytest.mark.parametrize("heads", ["mha", "mqa"])
-def test_conversations_of_other_head_groups(heads):
-    """Query heads that attend to the slots of another KV head."""
-    check_conversation(make_llamas(num_key_value_heads=GROUPS[heads]), {"window_length": 6, "update_interval": 2})
-
-
-def check_conversation(llamas, flags):
+    llamas, flags = make_llamas(num_key_value_heads=GROUPS[heads]), {"window_length": 6, "update_interval": 2, **flags}
     cache = new_cache(**flags, backend="triton")
     oracles = [new_oracle(llamas, **flags) for _ in range(3)]
     decode = [[[token] for token in prompt(3, step)] for step in range(5)]
@@ -123,11 +114,10 @@ def tables(width, head_dim=16, dtype=torch.float32):
     return tuple(torch.cat([f(angle), f(angle)], dim=-1).to(dtype) for f in (torch.cos, torch.sin))
 
 
-@pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
-def test_triton_is_eager_on_any_step(case, rope):
+def test_triton_is_eager_on_any_step(case):
     """A log-sum-exp of other queries, keys that are rotated twice or never, or mass where nobody asked."""
-    for kv_heads, group_reduce in ((GROUPS["gqa"], "sum"), (GROUPS["mqa"], "first")):
+    for kv_heads, group_reduce, rope in ((2, "sum", False), (1, "first", True)):
         step, unscored = make_step(**case), make_step(**case, scored=False)
         states = make_states(step, kv_heads)
         rotation = tables(step.width) if rope else None
