@@ -4,6 +4,7 @@ Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama i
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from transformers import LlamaForCausalLM
@@ -36,7 +37,7 @@ class H2OConfig:
     def __post_init__(self):
         for name, allowed in {
             "slimming": ("H", "mask"),
-            "backend": ("auto", *ATTENTION_BACKENDS),
+            "backend": ("auto", "triton", *ATTENTION_BACKENDS),
             "score": ("mass", "sink", "random"),
             "score_norm": ("sum", "mean"),
             "group_reduce": ("sum", "first"),
@@ -92,7 +93,16 @@ class H2OConfig:
     @property
     def attention_backend(self) -> str:
         """The backend that "auto" stands for."""
-        return "sdpa" if self.backend == "auto" else self.backend
+        return "sdpa" if self.backend in ("auto", "triton") else self.backend
+
+    def slimming_kernels(self, device: torch.device):
+        """The module `h2optimizer.kernels.slimming` where its kernels slim the cache, None where torch does."""
+        auto = self.backend == "auto" and device.type == "cuda" and find_spec("triton") is not None
+        if not auto and self.backend != "triton":
+            return None
+        from h2optimizer.kernels import slimming  # only here: Triton is optional
+
+        return slimming
 
 
 class H2OLlamaAttention(LlamaAttention):
