@@ -52,7 +52,7 @@ def select(
     _select[(batch * heads,)](
         positions, mass, count, source_mass, source_count, mirror, kept,
         batch, heads, width, capacity, kept.shape[2], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
-        RANK=rank, MOVE=move, TILE=tile, num_warps=min(8, max(1, tile // 512)), num_stages=1,
+        RANK=rank, MOVE=move, TILE=tile, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
     )  # fmt: skip
 
 
@@ -99,9 +99,7 @@ def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, 
     return chunk, min(slots, triton.next_power_of_2(max(1, window))), 8 if few else 4
 
 
-@triton.jit(
-    do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"],
-)
+@triton.jit(do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"])
 def _select(
     positions, mass, count, source_mass, source_count, mirror, kept,
     batch, heads, width, capacity, kept_stride, heavy, recent, salt,
@@ -109,19 +107,19 @@ def _select(
 ):  # fmt: skip
     row = tl.program_id(0)
     batch_row, head = row // heads, row % heads
+    kept += row.to(tl.int64) * kept_stride
     length, seen = tl.load(mirror + batch_row), tl.load(mirror + batch + batch_row)
     window = heavy + recent
     slot = tl.arange(0, TILE)
     filled = slot < length
-    source = row.to(tl.int64) * width + slot
-    row_positions = positions + row.to(tl.int64) * capacity
+    row, source = row.to(tl.int64) * capacity, row.to(tl.int64) * width
     # Tokens past the capacity are all new, their positions follow from their slots.
-    position = tl.load(row_positions + slot, mask=slot < capacity, other=0)
+    position = tl.load(positions + row + slot, mask=slot < capacity, other=0)
     position = tl.where(slot < capacity, position, seen - length + slot)
     if RANK == "mass" or RANK == "mean":
-        slot_mass = tl.load(source_mass + source, mask=filled, other=0.0)
+        slot_mass = tl.load(source_mass + source + slot, mask=filled, other=0.0)
     if RANK == "mean":
-        slot_count = tl.load(source_count + source, mask=filled, other=0.0)
+        slot_count = tl.load(source_count + source + slot, mask=filled, other=0.0)
 
     keep = filled
     if length > window:
@@ -140,18 +138,17 @@ def _select(
 
     kept_slots = tl.minimum(length, window)
     to = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    row_kept = kept + row.to(tl.int64) * kept_stride
-    tl.store(row_kept + to, slot, mask=keep)
-    tl.store(row_kept + slot, slot, mask=(slot >= kept_slots) & (slot < window))  # empty slots of a short row
-    tl.store(row_kept + kept_stride - 1, tl.sum((keep & (to == slot)).to(tl.int32)))
+    tl.store(kept + to, slot, mask=keep)
+    tl.store(kept + slot, slot, mask=(slot >= kept_slots) & (slot < window))  # empty slots of a short row
+    tl.store(kept + kept_stride - 1, tl.sum((keep & (to == slot)).to(tl.int32)))
     if MOVE:
         tail = (slot >= kept_slots) & (slot < capacity)
         tl.debug_barrier()  # every thread has its part of the row in registers: the row may be overwritten
-        _put(row_positions, position, to, keep, slot, seen - kept_slots + slot, tail)
+        _put(positions + row, position, to, keep, slot, seen - kept_slots + slot, tail)
         if RANK == "mass" or RANK == "mean":
-            _put(mass + row.to(tl.int64) * capacity, slot_mass, to, keep, slot, 0.0, tail)
+            _put(mass + row, slot_mass, to, keep, slot, 0.0, tail)
         if RANK == "mean":
-            _put(count + row.to(tl.int64) * capacity, slot_count, to, keep, slot, 0.0, tail)
+            _put(count + row, slot_count, to, keep, slot, 0.0, tail)
 
 
 @triton.jit
@@ -175,11 +172,17 @@ def _hash(position, head, salt):
 @triton.jit
 def _greatest(order, n):
     """The n >= 1 greatest of at least n int32 above -2**31, of equal ones those that come first: bool."""
-    # Bit by bit from the sign on: the greatest threshold that n of them reach, which is the n-th greatest itself.
-    threshold = tl.where(tl.sum((order >= 0).to(tl.int32)) >= n, 0, -0x80000000)
-    for bit in range(31):
-        trial = threshold + (1 << (30 - bit))
-        threshold = tl.where(tl.sum((order >= trial).to(tl.int32)) >= n, trial, threshold)
+    # Bit by bit from the sign on, the greatest threshold that n reach: the n-th greatest itself. One that exactly n
+    # reach does as well, and is found after about half the bits unless the n-th has ties.
+    reach = tl.sum((order >= 0).to(tl.int32))
+    threshold = tl.where(reach >= n, 0, -0x80000000)
+    reach = tl.where(reach >= n, reach, 0x7FFFFFFF)
+    bit = 1 << 30
+    while (bit > 0) & (reach != n):
+        reach_trial = tl.sum((order >= threshold + bit).to(tl.int32))
+        threshold = tl.where(reach_trial >= n, threshold + bit, threshold)
+        reach = tl.where(reach_trial >= n, reach_trial, reach)
+        bit = bit >> 1
     above, tied = order > threshold, order == threshold
     still_free = n - tl.sum(above.to(tl.int32))
     return above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= still_free))
