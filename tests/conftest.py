@@ -1,10 +1,15 @@
 """Tiny random Llamas, and how tests feed them and look into their caches. Nothing is downloaded, nothing imports
 hypothesis: the GPU tests run where it may be missing."""
 
+import os
 from collections import namedtuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
