@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-MOST_KEPT = 2048  # slots whose logits fit into the registers of one program
+MOST_KEPT = 2048  # slots whose logits fit into the registers of one program, beside half-precision tiles
 
 
 @triton.jit
@@ -153,11 +153,11 @@ def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, 
         length = tl.load(lengths + head // HEADS)
         offset_g = tl.arange(0, G)
         real = (offset_g < COUNTED)[:, None]
-        part = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
-        top = tl.load(sums + part * 2, mask=real, other=0.0)
-        total = tl.load(sums + part * 2 + 1, mask=real, other=1.0)
-        highest = tl.max(top, 1)
-        lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest[:, None]), 1))
+        parts = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
+        tops = tl.load(sums + parts * 2, mask=real, other=0.0)
+        totals = tl.load(sums + parts * 2 + 1, mask=real, other=1.0)
+        highest = tl.max(tops, 1)
+        lse = highest + tl.log2(tl.sum(totals * tl.exp2(tops - highest[:, None]), 1))
         slot = (block - GROUP) * BR + tl.arange(0, BR)
         at = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots + slot[None, :]
         s = tl.load(at, mask=real & (slot < length)[None, :], other=-float("inf"))
@@ -206,7 +206,7 @@ def decode_attention(
     programs, tiles = batch * heads, triton.cdiv(slots, tile)
     split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
     split = min(split, triton.next_power_of_2(tiles + 1) // 2)
-    alone = split == 1 and (mass is None or slots <= MOST_KEPT)
+    alone = split == 1 and (mass is None or (slots <= MOST_KEPT and query.element_size() == 2))
     kept = more = 0
     if alone and mass is not None:
         kept = triton.next_power_of_2(tiles + 1) // 2
