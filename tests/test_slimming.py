@@ -140,8 +140,8 @@ def test_select_ranks_by_other_scores(device, rank, width):
     lengths, heads = [width, 8, 11], 2
     mass = count = None
     if rank == "mean":
-        mass = some([0.1, 0.3, 0.7, 1.1, 0.0], 3, heads, width)
-        count = some([3.0, 9.0, 7.0, 21.0, 0.0], 3, heads, width, seed=1)
+        count = torch.arange(width).float().expand(3, heads, width).contiguous()
+        mass = (count.double() / 10).float()  # their quotients differ in the last bit only
         mean = mass / count.clamp(min=TINY)
     score_of = {
         "mean": lambda _: mean,
@@ -318,6 +318,18 @@ def test_kernels_leave_the_cache_that_torch_leaves(device, flags, monkeypatch):
         assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
         for where, tensor in slot_tensors(expected).items():
             assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), (which, where)
+
+
+@pytest.mark.parametrize("slimming_", ["H", "mask"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("lengths", [[13, 3, 8], [5, 3, 8]], ids=["longer", "no longer"])
+def test_padding_stays_outside(device, lengths, backend, slimming_):
+    """Keys of padding, whatever they hold, copied into the slots that a short row has yet to fill."""
+    cache = new_cache(window_length=8, update_interval=2, slimming=slimming_, backend=backend)
+    run_script(cache, device, [lengths])
+    for slots in (cache.layers[0].keys, cache.layers[0].values):
+        for b, length in enumerate(cache.lengths):
+            assert slots[b, :, :length].all() and not slots[b, :, length:].any()
 
 
 @pytest.mark.parametrize("most", [0, 11])
