@@ -345,7 +345,8 @@ def test_sources_too_wide_for_the_kernel(device, most, monkeypatch):
 
 
 def test_decode_slimmings_launch_the_same_thing(device, monkeypatch):
-    """An argument that follows the step or lies elsewhere: a CUDA graph would repeat the first one's."""
+    """An argument that follows the step or lies elsewhere: a CUDA graph would repeat the first one's. Or something that
+    is allocated at the first slimming, which would belong to the graph's memory."""
     launches = []
     for name in ("_select", "_compact"):
         kernel = getattr(slimming, name)
@@ -366,8 +367,12 @@ def test_decode_slimmings_launch_the_same_thing(device, monkeypatch):
         launches.append([])
         cache.slim(layer_idx)
 
-    run_script(cache, device, [[13, 3, 8]] + ["decode"] * 8, slim)
+    run_script(cache, device, [[7, 3, 8]], slim)
+    assert launches == [[]]
+    (kept,) = cache._rows._kept.values()
+    run_script(cache, device, ["decode"] * 8, slim)
     decode = launches[1:]
+    assert [kept.data_ptr()] == [table.data_ptr() for table in cache._rows._kept.values()]
     assert len(decode) == 4 and all(len(launched) == 2 for launched in decode)
     assert all(launched == decode[0] for launched in decode)
 
