@@ -140,8 +140,8 @@ def test_select_ranks_by_other_scores(device, rank, width):
     lengths, heads = [width, 8, 11], 2
     mass = count = None
     if rank == "mean":
-        mass = some([0.1, 0.3, 0.7, 1.1, 0.0], 3, heads, width)
-        count = some([3.0, 9.0, 7.0, 21.0, 0.0], 3, heads, width, seed=1)
+        count = torch.arange(width).float().expand(3, heads, width).contiguous()
+        mass = (count.double() / 10).float()  # their quotients differ in the last bit only
         mean = mass / count.clamp(min=TINY)
     score_of = {
         "mean": lambda _: mean,
@@ -320,6 +320,18 @@ def test_kernels_leave_the_cache_that_torch_leaves(device, flags, monkeypatch):
             assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), (which, where)
 
 
+@pytest.mark.parametrize("slimming_", ["H", "mask"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("lengths", [[13, 3, 8], [5, 3, 8]], ids=["longer", "no longer"])
+def test_padding_stays_outside(device, lengths, backend, slimming_):
+    """Keys of padding, whatever they hold, copied into the slots that a short row has yet to fill."""
+    cache = new_cache(window_length=8, update_interval=2, slimming=slimming_, backend=backend)
+    run_script(cache, device, [lengths])
+    for slots in (cache.layers[0].keys, cache.layers[0].values):
+        for b, length in enumerate(cache.lengths):
+            assert slots[b, :, :length].all() and not slots[b, :, length:].any()
+
+
 @pytest.mark.parametrize("most", [0, 11])
 def test_sources_too_wide_for_the_kernel(device, most, monkeypatch):
     """A block, or slots, that torch ranks and the kernel moves: indices of another width, or mass that stays."""
@@ -333,7 +345,8 @@ def test_sources_too_wide_for_the_kernel(device, most, monkeypatch):
 
 
 def test_decode_slimmings_launch_the_same_thing(device, monkeypatch):
-    """An argument that follows the step or lies elsewhere: a CUDA graph would repeat the first one's."""
+    """An argument that follows the step or lies elsewhere: a CUDA graph would repeat the first one's. Or something that
+    is allocated at the first slimming, which would belong to the graph's memory."""
     launches = []
     for name in ("_select", "_compact"):
         kernel = getattr(slimming, name)
@@ -354,8 +367,12 @@ def test_decode_slimmings_launch_the_same_thing(device, monkeypatch):
         launches.append([])
         cache.slim(layer_idx)
 
-    run_script(cache, device, [[13, 3, 8]] + ["decode"] * 8, slim)
+    run_script(cache, device, [[7, 3, 8]], slim)
+    assert launches == [[]]
+    (kept,) = cache._rows._kept.values()
+    run_script(cache, device, ["decode"] * 8, slim)
     decode = launches[1:]
+    assert [kept.data_ptr()] == [table.data_ptr() for table in cache._rows._kept.values()]
     assert len(decode) == 4 and all(len(launched) == 2 for launched in decode)
     assert all(launched == decode[0] for launched in decode)
 

@@ -264,6 +264,8 @@ class HHLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            if self.h2o.slimming_kernels(self.device) is not None:  # allocate now, not in a step that a graph records
+                step.rows.kept(self.device, self.keys.shape[1], self.h2o.window_length)
         if step.decode:
             with torch.no_grad():
                 for slots, new in ((self.keys, key_states), (self.values, value_states)):
