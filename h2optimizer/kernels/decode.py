@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from h2optimizer.kernels import on_its_device
+
 LOG2_E = 1.4426950408889634
 MOST_KEPT = 2048  # slots whose logits fit into the registers of one program, beside half-precision tiles
 
@@ -171,6 +173,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+@on_its_device
 def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from h2optimizer.kernels import on_its_device
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -121,6 +123,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # half precision has one way only
 
 
+@on_its_device
 def attention_with_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,6 +149,7 @@ def attention_with_lse(
     return output.transpose(1, 2), lse
 
 
+@on_its_device
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, scaling: float, first_head: bool
 ) -> torch.Tensor:

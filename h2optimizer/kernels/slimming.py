@@ -12,12 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
+from h2optimizer.kernels import on_its_device
+
 MAX_SLOTS = 4096  # of a source that `select` can rank: one tile, in registers
 PROGRAMS = 512  # that `compact` splits heads for, about four for each multiprocessor of a large GPU
 LEAST_BYTES = 32  # of a row that one program moves: a sector of memory
 TILE_BYTES = 8192  # of a tile, for 4 warps; where programs are few, tiles of four times that for 8
 
 
+@on_its_device
 def select(
     positions: torch.Tensor,
     mass: torch.Tensor | None,
@@ -63,6 +66,7 @@ def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
     kept[..., -1] = (keep == torch.arange(window, device=keep.device)).sum(dim=-1)
 
 
+@on_its_device
 def compact(
     keys: torch.Tensor,
     values: torch.Tensor,
