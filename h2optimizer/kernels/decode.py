@@ -205,15 +205,16 @@ def decode_attention(
     heads, slots = keys.shape[1:3]
     group = q_heads // heads
     padded = max(16, triton.next_power_of_2(dim)) if rope is None else 2 * max(16, triton.next_power_of_2(dim // 2))
-    tile = max(16, min(64, 16384 // (padded * query.element_size())))
-    programs, tiles = batch * heads, triton.cdiv(slots, tile)
+    programs = batch * heads
     split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
-    split = min(split, triton.next_power_of_2(tiles + 1) // 2)
+    split = min(split, triton.next_power_of_2(triton.cdiv(slots, 64) + 1) // 2)
     alone = split == 1 and (mass is None or (slots <= MOST_KEPT and query.element_size() == 2))
-    kept = more = 0
-    if alone and mass is not None:
-        kept = triton.next_power_of_2(tiles + 1) // 2
-        more = triton.next_power_of_2(tiles - kept) if tiles > kept else 0
+    keeping = alone and mass is not None
+    small = keeping and slots <= 1280  # more and smaller programs at once, while two warps' registers hold the logits
+    tile = max(16, min(32 if small else 64, 16384 // (padded * query.element_size())))
+    tiles = triton.cdiv(slots, tile)
+    kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
+    more = triton.next_power_of_2(tiles - kept) if keeping and tiles > kept else 0
     assert keys.stride() == values.stride() and keys.stride(3) == 1 and query.stride(3) == 1
 
     output = query.new_empty(batch, q_heads, 1, dim)
@@ -232,7 +233,8 @@ def decode_attention(
         query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, query.stride(0), query.stride(1),
         *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E, decay, **shape,
         GP=max(16, triton.next_power_of_2(group)), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=2 if small else 4,
+        num_stages=3,
     )  # fmt: skip
     if not alone:
         block = 1024

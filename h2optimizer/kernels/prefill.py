@@ -139,12 +139,11 @@ def attention_with_lse(
     batch, q_heads, columns, dim = query.shape
     output = query.new_empty(batch, columns, q_heads, dim)
     lse = query.new_empty(batch, q_heads, columns, dtype=torch.float32)
-    wide = dim > 128 or query.dtype == torch.float32
-    rows, slots = (32, 32) if wide else (128, 64)
-    _attention_kernel[triton.cdiv(columns, rows), batch * q_heads](
-        _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, columns, output.stride(0),
+    tile = 32 if dim > 128 or query.dtype == torch.float32 else 64
+    _attention_kernel[triton.cdiv(columns, tile), batch * q_heads](
+        _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), spans, output, lse, columns, output.stride(0),
         output.stride(1), scaling * LOG2_E.value, BATCH=batch, HEADS=key.shape[1], GROUP=q_heads // key.shape[1], D=dim,
-        BM=rows, BN=slots, BD=_padded(dim), PRECISION=_precision(query.dtype), num_warps=4 if wide else 8, num_stages=2,
+        BM=tile, BN=tile, BD=_padded(dim), PRECISION=_precision(query.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 
