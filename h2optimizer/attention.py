@@ -92,9 +92,10 @@ def triton_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Triton kernels: decode steps in one pass, the mass of several tokens in one pass of tiles after the attention.
 
-    What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend.
+    What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend, and several tokens in
+    float32 too: without tensor cores torch's products are the faster ones.
     """
-    if not _kernels_apply(query, key):
+    if not _kernels_apply(query, key, value) or (query.dtype == torch.float32 and query.is_cuda and not step.decode):
         return sdpa_attention(query, key, value, step, scaling, group_reduce, rope=rope)
     if step.decode:
         return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
@@ -129,7 +130,7 @@ def flash_attention(
     A later forward of several tokens is causal from the bottom right: query column i of row b sees start[b] + i + 1
     slots when the row is said to end `columns` after its start.
     """
-    if not _kernels_apply(query, key) or query.dtype == torch.float32:
+    if not _kernels_apply(query, key, value) or query.dtype == torch.float32:
         return triton_attention(query, key, value, step, scaling, group_reduce, slots=slots, rope=rope)
     if step.decode and (step.scored or rope is not None):
         return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
@@ -239,14 +240,14 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
     return torch.baddbmm(unused, q, k, beta=0, alpha=scaling, **exact).view(*grouped.shape[:4], -1)
 
 
-def _kernels_apply(query: torch.Tensor, key: torch.Tensor) -> bool:
+def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the Triton kernels can take these states."""
     return (
         query.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and key.dtype == query.dtype
         and query.shape[-1] <= 256
         and query.shape[-1] * query.element_size() % 16 == 0
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+        and not (torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)))
     )
 
 

@@ -103,7 +103,8 @@ def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, 
     output += b.to(tl.int64) * stride_b + q_head * D
     at = output + column[:, None].to(tl.int64) * stride_n + offset_d[None, :]
     inside = (column < columns)[:, None] & (offset_d < D)[None, :]
-    tl.store(at, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+    divisor = tl.where(total == 0.0, 1.0, total)  # padding of a row without slots sees nothing: zero, not NaN
+    tl.store(at, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
     lse += head.to(tl.int64) * columns
     tl.store(lse + column, (top + tl.log2(total)) / LOG2_E, mask=column < columns)
 
@@ -111,12 +112,26 @@ def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, 
 def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
     """states [B, H, n, D] for loads of [rows, D], zeros past n and past D up to a power of two."""
     if states.stride(3) != 1 or any(s * states.itemsize % 16 for s in states.stride()[:3]) or states.data_ptr() % 16:
-        states = states.contiguous()
+        states = states.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a misaligned one
     return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, _padded(states.shape[3])])
 
 
 def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
+    """Queries and slots of a tile, and launch options: what was fastest on an H200; elsewhere, what spills least."""
+    if query.dtype == torch.float32:  # no tensor cores: operands are in registers
+        return 16, 16, dict(num_warps=4, num_stages=2)
+    if query.shape[-1] > 128:
+        return (64, 64, dict(num_warps=4, num_stages=3)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0):  # no copy engine
+        return (64, 128, dict(num_warps=8, num_stages=2)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
+    # For the mass three programs a processor, 168 registers each, hide each other's waits.
+    return (
+        (64, 128, dict(num_warps=4, num_stages=3, maxnreg=168)) if mass else (64, 64, dict(num_warps=4, num_stages=3))
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -134,16 +149,17 @@ def attention_with_lse(
         spans: int32 [2 or more, B]: slots that each row holds before its new tokens, and how many of those it has.
         scaling: of q·k.
 
-    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens both are undefined.
+    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens the output
+    is finite where the states are, both are of no use.
     """
     batch, q_heads, columns, dim = query.shape
     output = query.new_empty(batch, columns, q_heads, dim)
     lse = query.new_empty(batch, q_heads, columns, dtype=torch.float32)
-    tile = 32 if dim > 128 or query.dtype == torch.float32 else 64
-    _attention_kernel[triton.cdiv(columns, tile), batch * q_heads](
-        _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), spans, output, lse, columns, output.stride(0),
+    rows, slots, options = _blocks(query, mass=False)
+    _attention_kernel[triton.cdiv(columns, rows), batch * q_heads](
+        _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, columns, output.stride(0),
         output.stride(1), scaling * LOG2_E.value, BATCH=batch, HEADS=key.shape[1], GROUP=q_heads // key.shape[1], D=dim,
-        BM=tile, BN=tile, BD=_padded(dim), PRECISION=_precision(query.dtype), num_warps=4, num_stages=3,
+        BM=rows, BN=slots, BD=_padded(dim), PRECISION=_precision(query.dtype), **options,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 
@@ -167,11 +183,10 @@ def attention_mass(
     group = query.shape[1] // kv_heads
     counted = 1 if first_head else group
     mass = torch.empty(batch, kv_heads, counted, width, dtype=torch.float32, device=key.device)
-    wide = dim > 128 or query.dtype == torch.float32
-    rows, slots = (32, 32) if wide else (64, 128)
+    rows, slots, options = _blocks(query, mass=True)
     _mass_kernel[triton.cdiv(width, slots), batch * kv_heads * counted](
         _tiles(query, rows), _tiles(key, slots), lse, spans, mass, query.shape[2], width, scaling * LOG2_E.value,
         BATCH=batch, HEADS=kv_heads, GROUP=group, COUNTED=counted, BM=rows, BN=slots, BD=_padded(dim),
-        PRECISION=_precision(query.dtype), num_warps=4, num_stages=3, maxnreg=168,
+        PRECISION=_precision(query.dtype), **options,
     )  # fmt: skip
     return mass.sum(2) if counted > 1 else mass[:, :, 0]

@@ -1,0 +1,527 @@
+"""The Triton kernels against plain loops in float64: on a CPU in Triton's interpreter, on a GPU with -m gpu.
+
+What no row uses (slots past its length, padding columns) is NaN in every test: a kernel that so much as multiplies it
+by a probability of zero shows it. The interpreter computes bf16 wrongly, so a CPU tests float32 and float16 only.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from conftest import SCALING, assert_close, make_step, own_columns, plain_attention
+from h2optimizer.attention import eager_attention, rotate
+
+pytest.importorskip("triton")
+from h2optimizer.kernels import decode, prefill
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+HEADS = {"mha": (3, 1), "gqa3": (2, 3), "gqa4": (2, 4), "gqa8": (2, 8), "mqa": (1, 4)}  # KV heads, heads per KV head
+ONE = (1, 1)
+UNTOUCHED = -7.0  # mass and count past a row's length, to be found as they were
+
+# the interpreter computes both sides of a tl.where
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning")
+
+
+def cases(names, few, full):
+    """Parametrize over `few` cases on a CPU and `full` ones on a GPU."""
+    on_gpu = [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in full]
+    return pytest.mark.parametrize(f"device, {names}", [("cpu", *case) for case in few] + on_gpu)
+
+
+def on_each_device(test):
+    marked = pytest.param("cuda", marks=pytest.mark.gpu)
+    return pytest.mark.parametrize("device", ["cpu", marked])(test)
+
+
+@pytest.fixture(autouse=True)
+def placed(request):
+    """Triton interprets kernels for all devices or for none."""
+    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (device == "cuda" and not torch.cuda.is_available()) or (
+        device is not None and (device == "cpu") != interpreted
+    ):
+        pytest.skip(f"kernels do not run on {device} here")
+
+
+# States
+
+
+def as_slots(states):
+    return states.contiguous()
+
+
+def as_model(states):
+    """Strides of what a model's projections give: [B, n, H, D], transposed."""
+    return states.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def off_alignment(states):
+    """One element past an address that 16 divides."""
+    return states.new_empty(states.numel() + 1)[1:].view(states.shape).copy_(states)
+
+
+def make_states(step, heads, dim, dtype, device, layout=as_model, slots=None):
+    """Random query [B, Hq, columns, D], key and value [B, Hkv, slots or step.width, D], NaN where a row has none."""
+    (kv_heads, group), batch_size = HEADS.get(heads, heads), len(step.start)
+    generator = torch.Generator().manual_seed(dim)
+    query = torch.randn(batch_size, kv_heads * group, step.columns, dim, generator=generator) * 4 / dim**0.5
+    key, value = torch.randn(2, batch_size, kv_heads, slots or step.width, dim, generator=generator)
+    for b, (start, new) in enumerate(zip(step.start, step.new, strict=True)):
+        key[b, :, start + new :] = value[b, :, start + new :] = query[b, :, new:] = torch.nan
+    return tuple(layout(states.to(device, dtype)) for states in (query, key, value))
+
+
+def plain_lse(query, key, step):
+    """Log-sum-exp of each query's logits in float64; 0 in padding columns."""
+    query, key = query.double().cpu(), key.double().cpu()
+    lse = torch.zeros(query.shape[:3], dtype=torch.float64)
+    for b, head in itertools.product(range(len(step.start)), range(query.shape[1])):
+        for i in range(step.new[b]):
+            logits = (
+                key[b, head * key.shape[1] // query.shape[1], : step.start[b] + i + 1] @ query[b, head, i] * SCALING
+            )
+            highest = logits.max()
+            lse[b, head, i] = highest + (logits - highest).exp().sum().log()
+    return lse
+
+
+def assert_output(output, expected, states, step, rope=None):
+    """float32: within 2e-5 of the largest magnitude; half: at most twice the eager reference's own error."""
+    assert output.dtype == states[0].dtype and output.shape == states[0].shape
+    own, own_expected = own_columns(output, step).double().cpu(), own_columns(expected, step)
+    if output.dtype == FP32:
+        return assert_close(own, own_expected, what="output")
+    clean = [s[:, :, : step.width].nan_to_num() for s in states]
+    eager = own_columns(eager_attention(*clean, step, SCALING, "sum", rope=rope)[0], step).double().cpu()
+    error, allowed = ((each - own_expected).abs().max().item() for each in (own, eager))
+    assert error <= 2 * allowed + 1e-6, f"output: off by {error:.3g}, the eager reference by {allowed:.3g}"
+
+
+# Several tokens
+
+
+def check_prefill(step, states, first_head=False):
+    """Output, log-sum-exp and mass of both prefill kernels; returns them."""
+    query, key, _ = states
+    expected, expected_mass = plain_attention(*states, step, "first" if first_head else "sum")
+    spans = step.spans(query.device)
+    output, lse = prefill.attention_with_lse(*states, spans, SCALING)
+    assert lse.dtype == FP32 and lse.shape == query.shape[:3]
+    assert_output(output, expected, states, step)
+    assert_close(own_columns(lse, step), own_columns(plain_lse(query, key, step), step), 1e-5, "log-sum-exp")
+    mass = prefill.attention_mass(query, key, lse, spans, SCALING, first_head)
+    assert mass.dtype == FP32
+    assert_close(mass, expected_mass, 1e-5, "mass")
+    for b, (start, new) in enumerate(zip(step.start, step.new, strict=True)):
+        assert not mass[b, :, start + new :].any(), f"row {b}: mass where it has no slot"
+        assert not mass[b][:, expected_mass[b].sum(0) == 0].any(), f"row {b}: mass that no scored query gave"
+    return output, lse, mass
+
+
+SPANS = {
+    "prefill": dict(start=[0, 0], new=[70, 70]),
+    "ragged": dict(start=[0, 0, 0], new=[75, 1, 34]),
+    "last queries": dict(start=[0, 0, 0], new=[66, 3, 34], score_queries=5),
+    "chunk": dict(start=[40, 40], new=[33, 33]),
+    "ragged chunk": dict(start=[66, 5, 0, 31], new=[3, 33, 21, 0]),
+}
+SOME = [
+    ("prefill", "mha", 64, FP32, True),
+    ("ragged", "gqa3", 64, FP16, False),
+    ("ragged chunk", "gqa3", 16, FP32, True),
+    ("last queries", "gqa4", 96, FP32, False),
+    ("ragged chunk", "mqa", 128, FP16, False),
+    ("chunk", "gqa8", 16, FP16, True),
+    ("ragged chunk", "gqa8", 16, FP32, True),
+    ("last queries", "mqa", 80, FP16, False),
+    ("ragged", "mqa", 128, FP32, True),
+    ("ragged", "mha", 256, FP16, False),
+]
+EVERY = [
+    *itertools.product(SPANS, HEADS, [64], [FP32, BF16], [False, True]),
+    *itertools.product(["ragged chunk", "last queries"], HEADS, [96, 128], [FP32, BF16], [False]),
+    *itertools.product(["ragged chunk"], HEADS, [64], [FP16], [False]),
+    *itertools.product(["ragged chunk"], ["gqa3"], [16, 80, 256], [FP32, FP16, BF16], [False, True]),
+]
+
+
+@cases("case, heads, dim, dtype, first_head", SOME, EVERY)
+def test_attention_and_mass_of_several_tokens(device, case, heads, dim, dtype, first_head):
+    """Keys of another row or KV head, a head_dim that is no power of two cut short, scored queries that begin at the
+    wrong column, logits or sums rounded to half, or what is unused that comes in."""
+    step = make_step(**SPANS[case])
+    check_prefill(step, make_states(step, heads, dim, dtype, device), first_head)
+
+
+def edges(sizes):
+    """Lengths at which tiles of these sizes begin, end or overflow."""
+    return sorted({1} | {size + off for size in sizes for off in (-1, 0, 1)})
+
+
+def fewer(dtype):
+    return {FP32: [0, 1, *edges([32])], FP16: [0, 63, 65, 128]}[dtype], {FP32: [1, 31, 32, 33, 65], FP16: [1, 64, 129]}[
+        dtype
+    ]
+
+
+def all_edges(dtype):
+    size = 32 if dtype == FP32 else 64
+    return [0, *edges([size, 2 * size])], edges([size, 2 * size, 3 * size])
+
+
+@cases("dtype, spans_of", [(FP32, fewer), (FP16, fewer)], [(FP32, all_edges), (FP16, all_edges), (BF16, all_edges)])
+def test_every_edge_of_a_tile(device, dtype, spans_of):
+    """Off by one where a row's start, its tokens, the first scored one or the diagonal meet the end of a tile: one row
+    for each start and number of tokens, so that all of them are ragged to each other."""
+    starts, news = spans_of(dtype)
+    start, new = map(list, zip(*itertools.product(starts, news), strict=True))
+    step = make_step(start, new)
+    step.first_scored = [[0, n - 1, max(0, n - 33), n // 2][b % 4] for b, n in enumerate(new)]
+    check_prefill(step, make_states(step, ONE, 16, dtype, device))
+
+
+def run_prefill(step, states):
+    """What of output, log-sum-exp and mass is defined."""
+    spans = step.spans(states[0].device)
+    output, lse = prefill.attention_with_lse(*states, spans, SCALING)
+    mass = prefill.attention_mass(*states[:2], lse, spans, SCALING, False)
+    return own_columns(output, step), own_columns(lse, step), mass
+
+
+@cases(
+    "dtype, layout",
+    [(FP32, off_alignment), (FP16, as_slots)],
+    itertools.product([FP32, FP16, BF16], [off_alignment, as_slots]),
+)
+def test_strides_do_not_show(device, dtype, layout):
+    """Strides or an address that a tensor descriptor cannot take, or strides of one tensor used for another."""
+    step = make_step([33, 0], [3, 35])
+    states = make_states(step, (2, 1), 80, dtype, device)
+    query, key, value = (layout(tensor) for tensor in states)
+    expected = run_prefill(step, states)
+    for mixed in ((query, key, value), (query, states[1], value)):
+        for result, wanted in zip(run_prefill(step, mixed), expected, strict=True):
+            assert torch.equal(result, wanted)
+
+
+@on_each_device
+def test_two_runs_give_the_same_bits(device):
+    """Sums in an order that changes from run to run: the same prompt would keep other slots."""
+    step = make_step([66, 5], [3, 33])
+    states = make_states(step, ONE, 64, FP16, device)
+    for first, second in zip(run_prefill(step, states), run_prefill(step, states), strict=True):
+        assert torch.equal(first, second)
+
+
+@on_each_device
+def test_a_broken_row_is_alone(device):
+    """NaN in one row's states that reaches the other rows, or that is taken for a number in its own."""
+    step = make_step([33, 5, 0], [3, 35, 33])
+    clean = make_states(step, ONE, 16, FP32, device)
+    results = []
+    for broken in (None, 0, 1, 2):
+        states = [tensor.clone() for tensor in clean]
+        for tensor in states if broken is not None else ():
+            tensor[broken, :, 0] = torch.nan  # one query, and one key that they all see
+        spans = step.spans(clean[0].device)
+        output, lse = prefill.attention_with_lse(*states, spans, SCALING)
+        results.append((output, lse, prefill.attention_mass(*states[:2], lse, spans, SCALING, False)))
+    for broken, (output, lse, mass) in enumerate(results[1:]):
+        new, length = step.new[broken], step.start[broken] + step.new[broken]
+        for states in (output[broken, :, :new], lse[broken, :, :new], mass[broken, :, :length]):
+            assert states.isnan().all()
+        for b in {0, 1, 2} - {broken}:
+            assert torch.equal(output[b, :, : step.new[b]], results[0][0][b, :, : step.new[b]])
+            assert torch.equal(lse[b, :, : step.new[b]], results[0][1][b, :, : step.new[b]])
+            assert torch.equal(mass[b], results[0][2][b])
+
+
+# One token
+
+
+class Spy:
+    """Stands for a kernel and keeps the constants of its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append(constants)
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """force(shares, programs, in_memory): how decode_attention divides its work; returns the launches' constants."""
+
+    def force(shares, programs, in_memory=False):
+        spy = Spy(decode._decode_kernel)
+        monkeypatch.setattr(decode, "_decode_kernel", spy)
+        monkeypatch.setattr(decode, "_processors", lambda device: shares * programs)
+        if in_memory:
+            monkeypatch.setattr(decode, "MOST_KEPT", 0)
+        return spy.launches
+
+    return force
+
+
+def decode_step(lengths):
+    return make_step([length - 1 for length in lengths], [1] * len(lengths), decode=True)
+
+
+def make_tables(rows, dim, dtype, device):
+    """cos and sin [rows, D] as Llama's, and NaN where they end."""
+    frequency = 10000 ** (-torch.arange(0, dim, 2) / dim)
+    angle = torch.arange(rows)[:, None] * frequency
+    tables = [torch.cat([f(angle), f(angle)], dim=-1).to(device, dtype) for f in (torch.cos, torch.sin)]
+    return tuple(torch.cat([table, table.new_full((3, dim), torch.nan)])[:rows] for table in tables)
+
+
+def check_decode(
+    lengths, slots, heads, dim, dtype, device, *, decay=0.5, first_head=False, rope=False, layout=as_slots
+):
+    """Output, mass and count of a decode step, and that nothing else is written."""
+    step, (kv_heads, _), lengths_on = decode_step(lengths), HEADS[heads], torch.tensor(lengths, dtype=torch.int32)
+    query, key, value = make_states(step, heads, dim, dtype, device, layout, slots)
+    tables, seen_key = None, key
+    if rope:  # the reference rotates first, with the kernel's rounding: once, after float32
+        tables = make_tables(max(lengths), dim, dtype, device)
+        seen_key = key.clone()
+        seen_key[:, :, : step.width] = rotate(key[:, :, : step.width].float(), *(t.float() for t in tables)).to(dtype)
+    expected, received = plain_attention(query, seen_key, value, step, "first" if first_head else "sum")
+    before = torch.rand(2, len(lengths), kv_heads, slots, generator=torch.Generator().manual_seed(1))
+    filled = (torch.arange(slots) < lengths_on[:, None])[:, None].expand(before.shape[1:])
+    before[:, ~filled] = UNTOUCHED
+    mass, count = before.clone().to(device)
+    given = [states.nan_to_num() for states in (key, value)]
+    output = decode.decode_attention(
+        query, key, value, lengths_on.to(device), SCALING, mass=mass, count=count, decay=decay, first_head=first_head,
+        rope=tables,
+    )  # fmt: skip
+    assert_output(output, expected, (query, key, value), step, tables)
+    rounded = 4 * torch.finfo(dtype).eps if rope and dtype != FP32 and device == "cuda" else 1e-5  # FMA rounds else
+    assert_close(mass.cpu()[filled], (before[0] * decay + received)[filled], rounded, "mass")
+    assert_close(count.cpu()[filled], (before[1] * decay + 1)[filled], 1e-6, "count")
+    assert (mass.cpu()[~filled] == UNTOUCHED).all() and (count.cpu()[~filled] == UNTOUCHED).all(), "past a row's length"
+    assert torch.equal(key.nan_to_num(), given[0]) and torch.equal(value.nan_to_num(), given[1])
+
+
+# shares, whether logits go to memory, and slots in tiles: with a tile of 16, kept alone in 2**n and the rest in `more`
+PLANS = {
+    "one tile": (1, False, 1, (1, 1, 0)),
+    "a power of two": (1, False, 4, (1, 4, 0)),
+    "17 tiles": (1, False, 17, (1, 16, 1)),
+    "21 tiles": (1, False, 21, (1, 16, 8)),
+    "in memory": (1, True, 3, (1, 0, 0)),
+    "2 shares": (2, False, 3, (2, 0, 0)),
+    "8 shares": (8, False, 11, (8, 0, 0)),
+    "64 shares": (64, False, 65, (64, 0, 0)),
+    "more shares than tiles": (64, False, 3, (2, 0, 0)),
+}
+WIDE = {"cpu": 256, "cuda": 128}  # head_dim: the wider, the smaller a tile
+
+
+@cases(
+    "plan, heads, dtype",
+    [(plan, "gqa3" if plan != "64 shares" else "mqa", FP32) for plan in PLANS]
+    + [("17 tiles", "gqa8", FP16), ("8 shares", "mha", FP16)],
+    [
+        *itertools.product(PLANS, ["gqa3", "gqa4"], [FP32, BF16]),
+        *itertools.product(["17 tiles", "8 shares"], HEADS, [FP16]),
+    ],
+)
+def test_however_the_slots_are_divided(planned, device, plan, heads, dtype):
+    """A tail that is dropped, a share without slots, logits kept at another tile's place, or partial results that are
+    combined with the wrong weights."""
+    shares, in_memory, tiles, expected = PLANS[plan]
+    dim = WIDE[device]
+    size = {256: 16, 128: 32}[dim] * (1 if dtype == FP32 else 2)
+    slots = tiles * size - 3
+    lengths = [slots, 1, max(1, slots - size), min(size + 1, slots)][: 2 if tiles > 32 and device == "cpu" else 4]
+    launches = planned(shares, len(lengths) * HEADS[heads][0], in_memory)
+    check_decode(lengths, slots, heads, dim, dtype, device)
+    (launch,) = launches
+    assert tuple(launch[name] for name in ("BN", "SPLIT", "TILES", "MORE_TILES")) == (size, *expected)
+
+
+@cases(
+    "shares, in_memory, dtype",
+    [(1, False, FP32), (2, False, FP32), (1, True, FP16)],
+    itertools.product([1, 2, 8], [False, True], [FP32, FP16, BF16]),
+)
+def test_every_length_up_to_the_capacity(planned, device, shares, in_memory, dtype):
+    """Off by one at any length: a row for each, from 1 to as many as there are slots."""
+    slots = 34 if device == "cpu" else 149
+    planned(shares, slots, in_memory)
+    check_decode(list(range(1, slots + 1)), slots, "mqa", 256, dtype, device)
+
+
+DIMS = [
+    (64, "mha", FP16, False),
+    (96, "gqa4", FP32, True),
+    (128, "gqa8", FP16, True),
+    (16, "gqa8", FP32, False),
+    (80, "mqa", FP16, False),
+    (128, "gqa3", FP32, True),
+    (16, "mqa", FP16, True),
+]
+
+
+@cases(
+    "dim, heads, dtype, first_head",
+    DIMS,
+    [
+        *itertools.product([64, 96, 128], HEADS, [FP32, BF16], [False]),
+        *itertools.product([16, 80], ["gqa3"], [FP32, BF16, FP16], [False]),
+        *itertools.product([128], HEADS, [FP16], [True]),
+    ],
+)
+@pytest.mark.parametrize("shares", [1, 2])
+def test_heads_and_head_dims(planned, device, dim, heads, dtype, first_head, shares):
+    """Query heads that read another KV head, mass of padding heads or of all heads where the first is wanted, a
+    head_dim that is no power of two cut short."""
+    planned(shares, 3 * HEADS[heads][0])
+    check_decode([70, 129, 3], 130, heads, dim, dtype, device, first_head=first_head)
+
+
+@cases(
+    "dim, heads, dtype, shares",
+    [(64, "gqa4", FP32, 1), (80, "gqa3", FP32, 2), (128, "mha", FP16, 1), (16, "mqa", FP32, 1), (96, "gqa8", FP16, 2)],
+    [
+        *itertools.product([64, 96, 128], ["gqa3", "gqa4"], [FP32, BF16], [1, 8]),
+        *itertools.product([16, 80], ["gqa3"], [FP32, FP16, BF16], [1]),
+    ],
+)
+def test_keys_rotated_when_used(planned, device, dim, heads, dtype, shares):
+    """A rotation by another slot's angle or with halves exchanged, or tables that are read past their last row."""
+    planned(shares, 3 * HEADS[heads][0])
+    check_decode([70, 129, 3], 140, heads, dim, dtype, device, rope=True)
+
+
+@cases("decay", [(1.0,), (0.0,), (0.9,)], [(1.0,), (0.0,), (0.9,)])
+@pytest.mark.parametrize("shares", [1, 2])
+def test_mass_decays_before_the_addition(planned, device, shares, decay):
+    """Decay of what is just being added, no decay, or a count that decays in another way."""
+    planned(shares, 2 * HEADS["gqa3"][0])
+    check_decode([70, 9], 140, "gqa3", 16, FP32, device, decay=decay)
+
+
+@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
+@pytest.mark.parametrize("layout", [as_model, off_alignment])
+def test_strides_do_not_show_in_a_decode_step(planned, device, dtype, layout):
+    """Strides of slots taken for granted, or loads that need an aligned address."""
+    planned(1, 6)
+    check_decode([70, 9, 130], 140, "gqa3", 80, dtype, device, layout=layout)
+
+
+@on_each_device
+@pytest.mark.parametrize("shares", [1, 2])
+def test_views_of_the_slots_are_enough(planned, device, shares):
+    """The width of a view taken for the distance between heads."""
+    planned(shares, 6)
+    step, lengths = decode_step([70, 9, 30]), torch.tensor([70, 9, 30], dtype=torch.int32, device=device)
+    query, key, value = make_states(step, "gqa3", 64, FP32, device, as_slots, 140)
+    outputs = [
+        decode.decode_attention(query, key[:, :, :width], value[:, :, :width], lengths, SCALING) for width in (140, 70)
+    ]
+    assert_close(outputs[1], plain_attention(query, key, value, step, "sum")[0])
+    assert_close(outputs[1], outputs[0])
+
+
+@on_each_device
+@pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (8, False)])
+def test_two_decode_steps_give_the_same_bits(planned, device, shares, in_memory):
+    """Sums in an order that changes from run to run."""
+    planned(shares, 2, in_memory)
+    step, lengths = decode_step([150, 17]), torch.tensor([150, 17], dtype=torch.int32, device=device)
+    states, results = make_states(step, "mqa", 256, FP32, device, as_slots, 160), []
+    for _ in range(2):
+        mass = torch.zeros(2, 1, 160, device=device)
+        results.append((decode.decode_attention(*states, lengths, SCALING, mass=mass), mass))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@on_each_device
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (2, False)])
+def test_output_and_mass_do_not_depend_on_what_is_asked(planned, device, shares, in_memory, rope):
+    """A count that shows in the mass, or a step that is not scored with another output: N would change what is
+    computed."""
+    planned(shares, 4, in_memory)
+    step, lengths = decode_step([70, 9]), torch.tensor([70, 9], dtype=torch.int32, device=device)
+    states = make_states(step, "gqa3", 64, FP32, device, as_slots, 140)
+    added, tables = torch.zeros(3, 2, 2, 140, device=device), make_tables(70, 64, FP32, device) if rope else None
+    outputs = [
+        decode.decode_attention(*states, lengths, SCALING, rope=tables, **asked)
+        for asked in ({"mass": added[0], "count": added[1]}, {"mass": added[2]}, {})
+    ]
+    assert torch.equal(added[0], added[2])
+    assert_close(outputs[1], outputs[0], 1e-6)
+    assert_close(outputs[2], outputs[0], 1e-6)
+
+
+@on_each_device
+@pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (2, False)])
+def test_a_broken_row_is_alone_in_a_decode_step(planned, device, shares, in_memory):
+    """NaN in one slot of a row that reaches the other rows, or that is taken for a number in its own."""
+    planned(shares, 3, in_memory)
+    step, lengths = decode_step([70, 9, 150]), torch.tensor([70, 9, 150], dtype=torch.int32, device=device)
+    clean = make_states(step, "mqa", 64, FP32, device, as_slots, 160)
+    results = []
+    for broken, name in ((None, None), (0, 0), (1, 1), (2, 2)):  # a row's query, a key, a value
+        states = [tensor.clone() for tensor in clean]
+        if broken is not None:
+            states[name][broken, :, 0] = torch.nan
+        mass = torch.zeros(3, 1, 160, device=device)
+        results.append((decode.decode_attention(*states, lengths, SCALING, mass=mass), mass))
+    for broken, (output, mass) in enumerate(results[1:]):
+        others = [b for b in range(3) if b != broken]
+        assert torch.equal(output[others], results[0][0][others]) and torch.equal(mass[others], results[0][1][others])
+        assert output[broken].isnan().all()
+        assert mass[broken].isnan().any() == (broken < 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (8, False)])
+def test_a_captured_step_follows_the_lengths_on_the_device(planned, device, shares, in_memory, rope):
+    """Lengths, or anything that follows from them, that are fixed when a graph is captured."""
+    planned(shares, 4, in_memory)
+    slots = 600
+    query, key, value = make_states(decode_step([slots, slots]), "gqa3", 64, BF16, device, as_slots, slots)
+    tables = make_tables(slots, 64, BF16, device) if rope else None
+    lengths = torch.tensor([3, 40], dtype=torch.int32, device=device)
+    mass, count = torch.zeros(2, 2, 2, slots, device=device)
+
+    def step():
+        return decode.decode_attention(
+            query, key, value, lengths, SCALING, mass=mass, count=count, decay=0.5, rope=tables
+        )
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for now in ([3, 40], [577, 1], [64, 65], [600, 600], [1, 300]):
+        lengths.copy_(torch.tensor(now))
+        results = []
+        for run in (graph.replay, step):
+            mass.fill_(0.25), count.fill_(1.0)
+            output = run()
+            torch.cuda.synchronize()
+            results.append([each.clone() for each in (captured if output is None else output, mass, count)])
+        for replayed, eager in zip(*results, strict=True):
+            assert torch.equal(replayed, eager), f"lengths {now}"
+        received = mass - 0.125
+        for b, length in enumerate(now):
+            assert_close(received[b, :, :length].sum(), 2 * 3.0, 1e-4, "three heads in each of two groups")
