@@ -8,7 +8,6 @@ with, where they are cached unrotated. They return the output [B, Hq, columns, D
 on other steps, and where it went straight into `slots`.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -93,9 +92,10 @@ def triton_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Triton kernels: decode steps in one pass, the mass of several tokens in one pass of tiles after the attention.
 
-    What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend.
+    What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend, and several tokens in
+    float32 too: without tensor cores torch's products are the faster ones.
     """
-    if not _kernels_apply(query, key, value):
+    if not _kernels_apply(query, key, value) or (query.dtype == torch.float32 and query.is_cuda and not step.decode):
         return sdpa_attention(query, key, value, step, scaling, group_reduce, rope=rope)
     if step.decode:
         return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
@@ -110,8 +110,7 @@ def triton_attention(
             query, key, value, None, True, 0.0, True, False, scale=scaling
         )[:2]
     else:
-        with _on(query.device):
-            output, lse = attention_with_lse(query, key, value, step.spans(query.device), scaling)
+        output, lse = attention_with_lse(query, key, value, step.spans(query.device), scaling)
     return output, _kernel_mass(query, key, lse, step, scaling, group_reduce) if step.scored else None
 
 
@@ -241,11 +240,6 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
     return torch.baddbmm(unused, q, k, beta=0, alpha=scaling, **exact).view(*grouped.shape[:4], -1)
 
 
-def _on(device: torch.device):
-    """Triton launches on the current device, which is another one where the layers are spread over several."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the Triton kernels can take these states."""
     return (
@@ -270,10 +264,9 @@ def _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope):
     if slots is not None:  # all slots, filled or not: what a launch is given must not change from step to step
         key, value = slots.keys, slots.values
     lengths = step.rows.mirror(key.device)[0]
-    with _on(key.device):
-        output = decode_attention(
-            query, key, value, lengths, scaling, rope=rope, first_head=group_reduce == "first", **added
-        )
+    output = decode_attention(
+        query, key, value, lengths, scaling, rope=rope, first_head=group_reduce == "first", **added
+    )
     return output, mass
 
 
@@ -281,8 +274,7 @@ def _kernel_mass(query, key, lse, step, scaling, group_reduce):
     from h2optimizer.kernels.prefill import attention_mass
 
     lse = lse.reshape(query.shape[:3]).contiguous()
-    with _on(query.device):
-        return attention_mass(query, key, lse, step.spans(query.device), scaling, group_reduce == "first")
+    return attention_mass(query, key, lse, step.spans(query.device), scaling, group_reduce == "first")
 
 
 def _cudnn_applies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

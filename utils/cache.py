@@ -7,6 +7,8 @@ Models", arXiv 2306.14048. Keeping the oldest slots instead is StreamingLLM, arX
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -100,6 +102,7 @@ class Rows:
         self.seen = [0] * batch_size
         self.evictions = [0] * batch_size
         self._mirrors: dict[torch.device, torch.Tensor] = {}
+        self._kept: dict[torch.device, torch.Tensor] = {}
         self._plans: dict[tuple, SlimmingPlan] = {}
 
     def mirror(self, device: torch.device) -> torch.Tensor:
@@ -108,6 +111,14 @@ class Rows:
             with torch.inference_mode(False):  # outlives the mode it is made in
                 self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
         return self._mirrors[device]
+
+    def kept(self, device: torch.device, heads: int, window: int) -> torch.Tensor:
+        """int32 [B, heads, window + 1] on `device`, at a fixed address: what the slimming kernels pass on."""
+        if device not in self._kept:
+            with torch.inference_mode(False):
+                shape = (len(self.lengths), heads, window + 1)
+                self._kept[device] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._kept[device]
 
     def append(self, new: list[int]) -> None:
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
@@ -149,22 +160,40 @@ class Rows:
         return self._plans[key]
 
 
+class SlotMasks(NamedTuple):
+    """Which slots are which in a slimming of `slots` columns to the window, and their positions. bool and int32."""
+
+    empty: torch.Tensor  # [B, 1, slots]
+    recent: torch.Tensor  # [B, 1, slots]
+    appended: torch.Tensor  # [B, 1, slots], positions of the tokens since the last slimming
+    filled: torch.Tensor  # [B, 1, capacity], afterwards
+    upcoming: torch.Tensor  # [B, 1, capacity], positions counted on past the row's end: appending need not write them
+
+
 class SlimmingPlan:
     """One slimming of `slots` columns to heavy + recent, as far as all layers on a device share it."""
 
     def __init__(self, rows: Rows, device: torch.device, slots: int, capacity: int, heavy: int, recent: int):
-        self.window = heavy + recent
+        self.slots, self.capacity = slots, capacity
+        self.heavy, self.recent, self.window = heavy, recent, heavy + recent
         self.longest = max(rows.lengths)
-        lengths, seen = rows.mirror(device)[:, :, None, None].unbind(0)  # [B, 1, 1]
-        slot = torch.arange(max(slots, capacity), dtype=torch.int32, device=device)
-        age = lengths - slot[:slots]  # 1 = the newest slot
-        self.empty = age <= 0
-        self.recent = (age > 0) & (age <= recent)
-        self.appended = (seen - lengths + slot).to(torch.int32)  # positions of the tokens since the last slimming
+        self.ragged = min(rows.lengths) < min(self.longest, self.window)  # a row leaves slots empty that others fill
+        self.mirror = rows.mirror(device)
+
+    @cached_property
+    def masks(self) -> SlotMasks:
+        """Made when torch picks or moves the slots; the kernels do without."""
+        lengths, seen = self.mirror[:, :, None, None].unbind(0)  # [B, 1, 1]
+        slot = torch.arange(max(self.slots, self.capacity), dtype=torch.int32, device=lengths.device)
+        age = lengths - slot[: self.slots]  # 1 = the newest slot
         kept = lengths.clamp(max=self.window)
-        self.filled = slot[:capacity] < kept
-        # Positions count on past the row's end, so that appending a token need not write its position.
-        self.upcoming = (seen - kept + slot[:capacity]).to(torch.int32)
+        return SlotMasks(
+            empty=age <= 0,
+            recent=(age > 0) & (age <= self.recent),
+            appended=(seen - lengths + slot).to(torch.int32),
+            filled=slot[: self.capacity] < kept,
+            upcoming=(seen - kept + slot[: self.capacity]).to(torch.int32),
+        )
 
 
 def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor, window: int) -> torch.Tensor:
@@ -191,11 +220,15 @@ def random_priority(positions: torch.Tensor, layer_idx: int, seed: int) -> torch
     Args: positions: [B, Hkv, slots]. Returns: float32 of the same shape.
     """
     head = torch.arange(positions.shape[1], device=positions.device)[:, None]
-    x = positions.long() * 0x9E3779B1 + layer_idx * 0x85EBCA77 + head * 0xC2B2AE3D + seed * 0x27D4EB2F
-    x = x & 0xFFFFFFFF
+    x = (positions.long() * 0x9E3779B1 + head * 0xC2B2AE3D + random_salt(layer_idx, seed)) & 0xFFFFFFFF
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return ((x ^ (x >> 16)) >> 8).float()
+
+
+def random_salt(layer_idx: int, seed: int) -> int:
+    """What layer and seed add to the hash of a token: 32 bits."""
+    return (layer_idx * 0x85EBCA77 + seed * 0x27D4EB2F) & 0xFFFFFFFF
 
 
 class HHLayer(CacheLayerMixin):
@@ -231,6 +264,8 @@ class HHLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            if self.h2o.slimming_kernels(self.device) is not None:  # allocate now, not in a step that a graph records
+                step.rows.kept(self.device, self.keys.shape[1], self.h2o.window_length)
         if step.decode:
             with torch.no_grad():
                 for slots, new in ((self.keys, key_states), (self.values, value_states)):
@@ -278,24 +313,50 @@ class HHLayer(CacheLayerMixin):
         source, self.block = self.block or self.tensors(), None
         appending, width = source["keys"] is not self.keys, source["keys"].shape[2]
         plan = rows.plan(self.keys.device, width, self.h2o.capacity, heavy, recent)
-        if appending:
+        if plan.longest <= plan.window:
+            for name, old in source.items() if appending else ():
+                _fill(getattr(self, name), old[:, :, : plan.longest], plan)
+            return  # positions are right: they are counted on past the row's end
+        kernels = self.h2o.slimming_kernels(self.keys.device)
+        ranking = kernels is not None and max(width, self.h2o.capacity) <= kernels.MAX_SLOTS
+        moving = kernels is not None and not by_mask
+        if appending and not (ranking and moving):
             filled = min(self.h2o.capacity, width)
-            new = plan.appended[..., filled:width].expand(*self.mass.shape[:2], -1)
+            new = plan.masks.appended[..., filled:width].expand(*self.mass.shape[:2], -1)
             source["positions"] = torch.cat([self.positions[:, :, :filled], new], dim=-1)
-        if plan.longest > plan.window:
-            keep = select_slots(self._score(source), plan.empty, plan.recent, plan.window)
-            for name, old in source.items():
-                slots = getattr(self, name)
-                slots[:, :, : plan.window].copy_(_compact_by_mask(old, keep) if by_mask else _compact(old, keep))
-            self.mass[:, :, plan.window :].zero_()
-            if self.count is not None:
-                self.count[:, :, plan.window :].zero_()
-        elif appending:
-            for name, old in source.items():
-                getattr(self, name)[:, :, : plan.longest].copy_(old[:, :, : plan.longest])
-        else:
-            return
-        torch.where(plan.filled, self.positions, plan.upcoming, out=self.positions)
+        kept = rows.kept(self.keys.device, self.keys.shape[1], self.h2o.window_length) if kernels else None
+        keep = self._keep(source, plan, kernels if ranking else None, kept, moving)
+        if moving:
+            if not ranking:
+                kernels.hand_over(keep, kept)
+            keys, values = source.pop("keys"), source.pop("values")
+            kernels.compact(self.keys, self.values, keys, values, plan.mirror, kept, plan.window)
+            if ranking:
+                return  # the rest moved when its slots were picked
+        for name, old in source.items():
+            _fill(getattr(self, name), _compact_by_mask(old, keep) if by_mask else _compact(old, keep), plan)
+        for name in ("mass", "count"):
+            if (slots := getattr(self, name)) is not None:
+                slots[:, :, plan.window :].zero_()
+        torch.where(plan.masks.filled, self.positions, plan.masks.upcoming, out=self.positions)
+
+    def _keep(self, source: dict[str, torch.Tensor], plan: SlimmingPlan, kernels, kept, moving: bool) -> torch.Tensor:
+        """The slots that either slimming keeps, ascending: [B, Hkv, window], int64 from torch, int32 from the kernel.
+
+        The kernel writes them to `kept` and, with `moving`, brings positions, mass and count into place at once.
+        """
+        if kernels is None:
+            return select_slots(self._score(source), plan.masks.empty, plan.masks.recent, plan.window)
+        rank, salt, slots, scores = "oldest", 0, (None, None), (None, None)
+        if self.h2o.score == "random" and plan.heavy:
+            rank, salt = "random", random_salt(self.layer_idx, self.h2o.score_seed)
+        elif self.h2o.needs_mass:
+            rank, slots = "mass" if self.count is None else "mean", (self.mass, self.count)
+            scores = source["mass"].contiguous(), source["count"].contiguous() if "count" in source else None
+        kernels.select(
+            self.positions, *slots, *scores, plan.slots, plan.mirror, kept, plan.heavy, plan.recent, rank, salt, moving
+        )
+        return kept[..., : plan.window]
 
     def _score(self, source: dict[str, torch.Tensor]) -> torch.Tensor:
         """What slots are ranked by, greatest kept: float32 [B, Hkv, slots]."""
@@ -330,6 +391,15 @@ class HHLayer(CacheLayerMixin):
         return -1  # tokens never run out of slots
 
 
+def _fill(slots: torch.Tensor, kept: torch.Tensor, plan: SlimmingPlan) -> None:
+    """Copy [B, Hkv, n(, D)] into the first n slots, but nothing past a row's end: padding stays outside."""
+    slots = slots[:, :, : kept.shape[2]]
+    if plan.ragged:
+        filled = plan.masks.filled[..., : kept.shape[2]]
+        kept = torch.where(filled if kept.ndim == 3 else filled[..., None], kept, slots)
+    slots.copy_(kept)
+
+
 def _compact(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """The kept slots of [B, Hkv, slots(, D)] by gather."""
     if old.ndim == 3:
@@ -342,7 +412,7 @@ def _compact(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """The same as H2O does it: a boolean mask over the slots, and a copy of what it leaves."""
-    mask = torch.zeros(old.shape[:3], dtype=torch.bool, device=old.device).scatter(2, keep, True)
+    mask = torch.zeros(old.shape[:3], dtype=torch.bool, device=old.device).scatter(2, keep.long(), True)
     return old[mask].view(*keep.shape, *old.shape[3:])
 
 

@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from h2optimizer.kernels import on_its_device
+
 LOG2_E = 1.4426950408889634
-MOST_KEPT = 2048  # slots whose logits fit into the registers of one program
+MOST_KEPT = 2048  # slots whose logits fit into the registers of one program, beside half-precision tiles
 
 
 @triton.jit
@@ -153,11 +155,11 @@ def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, 
         length = tl.load(lengths + head // HEADS)
         offset_g = tl.arange(0, G)
         real = (offset_g < COUNTED)[:, None]
-        part = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
-        top = tl.load(sums + part * 2, mask=real, other=0.0)
-        total = tl.load(sums + part * 2 + 1, mask=real, other=1.0)
-        highest = tl.max(top, 1)
-        lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest[:, None]), 1))
+        parts = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
+        tops = tl.load(sums + parts * 2, mask=real, other=0.0)
+        totals = tl.load(sums + parts * 2 + 1, mask=real, other=1.0)
+        highest = tl.max(tops, 1)
+        lse = highest + tl.log2(tl.sum(totals * tl.exp2(tops - highest[:, None]), 1))
         slot = (block - GROUP) * BR + tl.arange(0, BR)
         at = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots + slot[None, :]
         s = tl.load(at, mask=real & (slot < length)[None, :], other=-float("inf"))
@@ -171,6 +173,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+@on_its_device
 def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -202,15 +205,16 @@ def decode_attention(
     heads, slots = keys.shape[1:3]
     group = q_heads // heads
     padded = max(16, triton.next_power_of_2(dim)) if rope is None else 2 * max(16, triton.next_power_of_2(dim // 2))
-    tile = max(16, min(64, 16384 // (padded * query.element_size())))
-    programs, tiles = batch * heads, triton.cdiv(slots, tile)
+    programs = batch * heads
     split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
-    split = min(split, triton.next_power_of_2(tiles + 1) // 2)
-    alone = split == 1 and (mass is None or slots <= MOST_KEPT)
-    kept = more = 0
-    if alone and mass is not None:
-        kept = triton.next_power_of_2(tiles + 1) // 2
-        more = triton.next_power_of_2(tiles - kept) if tiles > kept else 0
+    split = min(split, triton.next_power_of_2(triton.cdiv(slots, 64) + 1) // 2)
+    alone = split == 1 and (mass is None or (slots <= MOST_KEPT and query.element_size() == 2))
+    keeping = alone and mass is not None
+    small = keeping and slots <= 1280  # more and smaller programs at once, while two warps' registers hold the logits
+    tile = max(16, min(32 if small else 64, 16384 // (padded * query.element_size())))
+    tiles = triton.cdiv(slots, tile)
+    kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
+    more = triton.next_power_of_2(tiles - kept) if keeping and tiles > kept else 0
     assert keys.stride() == values.stride() and keys.stride(3) == 1 and query.stride(3) == 1
 
     output = query.new_empty(batch, q_heads, 1, dim)
@@ -229,7 +233,8 @@ def decode_attention(
         query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, query.stride(0), query.stride(1),
         *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E, decay, **shape,
         GP=max(16, triton.next_power_of_2(group)), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=2 if small else 4,
+        num_stages=3,
     )  # fmt: skip
     if not alone:
         block = 1024

@@ -1,0 +1,261 @@
+"""Slimming in two launches: `select` picks the slots that stay, `compact` moves their keys and values.
+
+Neither waits for the device nor reads a length on the host, and after a decode step their arguments and grids are the
+same every time: a CUDA graph can hold them. `kept` int32 [B, Hkv, window_length + 1] passes from one to the other: the
+slots to keep, ascending, and in the last column how many of them stay where they are. `mirror` int32 [2, B] holds each
+row's length and the tokens that it has seen.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from h2optimizer.kernels import on_its_device
+
+MAX_SLOTS = 4096  # of a source that `select` can rank: one tile, in registers
+PROGRAMS = 512  # that `compact` splits heads for, about four for each multiprocessor of a large GPU
+LEAST_BYTES = 32  # of a row that one program moves: a sector of memory
+TILE_BYTES = 8192  # of a tile, for 4 warps; where programs are few, tiles of four times that for 8
+
+
+@on_its_device
+def select(
+    positions: torch.Tensor,
+    mass: torch.Tensor | None,
+    count: torch.Tensor | None,
+    source_mass: torch.Tensor | None,
+    source_count: torch.Tensor | None,
+    width: int,
+    mirror: torch.Tensor,
+    kept: torch.Tensor,
+    heavy: int,
+    recent: int,
+    rank: str,
+    salt: int = 0,
+    move: bool = True,
+) -> None:
+    """Write to `kept` the `recent` newest slots of each row and, of the older ones, the `heavy` that rank first.
+
+    A row that is no longer than heavy + recent keeps its slots where they are. With `move`, positions, mass and count
+    of the kept slots come to the front; past them mass and count become zero, and positions those of the next tokens.
+
+    Args:
+        positions: int32 [B, Hkv, capacity]; a position past the row's end is that of the token to come.
+        mass, count: float32 [B, Hkv, capacity], None where nothing is ranked by them (count: unless `rank` is "mean").
+        source_mass, source_count: float32 [B, Hkv, width], contiguous; may be `mass` and `count` themselves.
+        width: slots that the source holds; neither that nor the capacity is more than MAX_SLOTS.
+        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), or "oldest". Of equal slots
+            the older is kept, NaN ranks above everything.
+        salt: any integer, of which the low 32 bits count.
+    """
+    batch, heads, capacity = positions.shape
+    tile = triton.next_power_of_2(max(width, capacity))
+    _select[(batch * heads,)](
+        positions, mass, count, source_mass, source_count, mirror, kept,
+        batch, heads, width, capacity, kept.shape[2], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
+        RANK=rank, MOVE=move, TILE=tile, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+    )  # fmt: skip
+
+
+def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
+    """Write slots [B, Hkv, window] that torch has picked to `kept`, for `compact`."""
+    window = keep.shape[2]
+    kept[..., :window] = keep
+    kept[..., -1] = (keep == torch.arange(window, device=keep.device)).sum(dim=-1)
+
+
+@on_its_device
+def compact(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    source_keys: torch.Tensor,
+    source_values: torch.Tensor,
+    mirror: torch.Tensor,
+    kept: torch.Tensor,
+    window: int,
+) -> None:
+    """Bring the kept slots of the source, at most `window` a row, to the front of keys and values.
+
+    Args:
+        keys, values: [B, Hkv, capacity, D], contiguous, any dtype; 16-byte accesses where D is a multiple of 8.
+        source_keys, source_values: [B, Hkv, width, D] with contiguous heads; keys and values themselves, or
+            tensors that share no memory with them.
+    """
+    batch, heads, capacity, head_dim = keys.shape
+    chunk, slots, warps = _tiling(batch * heads, head_dim, keys.itemsize, window)
+    _compact[(batch * heads * 2 * triton.cdiv(head_dim, chunk),)](
+        keys, values, source_keys, source_values, mirror, kept, heads, capacity, kept.shape[2], window,
+        *source_keys.stride()[:3], *source_values.stride()[:3],
+        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=source_keys is keys, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+
+
+@functools.lru_cache
+def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, int, int]:
+    """Elements of the head and slots in a tile, and warps: whole heads, unless programs are too few to fill a GPU."""
+    chunk = triton.next_power_of_2(head_dim)
+    while rows * 2 * triton.cdiv(head_dim, chunk) < PROGRAMS and chunk * itemsize > LEAST_BYTES:
+        chunk //= 2
+    few = rows * 2 * triton.cdiv(head_dim, chunk) <= PROGRAMS // 2
+    slots = max(1, TILE_BYTES * (4 if few else 1) // (chunk * itemsize))
+    return chunk, min(slots, triton.next_power_of_2(max(1, window))), 8 if few else 4
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"])
+def _select(
+    positions, mass, count, source_mass, source_count, mirror, kept,
+    batch, heads, width, capacity, kept_stride, heavy, recent, salt,
+    RANK: tl.constexpr, MOVE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    batch_row, head = row // heads, row % heads
+    kept += row.to(tl.int64) * kept_stride
+    length, seen = tl.load(mirror + batch_row), tl.load(mirror + batch + batch_row)
+    window = heavy + recent
+    slot = tl.arange(0, TILE)
+    filled = slot < length
+    row, source = row.to(tl.int64) * capacity, row.to(tl.int64) * width
+    # Tokens past the capacity are all new, their positions follow from their slots.
+    position = tl.load(positions + row + slot, mask=slot < capacity, other=0)
+    position = tl.where(slot < capacity, position, seen - length + slot)
+    if RANK == "mass" or RANK == "mean":
+        slot_mass = tl.load(source_mass + source + slot, mask=filled, other=0.0)
+    if RANK == "mean":
+        slot_count = tl.load(source_count + source + slot, mask=filled, other=0.0)
+
+    keep = filled
+    if length > window:
+        older = slot < length - recent
+        if RANK == "oldest":
+            best = slot < heavy
+        else:
+            if RANK == "random":
+                order = _hash(position, head, salt)
+            elif RANK == "mean":
+                order = _order(tl.div_rn(slot_mass, tl.maximum(slot_count, 1.1754943508222875e-38)))
+            else:
+                order = _order(slot_mass)
+            best = _greatest(tl.where(older, order, -0x80000000), heavy)
+        keep = best | (filled & (slot >= length - recent))
+
+    kept_slots = tl.minimum(length, window)
+    to = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+    tl.store(kept + to, slot, mask=keep)
+    tl.store(kept + slot, slot, mask=(slot >= kept_slots) & (slot < window))  # empty slots of a short row
+    tl.store(kept + kept_stride - 1, tl.sum((keep & (to == slot)).to(tl.int32)))
+    if MOVE:
+        tail = (slot >= kept_slots) & (slot < capacity)
+        tl.debug_barrier()  # every thread has its part of the row in registers: the row may be overwritten
+        _put(positions + row, position, to, keep, slot, seen - kept_slots + slot, tail)
+        if RANK == "mass" or RANK == "mean":
+            _put(mass + row, slot_mass, to, keep, slot, 0.0, tail)
+        if RANK == "mean":
+            _put(count + row, slot_count, to, keep, slot, 0.0, tail)
+
+
+@triton.jit
+def _order(score):
+    """int32 that compare as float32 scores do, with -0.0 equal to 0.0 and every NaN above everything."""
+    bits = score.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    order = tl.where(bits < 0, -magnitude, magnitude)
+    return tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, order)
+
+
+@triton.jit
+def _hash(position, head, salt):
+    """int32 below 2**24, a fixed pseudo-random number for each token and head: the cache's `random_priority`."""
+    x = position.to(tl.uint32) * 0x9E3779B1 + (head.to(tl.uint32) * 0xC2B2AE3D + salt.to(tl.uint32))
+    x = (x ^ (x >> 16)) * 0x45D9F3B
+    x = (x ^ (x >> 16)) * 0x45D9F3B
+    return ((x ^ (x >> 16)) >> 8).to(tl.int32)
+
+
+@triton.jit
+def _greatest(order, n):
+    """The n >= 1 greatest of at least n int32 above -2**31, of equal ones those that come first: bool."""
+    # Bit by bit from the sign on, the greatest threshold that n reach: the n-th greatest itself. One that exactly n
+    # reach does as well, and is found after about half the bits unless the n-th has ties.
+    reach = tl.sum((order >= 0).to(tl.int32))
+    threshold = tl.where(reach >= n, 0, -0x80000000)
+    reach = tl.where(reach >= n, reach, 0x7FFFFFFF)
+    bit = 1 << 30
+    while (bit > 0) & (reach != n):
+        reach_trial = tl.sum((order >= threshold + bit).to(tl.int32))
+        threshold = tl.where(reach_trial >= n, threshold + bit, threshold)
+        reach = tl.where(reach_trial >= n, reach_trial, reach)
+        bit = bit >> 1
+    above, tied = order > threshold, order == threshold
+    still_free = n - tl.sum(above.to(tl.int32))
+    return above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= still_free))
+
+
+@triton.jit
+def _put(row, value, to, keep, slot, tail_value, tail):
+    """Scatter the kept slots' values to the front of a row and fill up its tail."""
+    tl.store(row + to, value, mask=keep)
+    tl.store(row + slot, tail_value, mask=tail)
+
+
+@triton.jit(do_not_specialize=["heads", "capacity", "kept_stride", "window"])
+def _compact(
+    keys, values, source_keys, source_values, mirror, kept, heads, capacity, kept_stride, window,
+    key_row, key_head, key_slot, value_row, value_head, value_slot,
+    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    chunks: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    row, part = tl.program_id(0) // (2 * chunks), tl.program_id(0) % (2 * chunks)
+    batch_row, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    end = tl.minimum(tl.load(mirror + batch_row), window)
+    kept += row.to(tl.int64) * kept_stride
+    first = 0
+    if IN_PLACE:
+        first = tl.load(kept + kept_stride - 1)  # slots before that stay where they are
+        key_slot, value_slot = D, D
+    offset = row.to(tl.int64) * capacity * D
+    source_keys += batch_row * key_row + head * key_head
+    source_values += batch_row * value_row + head * value_head
+    if part < chunks:
+        _move(keys + offset, source_keys, key_slot, kept, first, end, part * CHUNK, D, CHUNK, SLOTS, IN_PLACE)
+    else:
+        part -= chunks
+        _move(values + offset, source_values, value_slot, kept, first, end, part * CHUNK, D, CHUNK, SLOTS, IN_PLACE)
+
+
+@triton.jit
+def _move(
+    slots, source, stride, kept, first, end, column,
+    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """Slots [first, end) of a chunk of the head, a tile at a time with the next one on its way.
+
+    In place that is safe: slots come from themselves or from later ones, so that storing a tile overwrites no source of
+    a later tile, and its own sources are in registers, all threads', before it is stored.
+    """
+    slot = first + tl.arange(0, SLOTS)
+    d = column + tl.arange(0, CHUNK)
+    tile = _gather(source, _index(kept, slot, end), stride, d, D)
+    index = _index(kept, slot + SLOTS, end)
+    for _ in range(first, end, SLOTS):
+        following = _gather(source, index, stride, d, D)
+        index = _index(kept, slot + 2 * SLOTS, end)
+        if IN_PLACE:
+            tl.debug_barrier()
+        tl.store(slots + slot[:, None] * D + d[None, :], tile, mask=(slot < end)[:, None] & (d < D)[None, :])
+        tile = following
+        slot += SLOTS
+
+
+@triton.jit
+def _index(kept, slot, end):
+    """The source of each slot, -1 past the end."""
+    return tl.load(kept + slot, mask=slot < end, other=-1)
+
+
+@triton.jit
+def _gather(source, index, stride, d, D: tl.constexpr):
+    """[SLOTS, CHUNK] of the source, nothing where the index is -1."""
+    mask = (index >= 0)[:, None] & (d < D)[None, :]
+    return tl.load(source + index.to(tl.int64)[:, None] * stride + d[None, :], mask=mask)

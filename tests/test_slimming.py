@@ -1,0 +1,410 @@
+"""The slimming kernels: on a CPU in Triton's interpreter, on a GPU with -m gpu."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from conftest import addresses, new_cache, slot_tensors
+from utils.cache import random_priority, random_salt, select_slots
+
+slimming = pytest.importorskip("h2optimizer.kernels.slimming")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TINY = torch.finfo(torch.float32).tiny
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if (request.param == "cpu") != INTERPRETED:
+        pytest.skip("Triton interprets kernels for all devices or for none")
+    return request.param
+
+
+def bits(tensor):
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+def some(values, *shape, seed=0):
+    """Random picks from a few values, so that ties are the rule."""
+    values = torch.tensor(values)
+    return values[torch.randint(len(values), shape, generator=torch.Generator().manual_seed(seed))]
+
+
+def plain_keep(score, length, heavy, recent):
+    """The slots that a row keeps, by a plain loop over its scores."""
+    if length <= heavy + recent:
+        return list(range(length))
+    order = sorted(range(length - recent), key=lambda j: (0, 0, j) if math.isnan(score[j]) else (1, -score[j], j))
+    return sorted(order[:heavy]) + list(range(length - recent, length))
+
+
+# select
+
+CAPACITY = 20
+
+
+def pick(device, rank, score_of, heads, heavy, recent, width, lengths, mass, count=None, move=True):
+    """Run `select` on these rows and hold everything that it writes against plain loops; returns (kept, score)."""
+    batch, window, seen = len(lengths), heavy + recent, [length + 7 * b for b, length in enumerate(lengths)]
+    slot = torch.arange(CAPACITY)
+    positions = torch.tensor([[s - n] for n, s in zip(lengths, seen, strict=True)]) + slot
+    positions = positions[:, None].repeat(1, heads, 1).int()
+    for b in range(batch):  # the first slots are what slimmings have left of all that came before
+        positions[b, :, :3] = torch.arange(3) * 2 + (positions[b, 0, 0] > 0)
+    joined = torch.tensor([s - n for n, s in zip(lengths, seen, strict=True)])[:, None, None] + torch.arange(width)
+    joined = joined.repeat(1, heads, 1).int()
+    joined[:, :, :CAPACITY] = positions[:, :, :width]
+    score = score_of(joined)
+
+    in_place = width == CAPACITY
+    slots = {"positions": positions.to(device), "mass": None, "count": None}
+    sources = {"mass": mass, "count": count}
+    for name, source in sources.items():
+        if source is not None:
+            for b, length in enumerate(lengths):
+                source[b, :, length:] = torch.nan  # must not be read
+            sources[name] = source.to(device)
+            slots[name] = sources[name] if in_place else torch.full((batch, heads, CAPACITY), -1.0, device=device)
+    before = {name: tensor.cpu().clone() for name, tensor in slots.items() if tensor is not None}
+    given = {"positions": joined, "mass": mass.clone() if mass is not None else None, "count": count}
+    given = {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
+    mirror = torch.tensor([lengths, seen], dtype=torch.int32, device=device)
+    kept = torch.full((batch, heads, window + 3), -9, dtype=torch.int32, device=device)
+    salt = random_salt(3, 11)
+    slimming.select(
+        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move
+    )  # fmt: skip
+    for b, length in enumerate(lengths):
+        for head in range(heads):
+            keep = plain_keep(score[b, head].double().tolist(), length, heavy, recent)
+            row = kept[b, head].tolist()
+            assert row[: len(keep)] == keep, (length, head)
+            assert row[len(keep) : window] == list(range(length, window)) and row[window:-1] == [-9, -9]
+            assert row[-1] == sum(to == slot for to, slot in enumerate(keep))
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if move:
+                    moved = [given[name][b, head, j].item() for j in keep]
+                    tail = [seen[b] - len(keep) + j if name == "positions" else 0 for j in range(len(keep), CAPACITY)]
+                    assert tensor[b, head].tolist() == pytest.approx(moved + tail, abs=0, nan_ok=True), (name, length)
+                else:
+                    assert torch.equal(bits(tensor[b, head]), bits(before[name][b, head])), name
+    age = torch.tensor(lengths)[:, None, None] - torch.arange(width)
+    return kept[..., :window].cpu(), score, age
+
+
+EDGES = [0, 5, 8, 9, 13, CAPACITY]  # around a window of 8, up to the capacity
+
+
+@pytest.mark.parametrize("heads, heavy, width, lengths", [
+    (1, 4, CAPACITY, EDGES),
+    (2, 0, CAPACITY, [8, 9, CAPACITY]),
+    (2, 7, CAPACITY, [3, 9, CAPACITY]),
+    (8, 5, CAPACITY, [17]),
+    (2, 4, 41, [41, 8, 30]),
+    (1, 4, 12, [12, 3, 9]),
+], ids=str)  # fmt: skip
+def test_select_keeps_what_select_slots_keeps(device, heads, heavy, width, lengths):
+    """A tie won by the younger slot, a recent slot lost, an edge of the window, or mass and positions left behind."""
+    mass = some([0.0, 0.5, 1.0, 3e-7, 1e-45, 3e38], len(lengths), heads, width)
+    clean = mass.clone()
+    kept, score, age = pick(device, "mass", lambda _: clean, heads, heavy, 8 - heavy, width, lengths, mass)
+    assert torch.equal(kept.long(), select_slots(score, age <= 0, (age > 0) & (age <= 8 - heavy), 8))
+
+
+@pytest.mark.parametrize("values", [
+    [0.0, -0.0, 1.0],
+    [0.0, -0.0, -1.0, -2.0, -1e-45, 1e-45],
+    [1.0, 2.0, 3.0, torch.nan, -torch.nan],
+    [torch.inf, -torch.inf, torch.nan, 0.0],
+    [5.0],
+], ids=str)  # fmt: skip
+def test_select_ranks_every_float_as_sort_does(device, values):
+    """Signs, zeros or NaN out of order, a NaN that beats an older one, or so many NaN that recent slots are lost."""
+    mass = some(values, 2, 3, CAPACITY)
+    mass[0, 0] = mass[0, 0].where(mass[0, 0].isfinite(), 7.0)  # one row where select_slots' promise holds
+    clean = mass.clone()
+    kept, score, age = pick(device, "mass", lambda _: clean, 3, 5, 3, CAPACITY, [CAPACITY, 9], mass)
+    expected = select_slots(score, age <= 0, (age > 0) & (age <= 3), 8)
+    special = (~score.isfinite() & (score != -torch.inf) & (age > 3)).sum(dim=-1) <= 5  # no more than heavy hitters
+    assert special[0, 0] and torch.equal(kept.long()[special], expected[special])
+
+
+@pytest.mark.parametrize("rank", ["mean", "random", "oldest"])
+@pytest.mark.parametrize("width", [CAPACITY, 33])
+def test_select_ranks_by_other_scores(device, rank, width):
+    """A division that rounds in another way, a count left behind, or a hash with other bits than the torch function."""
+    lengths, heads = [width, 8, 11], 2
+    mass = count = None
+    if rank == "mean":
+        count = torch.arange(width).float().expand(3, heads, width).contiguous()
+        mass = (count.double() / 10).float()  # their quotients differ in the last bit only
+        mean = mass / count.clamp(min=TINY)
+    score_of = {
+        "mean": lambda _: mean,
+        "random": lambda positions: random_priority(positions, 3, 11),
+        "oldest": lambda positions: -torch.arange(width).expand_as(positions).float(),
+    }[rank]
+    pick(device, rank, score_of, heads, 5, 3, width, lengths, mass, count)
+
+
+def test_select_that_only_picks_touches_no_slot(device):
+    """The boolean mask's slimming, which moves the slots itself, and would move them twice."""
+    mass = some([0.0, 1.0, 2.0], 2, 2, CAPACITY)
+    clean = mass.clone()
+    pick(device, "mass", lambda _: clean, 2, 5, 3, CAPACITY, [CAPACITY, 6], mass, move=False)
+
+
+def test_hash_of_any_seed(device):
+    """A salt or a position past 2**31 that overflows where the torch function wraps around."""
+    positions = torch.tensor([0, 1, 2**31 - 1, 2**30, 77, 5], dtype=torch.int32).repeat(1, 2, 1)
+    for layer, seed in ((0, 0), (127, 2**32 - 1), (31, 2**31)):
+        kept = torch.zeros(1, 2, 4, dtype=torch.int32, device=device)
+        mirror = torch.tensor([[6], [6]], dtype=torch.int32, device=device)
+        args = (
+            positions.clone().to(device),
+            None,
+            None,
+            None,
+            None,
+            6,
+            mirror,
+            kept,
+            2,
+            1,
+            "random",
+            random_salt(layer, seed),
+        )
+        slimming.select(*args)
+        score = random_priority(positions, layer, seed)
+        for head in range(2):
+            assert kept[0, head, :3].tolist() == plain_keep(score[0, head].tolist(), 6, 2, 1)
+
+
+# compact
+
+TILINGS = {"small": (8, 4, 4), "one slot": (16, 1, 1)}
+
+
+def kept_slots(rows, window, device, moved=0):
+    """`kept` of rows that keep `window` ascending slots below the capacity, the first `moved` where they are."""
+    generator, kept = torch.Generator().manual_seed(1), torch.zeros(*rows, window + 1, dtype=torch.int32)
+    for row in kept.view(-1, window + 1):
+        later = torch.randperm(CAPACITY - moved, generator=generator)[: window - moved].sort().values + moved
+        row[:window] = torch.cat([torch.arange(moved), later])
+        row[-1] = (row[:window] == torch.arange(window)).sum()
+    return kept.to(device)
+
+
+@pytest.mark.parametrize("head_dim, dtype, tiling", [
+    (16, torch.float32, "own"), (16, torch.float32, "one slot"), (5, torch.float16, "small"), (8, torch.float64, "own"),
+    (64, torch.bfloat16, "own"), (80, torch.float16, "own"), (80, torch.float16, "small"), (96, torch.bfloat16, "own"),
+    (128, torch.bfloat16, "own"), (24, torch.bfloat16, "one slot"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "from a block"])
+def test_compact_is_a_gather(device, head_dim, dtype, in_place, tiling, monkeypatch):
+    """A tile that overwrites the source of a later one, a column of the head missed or written twice, keys for values,
+    strides of another tensor, or slots past a row's end that are read or written."""
+    if tiling != "own":
+        monkeypatch.setattr(slimming, "_tiling", lambda *_: TILINGS[tiling])
+    heads, window, lengths = 2, 11, [CAPACITY, 6]
+    width = CAPACITY
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, heads, CAPACITY, head_dim, generator=generator).to(device, dtype).unbind(0)
+    sources = [keys, values]
+    if not in_place:  # as projections leave them, and as a rotation does
+        sources[0] = torch.randn(2, width, heads, head_dim, generator=generator).to(device, dtype).transpose(1, 2)
+        sources[1] = torch.randn(2, heads, width, head_dim, generator=generator).to(device, dtype)
+    kept = kept_slots((2, heads), window, device, moved=3)
+    kept[1] = torch.arange(window + 1)
+    kept[1, :, -1] = lengths[1]
+    expected = []
+    for slots, source in zip((keys, values), sources, strict=True):
+        source[1, :, lengths[1] :] = torch.nan
+        for b, head in ((b, head) for b in range(2) for head in range(heads)):
+            unused = set(range(lengths[b])) - set(kept[b, head, :window].tolist())
+            source[b, head, list(unused)] = torch.nan
+        result = slots.clone()
+        for b, length in enumerate(lengths):
+            n = min(length, window)
+            for head in range(heads):
+                result[b, head, :n] = source[b, head, kept[b, head, :n].long()]
+        expected.append(result)
+    mirror = torch.tensor([lengths, lengths], dtype=torch.int32, device=device)
+    slimming.compact(keys, values, *sources, mirror, kept, window)
+    for slots, result in zip((keys, values), expected, strict=True):
+        assert torch.equal(bits(slots), bits(result))
+        assert not slots[0, :, :window].isnan().any()
+
+
+def test_tiles_cover_the_head_and_fill_the_device():
+    """A tile that is no power of two, lost columns, or a batch of one that a handful of programs have to move."""
+    for rows in (8, 128, 2048):
+        for head_dim in (64, 80, 96, 128, 256):
+            for itemsize in (2, 4):
+                chunk, slots, warps = slimming._tiling(rows, head_dim, itemsize, 1024)
+                assert chunk & (chunk - 1) == slots & (slots - 1) == 0
+                assert 16 <= chunk * slots * itemsize / (32 * warps) <= 128, "bytes in each thread's registers"
+                programs = rows * 2 * -(-head_dim // chunk)
+                assert programs >= slimming.PROGRAMS or chunk * itemsize <= slimming.LEAST_BYTES
+                assert rows < 2048 or chunk >= head_dim
+    assert slimming._tiling(8, 128, 2, 5)[1] == 8, "tiles of no more slots than the window needs"
+
+
+# The whole cache
+
+FLAGS = {
+    "rotation": {"num_heavy_hitters": 4},
+    "H2O": {"update_interval": 1},
+    "mean": {"score_norm": "mean", "score_decay": 0.5},
+    "local": {"num_heavy_hitters": 0},
+    "sink": {"score": "sink"},
+    "random": {"score": "random", "score_seed": 5},
+}
+SCRIPT = [[13, 3, 8], "decode", "decode", "decode", "reorder", [2, 9, 4], "decode", "space", [1, 2, 1], "decode"]
+
+
+@torch.no_grad()
+def run_script(cache, device, script=SCRIPT, slim=None):
+    """Forwards of a few rows on one layer, with keys, values and mass that are the same for every cache."""
+    generator, heads = torch.Generator().manual_seed(0), 2
+    for action in script:
+        if action == "reorder":
+            cache.reorder_cache(torch.tensor([2, 0, 0], device=device))
+            continue
+        if action == "space":
+            cache.evict_for_space(2)
+            continue
+        new = [1, 1, 1] if action == "decode" else action
+        step = cache.begin(3, max(new), new)
+        states = torch.randn(2, 3, max(new), heads, 8, generator=generator)
+        for b, n in enumerate(new):
+            states[:, b, n:] = torch.nan  # padding must not get into the slots
+        keys, values = states.to(device).transpose(2, 3)
+        cache.update(keys, values, 0)
+        mass = torch.randint(0, 4, (3, heads, step.width), generator=generator) / 3
+        for b, (start, n) in enumerate(zip(step.start, new, strict=True)):
+            mass[b, :, start + n :] = 0
+        if step.scored:
+            cache.add_mass(mass.to(device), 0)
+        if step.due:
+            (slim or cache.slim)(0)
+        cache.end()
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_kernels_leave_the_cache_that_torch_leaves(device, flags, monkeypatch):
+    """Any bit of any slot, used or not, that depends on who slims: kernels or torch, by gather or by mask."""
+    flags, calls = {"window_length": 8, "update_interval": 2, **flags}, []
+    for name in ("select", "compact"):
+        kernel = getattr(slimming, name)
+        monkeypatch.setattr(slimming, name, lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args))
+    caches = {}
+    for slimming_, backend in (("H", "sdpa"), ("mask", "sdpa"), ("H", "triton"), ("mask", "triton")):
+        cache = caches[slimming_, backend] = new_cache(slimming=slimming_, backend=backend, **flags)
+        run_script(cache, device, SCRIPT[:1])
+        at = addresses(cache)
+        run_script(cache, device, SCRIPT[1:])
+        assert addresses(cache) == at
+        used = set(calls)
+        assert used == (set() if backend == "sdpa" else {"select", "compact"})  # both: evict_for_space gathers
+        calls.clear()
+    expected = caches.pop(("H", "sdpa"))
+    assert min(expected.evictions) >= 2 and not expected.layers[0].keys.isnan().any()
+    for which, cache in caches.items():
+        assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
+        for where, tensor in slot_tensors(expected).items():
+            assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), (which, where)
+
+
+@pytest.mark.parametrize("slimming_", ["H", "mask"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("lengths", [[13, 3, 8], [5, 3, 8]], ids=["longer", "no longer"])
+def test_padding_stays_outside(device, lengths, backend, slimming_):
+    """Keys of padding, whatever they hold, copied into the slots that a short row has yet to fill."""
+    cache = new_cache(window_length=8, update_interval=2, slimming=slimming_, backend=backend)
+    run_script(cache, device, [lengths])
+    for slots in (cache.layers[0].keys, cache.layers[0].values):
+        for b, length in enumerate(cache.lengths):
+            assert slots[b, :, :length].all() and not slots[b, :, length:].any()
+
+
+@pytest.mark.parametrize("most", [0, 11])
+def test_sources_too_wide_for_the_kernel(device, most, monkeypatch):
+    """A block, or slots, that torch ranks and the kernel moves: indices of another width, or mass that stays."""
+    flags = {"window_length": 8, "update_interval": 2, "score_norm": "mean"}
+    expected, cache = new_cache(backend="sdpa", **flags), new_cache(backend="triton", **flags)
+    run_script(expected, device)
+    monkeypatch.setattr(slimming, "MAX_SLOTS", most)
+    run_script(cache, device)
+    for where, tensor in slot_tensors(expected).items():
+        assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
+
+
+def test_decode_slimmings_launch_the_same_thing(device, monkeypatch):
+    """An argument that follows the step or lies elsewhere: a CUDA graph would repeat the first one's. Or something that
+    is allocated at the first slimming, which would belong to the graph's memory."""
+    launches = []
+    for name in ("_select", "_compact"):
+        kernel = getattr(slimming, name)
+
+        class Spy:
+            def __getitem__(self, grid, kernel=kernel):
+                def launch(*args, **options):
+                    shown = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                    launches[-1].append((grid, shown, options))
+                    return kernel[grid](*args, **options)
+
+                return launch
+
+        monkeypatch.setattr(slimming, name, Spy())
+    cache = new_cache(window_length=8, update_interval=2, backend="triton")
+
+    def slim(layer_idx):
+        launches.append([])
+        cache.slim(layer_idx)
+
+    run_script(cache, device, [[7, 3, 8]], slim)
+    assert launches == [[]]
+    (kept,) = cache._rows._kept.values()
+    run_script(cache, device, ["decode"] * 8, slim)
+    decode = launches[1:]
+    assert [kept.data_ptr()] == [table.data_ptr() for table in cache._rows._kept.values()]
+    assert len(decode) == 4 and all(len(launched) == 2 for launched in decode)
+    assert all(launched == decode[0] for launched in decode)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_a_graph_holds_the_slimming():
+    """A wait for the device, which a capture refuses, or a length that the graph keeps from the step it was made in."""
+    script, graph = [[13, 3, 8]] + ["decode"] * 12, torch.cuda.CUDAGraph()
+    expected, cache = (new_cache(window_length=8, update_interval=3, backend="triton") for _ in range(2))
+    run_script(expected, "cuda", script)
+    slimmings = []
+
+    def slim(layer_idx):
+        slimmings.append(layer_idx)
+        if len(slimmings) == 3:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                cache.slim(layer_idx)
+        if len(slimmings) >= 3:
+            graph.replay()
+        else:
+            cache.slim(layer_idx)
+
+    run_script(cache, "cuda", script, slim)
+    assert len(slimmings) == 5
+    for where, tensor in slot_tensors(expected).items():
+        assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
+
+
+def test_who_slims(device):
+    """Kernels on a CPU that nobody asked for, or none where they were asked for."""
+    configs = [new_cache(backend=backend).h2o for backend in ("auto", "sdpa", "eager", "triton")]
+    auto = slimming if device == "cuda" else None
+    assert [h2o.slimming_kernels(torch.device(device)) for h2o in configs] == [auto, None, None, slimming]
