@@ -163,13 +163,12 @@ def edges(sizes):
 
 
 def fewer(dtype):
-    return {FP32: [0, 1, *edges([32])], FP16: [0, 63, 65, 128]}[dtype], {FP32: [1, 31, 32, 33, 65], FP16: [1, 64, 129]}[
-        dtype
-    ]
+    """Slots that rows hold, and tokens that they bring."""
+    return ([0, *edges([16])], [1, 15, 16, 17, 33]) if dtype == FP32 else ([0, 63, 65, 128], [1, 64, 129])
 
 
 def all_edges(dtype):
-    size = 32 if dtype == FP32 else 64
+    size = 16 if dtype == FP32 else 64
     return [0, *edges([size, 2 * size])], edges([size, 2 * size, 3 * size])
 
 
@@ -272,6 +271,9 @@ def planned(monkeypatch):
     return force
 
 
+WAYS = [(1, False, FP16), (1, True, FP32), (2, False, FP32)]  # logits kept, in memory, and of several shares
+
+
 def decode_step(lengths):
     return make_step([length - 1 for length in lengths], [1] * len(lengths), decode=True)
 
@@ -313,54 +315,65 @@ def check_decode(
     assert torch.equal(key.nan_to_num(), given[0]) and torch.equal(value.nan_to_num(), given[1])
 
 
-# shares, whether logits go to memory, and slots in tiles: with a tile of 16, kept alone in 2**n and the rest in `more`
-PLANS = {
-    "one tile": (1, False, 1, (1, 1, 0)),
-    "a power of two": (1, False, 4, (1, 4, 0)),
-    "17 tiles": (1, False, 17, (1, 16, 1)),
-    "21 tiles": (1, False, 21, (1, 16, 8)),
-    "in memory": (1, True, 3, (1, 0, 0)),
-    "2 shares": (2, False, 3, (2, 0, 0)),
-    "8 shares": (8, False, 11, (8, 0, 0)),
-    "64 shares": (64, False, 65, (64, 0, 0)),
-    "more shares than tiles": (64, False, 3, (2, 0, 0)),
+# Shares, whether logits go to memory, slots, and what follows: slots of a tile, shares, and the tiles whose logits are
+# kept in registers, 2**n of them and those beyond. float32 keeps none.
+KEPT = {
+    "one tile": (1, False, 30, (32, 1, 1, 0)),
+    "a power of two": (1, False, 125, (32, 1, 4, 0)),
+    "17 tiles": (1, False, 541, (32, 1, 16, 1)),
+    "21 tiles": (1, False, 669, (32, 1, 16, 8)),
+    "21 large tiles": (1, False, 1341, (64, 1, 16, 8)),
 }
-WIDE = {"cpu": 256, "cuda": 128}  # head_dim: the wider, the smaller a tile
+IN_MEMORY = {
+    "in memory": (1, True, 150, (64, 1, 0, 0)),
+    "2 shares": (2, False, 150, (64, 2, 0, 0)),
+    "8 shares": (8, False, 700, (64, 8, 0, 0)),
+    "64 shares, most of them empty": (64, False, 4100, (64, 64, 0, 0)),
+    "more shares than tiles": (64, False, 150, (64, 2, 0, 0)),
+}
+PLANS = KEPT | IN_MEMORY
 
 
 @cases(
     "plan, heads, dtype",
-    [(plan, "gqa3" if plan != "64 shares" else "mqa", FP32) for plan in PLANS]
-    + [("17 tiles", "gqa8", FP16), ("8 shares", "mha", FP16)],
     [
-        *itertools.product(PLANS, ["gqa3", "gqa4"], [FP32, BF16]),
+        *itertools.product(["one tile", "a power of two", "17 tiles"], ["gqa3"], [FP16]),
+        *itertools.product(["21 tiles", "21 large tiles"], ["mqa"], [FP16]),
+        *itertools.product(["in memory", "2 shares", "8 shares", "more shares than tiles"], ["gqa3"], [FP32]),
+        ("64 shares, most of them empty", "mqa", FP32),
+        ("in memory", "gqa4", FP16),
+        ("8 shares", "mqa", FP16),
+    ],
+    [
+        *itertools.product(PLANS, ["gqa3", "gqa4"], [BF16]),
+        *itertools.product(IN_MEMORY, ["gqa3", "gqa4"], [FP32]),
         *itertools.product(["17 tiles", "8 shares"], HEADS, [FP16]),
     ],
 )
 def test_however_the_slots_are_divided(planned, device, plan, heads, dtype):
     """A tail that is dropped, a share without slots, logits kept at another tile's place, or partial results that are
     combined with the wrong weights."""
-    shares, in_memory, tiles, expected = PLANS[plan]
-    dim = WIDE[device]
-    size = {256: 16, 128: 32}[dim] * (1 if dtype == FP32 else 2)
-    slots = tiles * size - 3
-    lengths = [slots, 1, max(1, slots - size), min(size + 1, slots)][: 2 if tiles > 32 and device == "cpu" else 4]
+    shares, in_memory, slots, expected = PLANS[plan]
+    size = expected[0]
+    lengths = [slots, 1, max(1, slots - size), min(size + 1, slots)][: 2 if slots > 600 and device == "cpu" else 4]
     launches = planned(shares, len(lengths) * HEADS[heads][0], in_memory)
-    check_decode(lengths, slots, heads, dim, dtype, device)
+    check_decode(lengths, slots, heads, 64, dtype, device)
     (launch,) = launches
-    assert tuple(launch[name] for name in ("BN", "SPLIT", "TILES", "MORE_TILES")) == (size, *expected)
+    assert tuple(launch[name] for name in ("BN", "SPLIT", "TILES", "MORE_TILES")) == expected
 
 
 @cases(
     "shares, in_memory, dtype",
-    [(1, False, FP32), (2, False, FP32), (1, True, FP16)],
+    [(1, False, FP16), (1, True, FP32), (2, False, FP32)],
     itertools.product([1, 2, 8], [False, True], [FP32, FP16, BF16]),
 )
 def test_every_length_up_to_the_capacity(planned, device, shares, in_memory, dtype):
-    """Off by one at any length: a row for each, from 1 to as many as there are slots."""
-    slots = 34 if device == "cpu" else 149
-    planned(shares, slots, in_memory)
-    check_decode(list(range(1, slots + 1)), slots, "mqa", 256, dtype, device)
+    """Off by one at any length: a row for each, from 1 to as many as there are slots (on a CPU, in two shares, only
+    around the ends of a tile)."""
+    slots = 600 if device == "cuda" else 66 if shares > 1 else 34
+    lengths = [n for n in range(1, slots + 1) if device == "cuda" or shares == 1 or (n + 1) % 16 < 3]
+    planned(shares, len(lengths), in_memory)
+    check_decode(lengths, slots, "mqa", 256, dtype, device)
 
 
 @cases(
@@ -402,11 +415,11 @@ def test_keys_rotated_when_used(planned, device, dim, heads, dtype, shares):
 
 
 @cases("decay", [(1.0,), (0.0,), (0.9,)], [(1.0,), (0.0,), (0.9,)])
-@pytest.mark.parametrize("shares", [1, 2])
-def test_mass_decays_before_the_addition(planned, device, shares, decay):
+@pytest.mark.parametrize("shares, dtype", [(1, FP16), (2, FP32)])
+def test_mass_decays_before_the_addition(planned, device, shares, dtype, decay):
     """Decay of what is just being added, no decay, or a count that decays in another way."""
     planned(shares, 2 * HEADS["gqa3"][0])
-    check_decode([70, 9], 140, "gqa3", 16, FP32, device, decay=decay)
+    check_decode([70, 9], 140, "gqa3", 16, dtype, device, decay=decay)
 
 
 @cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
@@ -432,12 +445,12 @@ def test_views_of_the_slots_are_enough(planned, device, shares):
 
 
 @on_each_device
-@pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (8, False)])
-def test_two_decode_steps_give_the_same_bits(planned, device, shares, in_memory):
+@pytest.mark.parametrize("shares, in_memory, dtype", WAYS)
+def test_two_decode_steps_give_the_same_bits(planned, device, shares, in_memory, dtype):
     """Sums in an order that changes from run to run."""
     planned(shares, 2, in_memory)
     step, lengths = decode_step([150, 17]), torch.tensor([150, 17], dtype=torch.int32, device=device)
-    states, results = make_states(step, "mqa", 256, FP32, device, as_slots, 160), []
+    states, results = make_states(step, "mqa", 256, dtype, device, as_slots, 160), []
     for _ in range(2):
         mass = torch.zeros(2, 1, 160, device=device)
         results.append((decode.decode_attention(*states, lengths, SCALING, mass=mass), mass))
@@ -446,30 +459,31 @@ def test_two_decode_steps_give_the_same_bits(planned, device, shares, in_memory)
 
 
 @on_each_device
-@pytest.mark.parametrize("shares, in_memory, rope", [(1, False, True), (1, True, False), (2, False, True)])
-def test_output_and_mass_do_not_depend_on_what_is_asked(planned, device, shares, in_memory, rope):
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("shares, in_memory, dtype", WAYS)
+def test_output_and_mass_do_not_depend_on_what_is_asked(planned, device, shares, in_memory, dtype, rope):
     """A count that shows in the mass, or a step that is not scored with another output: N would change what is
     computed."""
-    planned(shares, 4, in_memory)
+    planned(shares, 2, in_memory)
     step, lengths = decode_step([70, 9]), torch.tensor([70, 9], dtype=torch.int32, device=device)
-    states = make_states(step, "gqa3", 64, FP32, device, as_slots, 140)
-    added, tables = torch.zeros(3, 2, 2, 140, device=device), make_tables(70, 64, FP32, device) if rope else None
+    states = make_states(step, "mqa", 64, dtype, device, as_slots, 140)
+    added, tables = torch.zeros(3, 2, 1, 140, device=device), make_tables(70, 64, dtype, device) if rope else None
     outputs = [
         decode.decode_attention(*states, lengths, SCALING, rope=tables, **asked)
         for asked in ({"mass": added[0], "count": added[1]}, {"mass": added[2]}, {})
     ]
     assert torch.equal(added[0], added[2])
-    assert_close(outputs[1], outputs[0], 1e-6)
-    assert_close(outputs[2], outputs[0], 1e-6)
+    for output in outputs[1:]:  # another tile rounds in another place
+        assert_close(output, outputs[0], torch.finfo(dtype).eps * 8)
 
 
 @on_each_device
-@pytest.mark.parametrize("shares, in_memory", [(1, False), (1, True), (2, False)])
-def test_a_broken_row_is_alone_in_a_decode_step(planned, device, shares, in_memory):
+@pytest.mark.parametrize("shares, in_memory, dtype", WAYS)
+def test_a_broken_row_is_alone_in_a_decode_step(planned, device, shares, in_memory, dtype):
     """NaN in one slot of a row that reaches the other rows, or that is taken for a number in its own."""
     planned(shares, 3, in_memory)
     step, lengths = decode_step([70, 9, 150]), torch.tensor([70, 9, 150], dtype=torch.int32, device=device)
-    clean = make_states(step, "mqa", 64, FP32, device, as_slots, 160)
+    clean = make_states(step, "mqa", 64, dtype, device, as_slots, 160)
     results = []
     for broken, name in ((None, None), (0, 0), (1, 1), (2, 2)):  # a row's query, a key, a value
         states = [tensor.clone() for tensor in clean]
