@@ -164,12 +164,12 @@ def edges(sizes):
 
 def fewer(dtype):
     """Slots that rows hold, and tokens that they bring."""
-    return ([0, *edges([16])], [1, 15, 16, 17, 33]) if dtype == FP32 else ([0, 63, 65, 128], [1, 64, 129])
+    return ([0, *edges([16])], [1, 16, 17, 30, 33]) if dtype == FP32 else ([0, 63, 128], [1, 65, 190])
 
 
 def all_edges(dtype):
     size = 16 if dtype == FP32 else 64
-    return [0, *edges([size, 2 * size])], edges([size, 2 * size, 3 * size])
+    return [0, *edges([size, 2 * size])], [*edges([size, 2 * size, 3 * size]), 2 * size - 2, 3 * size - 2]
 
 
 @cases("dtype, spans_of", [(FP32, fewer), (FP16, fewer)], [(FP32, all_edges), (FP16, all_edges), (BF16, all_edges)])
