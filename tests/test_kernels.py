@@ -64,6 +64,11 @@ def off_alignment(states):
     return states.new_empty(states.numel() + 1)[1:].view(states.shape).copy_(states)
 
 
+def apart(states):
+    """Room for as much again between two heads."""
+    return states.repeat_interleave(2, dim=1)[:, ::2]
+
+
 def make_states(step, heads, dim, dtype, device, layout=as_model, slots=None):
     """Random query [B, Hq, columns, D], key and value [B, Hkv, slots or step.width, D], NaN where a row has none."""
     (kv_heads, group), batch_size = HEADS.get(heads, heads), len(step.start)
@@ -423,7 +428,7 @@ def test_mass_decays_before_the_addition(planned, device, shares, dtype, decay):
 
 
 @cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
-@pytest.mark.parametrize("layout", [as_model, off_alignment])
+@pytest.mark.parametrize("layout", [as_model, off_alignment, apart])
 def test_strides_do_not_show_in_a_decode_step(planned, device, dtype, layout):
     """Strides of slots taken for granted, or loads that need an aligned address."""
     planned(1, 6)
