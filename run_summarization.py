@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import platform
+import re
 import resource
 import sys
 import time
@@ -36,7 +37,7 @@ from transformers import (
 )
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from h2optimizer.attention import ATTENTION_BACKENDS
+from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
 from utils.cache import HHCache
 from utils.requests import (
     InputError,
@@ -108,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--enable_position_rolling", action=argparse.BooleanOptionalAction, help="rotate keys by slot index")
     add("--update_interval", type=int, help="slimming on every N-th step; 1 = H2O")
     add("--slimming", choices=("H", "mask"), help="H: gather into place; mask: boolean mask and copy")
-    add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention")
+    add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention; auto: triton on CUDA, else sdpa")
     add("--score", choices=("mass", "sink", "random"), help="what slots are ranked by")
     add("--score_seed", type=seed, help="of --score random")
     add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")
@@ -137,10 +138,16 @@ def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
     try:
         return H2OConfig(**given)
     except ValueError as error:
-        message = str(error)
-        for field, flag in FLAG_OF_FIELD.items():
-            message = message.replace(field, flag)
-        raise InputError(f"--{message}") from None
+        raise InputError(in_flags(str(error))) from None
+
+
+def in_flags(message: str) -> str:
+    """What H2OConfig or its backend says, in the words of the command line."""
+    for field, flag in FLAG_OF_FIELD.items():
+        message = message.replace(field, flag)
+    message = message.replace("score_every_step=False", "--no-score_every_step")
+    message = re.sub(r"backend='(\w+)'", r"--backend \1", message)
+    return message if message.startswith("--") else f"--{message}"
 
 
 def select_device(name: str) -> torch.device:
@@ -477,6 +484,10 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, rolling: bool) -
 def run(args: argparse.Namespace) -> int:
     h2o = h2o_config(args)
     device = select_device(args.device)
+    try:
+        backend = None if h2o is None else resolve_backend(h2o.backend, device.type)
+    except ValueError as error:
+        raise InputError(in_flags(str(error))) from None
     requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
     if skipped:
         print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)
@@ -521,6 +532,7 @@ def run(args: argparse.Namespace) -> int:
     if todo or not output.metrics:
         metrics = summarize_metrics([output.results[request.index] for request in requests], device)
         metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
+        metrics |= {"attention_backend": backend}
         output.finish(metrics)
     print_table(output.metrics)
     return 0

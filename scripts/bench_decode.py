@@ -1,4 +1,4 @@
-"""Prefill and decode through `generate`, heavy-hitter cache beside stock Llama's DynamicCache, in one run.
+"""Prefill and decode through `generate`: heavy-hitter cache, by backend, beside stock Llama's DynamicCache, in one run.
 
 Regime: a Llama-3-8B shape with random bf16 weights, greedy, decode bound by the weights that every step reads and by
 the host that launches its kernels. Kernel launches and host waits are those of one step, not due, under the profiler.
@@ -18,7 +18,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer.attention import resolve_backend
+from utils.bench import count, sizes, synchronize
 from utils.cache import HHCache
+from utils.requests import InputError, OneLineParser
+
+BACKENDS = ("sdpa", "flash_attn")  # beside auto
 
 SHAPES = {
     "8b": dict(
@@ -31,20 +36,6 @@ SHAPES = {
         num_key_value_heads=2, max_position_embeddings=131072,
     ),
 }  # fmt: skip
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(call) -> float:
-    """Milliseconds of one call, the device drained before and after."""
-    synchronize()
-    begin = time.perf_counter()
-    call()
-    synchronize()
-    return (time.perf_counter() - begin) * 1e3
 
 
 def count_launches(model, cache, token: torch.Tensor) -> dict[str, int]:
@@ -88,7 +79,7 @@ class PhaseClock(LogitsProcessor):
 
 @torch.no_grad()
 def measure(systems: dict, prompt: torch.Tensor, new_tokens: int, repeats: int) -> dict[str, dict]:
-    """Time and memory of `generate` on a prompt [B, n], by system; the runs of the systems take turns."""
+    """Time of `generate` on a prompt [B, n] and memory of its prefill, by system; the systems take turns."""
 
     def generate(model, make_cache, tokens: int) -> PhaseClock:
         with PhaseClock() as clock:
@@ -98,16 +89,20 @@ def measure(systems: dict, prompt: torch.Tensor, new_tokens: int, repeats: int) 
             )  # fmt: skip
         return clock
 
+    phases = ("prefill_ms", "decode_ms") if new_tokens > 1 else ("prefill_ms",)
     results, clocks = {}, {name: [] for name in systems}
     for name, (model, make_cache) in systems.items():
-        generate(model, make_cache, 4)
-        results[name] = {"prefill_ms": None, "decode_ms": None}
+        generate(model, make_cache, min(4, new_tokens))
+        results[name] = dict.fromkeys(phases)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             generate(model, make_cache, 1)
-            results[name]["extra_peak_GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            peak = torch.cuda.max_memory_allocated()
+            results[name] |= {"peak_GiB": peak / 2**30, "extra_peak_GiB": (peak - before) / 2**30}
+        if new_tokens == 1:
+            continue
         cache = make_cache()
         if cache is None:
             cache = DynamicCache(config=model.config)
@@ -117,51 +112,64 @@ def measure(systems: dict, prompt: torch.Tensor, new_tokens: int, repeats: int) 
         for name, (model, make_cache) in systems.items():
             clocks[name].append(generate(model, make_cache, new_tokens))
     for name, result in results.items():
-        for phase in ("prefill_ms", "decode_ms"):
+        for phase in phases:
             result[phase] = statistics.median(getattr(clock, phase) for clock in clocks[name])
     return results
 
 
-def bench_slimming(device: str, rows: int = 16, heads: int = 8, window: int = 1024, interval: int = 16) -> dict:
-    """update_slimmingH against update_slimming on one layer of `window + interval` slots, D = 128, microseconds."""
-    cache = HHCache(H2OConfig(window_length=window, update_interval=interval))
-    new = torch.randn(rows, heads, window, 128, device=device, dtype=torch.bfloat16)
-    for columns in [window] + [1] * interval:
-        cache.begin(rows, columns)
-        cache.update(new[:, :, :columns], new[:, :, :columns], 0)
-        cache.add_mass(torch.rand(rows, heads, cache.step.width, device=device), 0)
-        if columns > 1:
-            cache.slim(0)
-            cache.end()
-        elif cache.step.due:
-            break
-        else:
-            cache.end()
-    result = {}
-    for name in ("update_slimmingH", "update_slimming"):
-        slim = getattr(cache, name)
-
-        def many(slim=slim):
-            for _ in range(50):
-                slim(0)
-
-        many()
-        result[name + "_us"] = round(statistics.median(timed(many) for _ in range(5)) / 50 * 1e3, 1)
-    result["speedup"] = round(result["update_slimming_us"] / result["update_slimmingH_us"], 2)
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
-    parser.add_argument("--window_length", type=int, default=1024, help="slots kept after slimming")
-    parser.add_argument("--update_interval", type=int, default=16, help="steps between slimmings")
-    parser.add_argument("--prompts", default="2048x1,2048x16,32768x1", help="prompt length x batch, comma-separated")
-    parser.add_argument("--new_tokens", type=int, default=65, help="tokens to generate, the first by prefill")
-    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the median counts")
-    args = parser.parse_args()
+    parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
+    parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
+    parser.add_argument(
+        "--prompts", type=sizes("length", "batch"), default="2048x1,2048x16,8192x1,32768x1",
+        help="prompt length x batch, comma-separated; '' = none",
+    )  # fmt: skip
+    parser.add_argument("--alone", type=count, help="prefill one prompt of this length with H2O only as well")
+    parser.add_argument(
+        "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O systems to run beside auto"
+    )
+    parser.add_argument("--new_tokens", type=count, default=65, help="tokens to generate, the first by prefill")
+    parser.add_argument("--prefill_only", action="store_true", help="no decode; with score_queries=64 as well")
+    parser.add_argument("--repeats", type=count, default=5, help="runs, of which the median counts")
+    args = parser.parse_args(argv)
+    try:
+        H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
+    except ValueError as error:
+        parser.error(str(error))
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+def make_systems(args, model, stock) -> dict[str, tuple]:
+    """Model and a maker of its cache (None = generate's own) by system; "auto" is the Triton kernels on CUDA."""
+
+    def h2o(**flags):
+        settings = H2OConfig(window_length=args.window_length, update_interval=args.update_interval, **flags)
+        return model, lambda: HHCache(settings)
+
+    systems = {"stock DynamicCache": (stock, lambda: None), "H2O": h2o()}
+    if args.prefill_only:
+        systems["H2O score_queries=64"] = h2o(score_queries=64)
+    else:
+        systems["H2O score_every_step=False"] = h2o(score_every_step=False)
+    for backend in args.backends:
+        try:
+            resolve_backend(backend, args.device)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if backend == "flash_attn":  # it has no scores in a decode step
+            systems["H2O backend=flash_attn score_every_step=False"] = h2o(backend=backend, score_every_step=False)
+        else:
+            systems[f"H2O backend={backend}"] = h2o(backend=backend)
+    return systems
+
+
+@torch.no_grad()
+def run(args) -> None:
+    device = args.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
@@ -177,32 +185,41 @@ def main() -> None:
     stock.model.rotary_emb = model.model.rotary_emb
     stock.eval()
 
-    window = dict(window_length=args.window_length, update_interval=args.update_interval)
-    systems = {
-        "stock DynamicCache": (stock, lambda: None),
-        "H2O": (model, lambda: HHCache(H2OConfig(**window))),
-        "H2O score_every_step=False": (model, lambda: HHCache(H2OConfig(**window, score_every_step=False))),
-    }
+    systems = make_systems(args, model, stock)
     weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
     report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "weights_GB": round(weights / 1e9, 2),
     }
+    tokens = 1 if args.prefill_only else args.new_tokens
+    runs = [(length, batch, systems, tokens) for length, batch in args.prompts]
+    if args.alone:
+        runs.append((args.alone, 1, {"H2O": systems["H2O"]}, 1))
     rows = []
-    for spec in args.prompts.split(","):
-        length, batch = map(int, spec.split("x"))
+    for length, batch, chosen, tokens in runs:
         prompt = torch.randint(1, config.vocab_size, (batch, length), device=device)
-        results = measure(systems, prompt, args.new_tokens, args.repeats)
-        baseline = next(iter(results.values()))
+        results = measure(chosen, prompt, tokens, args.repeats)
+        baseline = results.get("stock DynamicCache", {})
         for name, result in results.items():
-            ratios = {f"{key}_x": result[key] / baseline[key] for key in result if baseline[key]}
+            ratios = {f"{key}_x": result[key] / baseline[key] for key in result if baseline.get(key)}
             row = {key: round(value, 3) for key, value in (result | ratios).items()}
-            rows.append({"prompt": spec, "system": name} | row)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    report |= {"rows": rows, "slimming": bench_slimming(device)}
-    print(json.dumps(report))
+            rows.append({"prompt": f"{length}x{batch}", "system": name} | row)
+            print("  ".join(f"{key}={value}" for key, value in rows[-1].items()))
+    print(json.dumps(report | {"rows": rows}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what the caller can put right."""
+    try:
+        run(parse_args(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: too little memory on the device: give shorter --prompts or --alone", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

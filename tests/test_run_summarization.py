@@ -241,6 +241,7 @@ def test_schema_of_results_and_metrics(run, flags):
     assert metrics["peak_memory_bytes"] > 50 * 2**20, "torch alone takes more"
     assert metrics["versions"]["torch"] == torch.__version__
     assert metrics["batch_size"] == 2 and metrics["skipped_lines"] == 0 and metrics["input_path"].endswith("in.jsonl")
+    assert metrics["attention_backend"] == ("sdpa" if flags else None)
     settings = metrics["settings"]
     assert settings["--seed"] == 42 and settings["--enable_h2o_generation"] is bool(flags)
     if flags:
@@ -1049,6 +1050,8 @@ BAD_FLAGS = {
     "--score best": "--score",
     "--slimming h": "--slimming",
     "--backend fast": "--backend",
+    "--backend flash_attn": "set --no-score_every_step, which leaves them to the steps that slim",
+    "--backend flash_attn --no-score_every_step": "--backend flash_attn needs a CUDA device",
     "--score_norm max": "--score_norm",
     "--group_reduce last": "--group_reduce",
     "--num_window_length 2.5": "--num_window_length",

@@ -233,8 +233,8 @@ def decode_attention(
         query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, query.stride(0), query.stride(1),
         *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E, decay, **shape,
         GP=max(16, triton.next_power_of_2(group)), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=2 if small else 4,
-        num_stages=3,
+        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=2 if small else 4, num_stages=3,
     )  # fmt: skip
     if not alone:
         block = 1024
