@@ -376,7 +376,7 @@ def test_flash_attn_keeps_what_eager_keeps(flash, flash_on_gpu, rolling):
     """Scores that go wrong beside flash-attn: ragged prompts, decode steps and a ragged turn, up to rounding."""
     flags = {"window_length": 24, "update_interval": 4, "score_every_step": False, "position_rolling": rolling}
     eager, ours = (new_cache(**flags, backend=backend) for backend in ("eager", "flash_attn"))
-    steps = [[[token], [token + 1], [token + 2]] for token in prompt(9, 1)]
+    steps = [[[token] for token in tokens] for tokens in zip(*(prompt(9, seed) for seed in (1, 2, 3)), strict=True)]
     for block in ([prompt(60), prompt(9), prompt(31)], *steps, [prompt(7), prompt(20), prompt(1)], *steps):
         for cache in (eager, ours):
             assert not any(logits.isnan().any() for logits in forward(flash_on_gpu.h2o, block, cache))
