@@ -16,6 +16,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
 from utils.cache import HHLayer, Step
@@ -105,7 +106,7 @@ def triton_attention(
     from h2optimizer.kernels.prefill import attention_with_lse
 
     if step.max_start == 0 and _cudnn_applies(query, key, value):
-        # SDPA's own choice where it applies; called by name because SDPA keeps the log-sum-exp to itself
+        # SDPA would choose it as well; called by name because SDPA keeps the log-sum-exp to itself
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, True, False, scale=scaling
         )[:2]
@@ -135,15 +136,17 @@ def flash_attention(
     if step.decode and (step.scored or rope is not None):
         return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
     key = key if rope is None else rotate(key, *rope)
-    flash, (q, k, v) = _flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
+    if step.decode and slots is not None:  # all slots, as in _kernel_decode
+        key, value = slots.keys, slots.values
+    flash, (q, k, v) = find_flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
     lse = None
     if step.max_start == 0:
-        wanted = {"return_attn_probs": step.scored}  # early versions of flash-attn 3 always give the log-sum-exp
-        wanted = wanted if "return_attn_probs" in inspect.signature(flash.flash_attn_func).parameters else {}
+        wanted = _lse_argument(flash.flash_attn_func) if step.scored else {}
         output = flash.flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, **wanted)
     else:
+        ends = step.rows.mirror(q.device)[0] if step.decode else step.spans(q.device)[0] + step.columns
         output = flash.flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=(step.starts(q.device) + step.columns).int(), softmax_scale=scaling, causal=True,
+            q, k, v, cache_seqlens=ends, softmax_scale=scaling, causal=True,
             return_softmax_lse=step.scored,
         )  # fmt: skip
     if isinstance(output, tuple):
@@ -162,21 +165,23 @@ ATTENTION_BACKENDS = {
 
 @functools.cache
 def resolve_backend(name: str, device: str) -> str:
-    """The backend that `name` means on a device type: "auto" is triton on CUDA (compute capability 8), else sdpa.
+    """The backend that `name` means on a device type: "auto" is triton on NVIDIA GPUs of compute
+    capability 8 or more, else sdpa.
 
     Raises: ValueError, with the way out, for one that cannot run there.
     """
     has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
-        usable = device == "cuda" and has_triton and torch.cuda.get_device_capability() >= (8, 0)
-        return "triton" if usable else "sdpa"
+        return "triton" if device == "cuda" and has_triton and _least_capability() >= 8 else "sdpa"
     if name in ("triton", "flash_attn"):
         if not has_triton:
             raise ValueError(f"backend={name!r}: triton is not installed: pip install triton, or choose backend='sdpa'")
         if device != "cuda" and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise ValueError(f"backend={name!r} needs a CUDA device, this is {device!r}: choose backend='auto'")
+        if device == "cuda" and _least_capability() < 8:
+            raise ValueError(f"backend={name!r} needs NVIDIA GPUs of compute capability 8: choose backend='sdpa'")
     if name == "flash_attn":
-        _flash_attn()
+        find_flash_attn()
     return name
 
 
@@ -244,14 +249,23 @@ def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     """Whether the Triton kernels can take these states."""
     return (
         query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and key.dtype == query.dtype
+        and key.dtype == value.dtype == query.dtype
         and query.shape[-1] <= 256
         and query.shape[-1] * query.element_size() % 16 == 0
         and not (torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)))
     )
 
 
-def _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope):
+def _kernel_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scaling: float,
+    group_reduce: str,
+    slots: HHLayer | None,
+    rope: Rope | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One decode step by kernel; the mass goes into `slots`, or is returned when there are none."""
     from h2optimizer.kernels.decode import decode_attention
 
@@ -270,7 +284,10 @@ def _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope):
     return output, mass
 
 
-def _kernel_mass(query, key, lse, step, scaling, group_reduce):
+def _kernel_mass(
+    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, step: Step, scaling: float, group_reduce: str
+) -> torch.Tensor:
+    """The mass of several tokens by kernel, from the log-sum-exps of their attention."""
     from h2optimizer.kernels.prefill import attention_mass
 
     lse = lse.reshape(query.shape[:3]).contiguous()
@@ -278,24 +295,42 @@ def _kernel_mass(query, key, lse, step, scaling, group_reduce):
 
 
 def _cudnn_applies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether cuDNN's attention is what SDPA chooses for these states, by its versions, the GPU and the user's word."""
     if not query.is_cuda:
         return False
-    asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1])
-    return torch.backends.cuda.can_use_cudnn_attention(asked)
+    choice = torch._fused_sdp_choice(
+        query, key, value, None, 0.0, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+def _least_capability() -> int:
+    """Major compute capability of the least of the visible GPUs; 0 where they are not NVIDIA's or there is none."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return 0
+    return min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count()))
 
 
 @functools.cache
-def _flash_attn():
-    """flash-attn 3's module, or else 2's. Raises: ValueError, with the way out, when neither can be imported."""
+def find_flash_attn():
+    """flash-attn 3's module, or else 2's. Raises: ValueError, with the way out, when neither can be used."""
+    fault = "flash-attn is not installed: pip install flash-attn --no-build-isolation"
     for name in ("flash_attn_interface", "flash_attn"):
-        if importlib.util.find_spec(name) is not None:
-            try:
-                return importlib.import_module(name)
-            except ImportError as error:  # built for another torch or Python
-                raise ValueError(
-                    f"backend='flash_attn': {name} does not import ({error}): reinstall it, or choose backend='triton'"
-                ) from error
-    raise ValueError(
-        "backend='flash_attn': flash-attn is not installed: pip install flash-attn --no-build-isolation, or choose "
-        "backend='triton'"
-    )
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:  # built for another torch or Python
+            fault = f"{name} does not import ({' '.join(str(error).split())[:200]}): reinstall it"
+            continue
+        if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_with_kvcache"):
+            return module
+        fault = f"this {name} has no flash_attn_func and flash_attn_with_kvcache: install flash-attn 2 or 3"
+    raise ValueError(f"backend='flash_attn': {fault}, or choose backend='triton'")
+
+
+@functools.cache
+def _lse_argument(flash_attn_func) -> dict[str, bool]:
+    """What asks for the log-sum-exp; the first versions of flash-attn 3 always give it."""
+    name = "return_attn_probs"
+    return {name: True} if name in inspect.signature(flash_attn_func).parameters else {}

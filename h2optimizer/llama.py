@@ -70,8 +70,8 @@ class H2OConfig:
             raise ValueError(f"score_decay={self.score_decay!r}: must be a number between 0 and 1")
         if self.backend == "flash_attn" and self.needs_mass and self.score_every_step:
             raise ValueError(
-                "backend='flash_attn' gives no scores in a decode step: set score_every_step=False, which leaves them "
-                "to the steps that slim, or backend='triton'"
+                "backend='flash_attn' gives no scores, so decode steps that need them do without it: set "
+                "score_every_step=False, which leaves them to the steps that slim, or backend='triton'"
             )
 
     @property

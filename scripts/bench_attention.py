@@ -26,7 +26,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
-from h2optimizer.attention import _flash_attn, resolve_backend, triton_attention
+from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
 from utils.bench import capture, count, device_us, host_us, measure_ceilings, print_table, sizes
 from utils.cache import HHCache, Rows, Step
 from utils.requests import InputError, OneLineParser
@@ -349,7 +349,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--dtype bfloat16: Triton's interpreter multiplies its bits; give float16, or run on a GPU")
     if device == "cuda" and args.dtype != torch.float32:
         try:
-            args.flash = _flash_attn()
+            args.flash = find_flash_attn()
         except ValueError as error:
             print(f"without flash-attn: {error}", file=sys.stderr)
     return args

@@ -181,12 +181,13 @@ def test_what_kernels_cannot_take_goes_to_sdpa(backend, dtype, head_dim):
 
 
 @pytest.fixture(autouse=True)
-def fresh_choices():
-    """What is remembered of the machine is of this test's."""
-    for remembered in (attention.resolve_backend, attention._flash_attn):
+def fresh_choices(monkeypatch):
+    """A Hopper GPU is what any machine has here; what is remembered of it is of this test's."""
+    monkeypatch.setattr(attention, "_least_capability", lambda: 9)
+    for remembered in (attention.resolve_backend, attention.find_flash_attn):
         remembered.cache_clear()
     yield
-    for remembered in (attention.resolve_backend, attention._flash_attn):
+    for remembered in (attention.resolve_backend, attention.find_flash_attn):
         remembered.cache_clear()
 
 
@@ -204,9 +205,9 @@ def hide(monkeypatch, *names):
 def test_auto_on_a_cpu_is_sdpa(monkeypatch):
     """Minutes in the interpreter because triton happens to be importable."""
     assert attention.resolve_backend("auto", "cpu") == "sdpa"
-    for capability, expected in (((7, 5), "sdpa"), ((8, 0), "triton"), ((9, 0), "triton")):
+    for capability, expected in ((0, "sdpa"), (7, "sdpa"), (8, "triton"), (9, "triton")):
         attention.resolve_backend.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(attention, "_least_capability", lambda capability=capability: capability)
         assert attention.resolve_backend("auto", "cuda") == expected
     attention.resolve_backend.cache_clear()
     hide(monkeypatch, "triton")
@@ -341,10 +342,10 @@ def test_flash_attn_3_is_preferred(monkeypatch):
     """The slower of two installed versions."""
     two, three = Flash(2), Flash(3)
     install(monkeypatch, two, three)
-    assert attention._flash_attn() is three
-    attention._flash_attn.cache_clear()
+    assert attention.find_flash_attn() is three
+    attention.find_flash_attn.cache_clear()
     install(monkeypatch, two)
-    assert attention._flash_attn() is two
+    assert attention.find_flash_attn() is two
     assert attention.resolve_backend("flash_attn", "cuda") == "flash_attn"
 
 
@@ -366,6 +367,36 @@ def test_a_flash_attn_of_another_torch_is_one_line(monkeypatch, tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name} does not import \(undefined symbol.*reinstall.*triton") as error:
         attention.resolve_backend("flash_attn", "cuda")
     one_line(error)
+
+
+def test_a_broken_flash_attn_3_leaves_a_working_2(monkeypatch, tmp_path):
+    """The one that cannot be imported hides the one that can."""
+    two = install(monkeypatch, Flash(2))
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: _ZN3c105Error')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention.find_flash_attn() is two
+
+
+def test_another_flash_attn_is_one_line(monkeypatch):
+    """An AttributeError inside the first prefill, from a version 4 or a namespace of that name."""
+    other = types.ModuleType("flash_attn")
+    other.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    install(monkeypatch, other)
+    with pytest.raises(ValueError, match=r"has no flash_attn_func.*install flash-attn 2 or 3.*triton") as error:
+        attention.resolve_backend("flash_attn", "cuda")
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["triton", "flash_attn"])
+def test_an_old_gpu_is_one_line(monkeypatch, name):
+    """A compiler's error in the middle of a forward, on a GPU that Triton's half precision does not know."""
+    install(monkeypatch, Flash(2))
+    monkeypatch.setattr(attention, "_least_capability", lambda: 7)
+    with pytest.raises(ValueError, match=r"compute capability 8.*backend='sdpa'") as error:
+        attention.resolve_backend(name, "cuda")
+    one_line(error)
+    assert attention.resolve_backend("auto", "cuda") == "sdpa"
 
 
 def test_flash_attn_gives_no_scores_in_a_decode_step():

@@ -17,7 +17,14 @@ pytest.importorskip("triton")
 from h2optimizer.kernels import decode, prefill
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-HEADS = {"mha": (3, 1), "gqa3": (2, 3), "gqa4": (2, 4), "gqa8": (2, 8), "mqa": (1, 4)}  # KV heads, heads per KV head
+HEADS = {
+    "mha": (3, 1),
+    "gqa3": (2, 3),
+    "gqa4": (2, 4),
+    "gqa8": (2, 8),
+    "mqa": (1, 4),
+    "mqa32": (1, 32),
+}  # KV heads, heads per KV head
 ONE = (1, 1)
 UNTOUCHED = -7.0  # mass and count past a row's length, to be found as they were
 
@@ -335,7 +342,9 @@ IN_MEMORY = {
     "8 shares": (8, False, 700, (64, 8, 0, 0)),
     "64 shares, most of them empty": (64, False, 4100, (64, 64, 0, 0)),
     "more shares than tiles": (64, False, 150, (64, 2, 0, 0)),
+    "too many for registers": (1, False, 700, (64, 1, 0, 0)),
 }
+OF_WIDE_GROUPS = {"21 large tiles": "gqa8", "too many for registers": "mqa32"}
 PLANS = KEPT | IN_MEMORY
 
 
@@ -343,15 +352,17 @@ PLANS = KEPT | IN_MEMORY
     "plan, heads, dtype",
     [
         *itertools.product(["one tile", "a power of two", "17 tiles"], ["gqa3"], [FP16]),
-        *itertools.product(["21 tiles", "21 large tiles"], ["mqa"], [FP16]),
+        ("21 tiles", "mqa", FP16),
+        *((plan, heads, FP16) for plan, heads in OF_WIDE_GROUPS.items()),
         *itertools.product(["in memory", "2 shares", "8 shares", "more shares than tiles"], ["gqa3"], [FP32]),
         ("64 shares, most of them empty", "mqa", FP32),
         ("in memory", "gqa4", FP16),
         ("8 shares", "mqa", FP16),
     ],
     [
-        *itertools.product(PLANS, ["gqa3", "gqa4"], [BF16]),
-        *itertools.product(IN_MEMORY, ["gqa3", "gqa4"], [FP32]),
+        *itertools.product([plan for plan in PLANS if plan not in OF_WIDE_GROUPS], ["gqa3", "gqa4"], [BF16]),
+        *((plan, heads, BF16) for plan, heads in OF_WIDE_GROUPS.items()),
+        *itertools.product([plan for plan in IN_MEMORY if plan not in OF_WIDE_GROUPS], ["gqa3", "gqa4"], [FP32]),
         *itertools.product(["17 tiles", "8 shares"], HEADS, [FP16]),
     ],
 )

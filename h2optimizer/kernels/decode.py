@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from h2optimizer.kernels import on_its_device
+from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
 
-LOG2_E = 1.4426950408889634
-MOST_KEPT = 2048  # slots whose logits fit into the registers of one program, beside half-precision tiles
+MOST_KEPT = 136  # logits that a thread can hold in registers, beside half-precision tiles, without spilling
 
 
 @triton.jit
@@ -104,11 +103,7 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
             s = tl.dot(q, tl.trans(_load_rows(key, stride_n, slot, end, offset_d, D)), input_precision=PRECISION)
         s = tl.where((slot < end)[None, :], s * scale_log2, -float("inf"))
         v = _load_rows(value, stride_n, slot, end, offset_d, D)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        total = total * shrink + tl.sum(p, 1)
-        top = higher
+        top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION)
         if TILES > 0:
             tile = i // BN
             s = tl.sum(tl.reshape(tl.where(real[:, None], s, 0.0), [GP // G, G, BN]), 0)  # padding heads are zero
@@ -190,28 +185,30 @@ def decode_attention(
     """Softmax attention of one query per row over the row's slots; adds to the slots' mass in place.
 
     Args:
-        query: [B, Hq, 1, D], float32, float16 or bfloat16, rotated.
+        query: [B, Hq, 1, D], float32, float16 or bfloat16, rotated; D at most 256.
         keys, values: [B, Hkv, slots, D], same dtype and strides, D contiguous; nothing past a row's length is used.
         lengths: int32 [B], at least 1: filled slots of each row, the query's own included.
         scaling: of q·k.
         mass: float32 [B, Hkv, slots], contiguous: mass = mass * decay + probability, summed over a group's query heads.
         count: as mass: count = count * decay + 1.
         first_head: take mass from the first query head of each group only.
-        rope: cos and sin [slots or more, D] by slot index, the same in both halves of D, to rotate the keys with.
+        rope: cos and sin [longest row or more, D] by slot index, the same in both halves of D, to rotate the keys with.
 
-    Returns: [B, Hq, 1, D].
+    Returns: [B, Hq, 1, D]. Where two kernels are needed, what passes between them is allocated at each call.
     """
     batch, q_heads, _, dim = query.shape
     heads, slots = keys.shape[1:3]
     group = q_heads // heads
-    padded = max(16, triton.next_power_of_2(dim)) if rope is None else 2 * max(16, triton.next_power_of_2(dim // 2))
-    programs = batch * heads
+    width = padded(dim) if rope is None else 2 * padded(dim // 2)
+    group_width, programs = triton.next_power_of_2(group), batch * heads
     split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
     split = min(split, triton.next_power_of_2(triton.cdiv(slots, 64) + 1) // 2)
-    alone = split == 1 and (mass is None or (slots <= MOST_KEPT and query.element_size() == 2))
-    keeping = alone and mass is not None
-    small = keeping and slots <= 1280  # more and smaller programs at once, while two warps' registers hold the logits
-    tile = max(16, min(32 if small else 64, 16384 // (padded * query.element_size())))
+    of_a_thread = triton.cdiv(slots * group_width, 32 * 4)  # logits, when four warps keep them
+    keeping = split == 1 and mass is not None and of_a_thread <= MOST_KEPT and query.element_size() == 2
+    alone = split == 1 and (mass is None or keeping)
+    small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps: more programs at once
+    tile = 32 if small or rope is not None else 64  # tiles of cosines and sines take shared memory too
+    tile = max(16, min(tile, 16384 // (width * query.element_size())))
     tiles = triton.cdiv(slots, tile)
     kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
     more = triton.next_power_of_2(tiles - kept) if keeping and tiles > kept else 0
@@ -222,24 +219,24 @@ def decode_attention(
     if not alone:
         parts = (batch, heads, split, group)
         sums = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
-        partial = torch.empty(*parts, padded, dtype=torch.float32, device=query.device)
+        partial = torch.empty(*parts, width, dtype=torch.float32, device=query.device)
         if mass is not None:
             logits = torch.empty(batch, q_heads, slots, dtype=torch.float32, device=query.device)
     added = (output if mass is None else mass, output if count is None else count)
     cos, sin = (output, output) if rope is None else rope
-    shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=padded,
-                 G=triton.next_power_of_2(group), SPLIT=split, COUNT=count is not None)  # fmt: skip
+    shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=width,
+                 G=group_width, SPLIT=split, COUNT=count is not None)  # fmt: skip
     _decode_kernel[programs, split](
         query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, query.stride(0), query.stride(1),
-        *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E, decay, **shape,
-        GP=max(16, triton.next_power_of_2(group)), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E.value, float(decay),
+        **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
+        ROPE=rope is not None, PRECISION=precision(query.dtype),
         num_warps=2 if small else 4, num_stages=3,
     )  # fmt: skip
     if not alone:
-        block = 1024
+        block = 1024 if group_width <= 16 else 256
         blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
         _combine_kernel[programs, blocks](
-            lengths, output, *added, logits, sums, partial, slots, decay, **shape, BR=block, num_warps=4
+            lengths, output, *added, logits, sums, partial, slots, float(decay), **shape, BR=block, num_warps=4
         )
     return output

@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from h2optimizer.kernels import on_its_device
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
 
 
 @triton.jit
@@ -33,15 +31,15 @@ def _mass_tile(query, keys_t, lse, qb, qh, i, offset_n, start, end, scale_log2, 
     return tl.sum(tl.reshape(p, [BM // 16, 2, 8, BN]), 1)
 
 
-@triton.jit(do_not_specialize=["columns", "width"])
-def _mass_kernel(query, key, lse, spans, mass, columns, width, scale_log2, BATCH: tl.constexpr, HEADS: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "columns", "width", "blocks"])
+def _mass_kernel(query, key, lse, spans, mass, batch, columns, width, blocks, scale_log2, HEADS: tl.constexpr,
                  GROUP: tl.constexpr, COUNTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys and one query head: mass [B, Hkv, COUNTED, width] from the queries in [first, new)."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = head // (HEADS * COUNTED), head // COUNTED % HEADS
     q_head = h * GROUP + head % COUNTED
-    start, new, first = tl.load(spans + b), tl.load(spans + BATCH + b), tl.load(spans + 2 * BATCH + b)
+    start, new, first = tl.load(spans + b), tl.load(spans + batch + b), tl.load(spans + 2 * batch + b)
     lse += (b * HEADS * GROUP + q_head).to(tl.int64) * columns
     offset_n = block * BN + tl.arange(0, BN)
     keys_t = tl.trans(key.load([b, h, block * BN, 0]).reshape(BN, BD))
@@ -61,15 +59,15 @@ def _mass_kernel(query, key, lse, spans, mass, columns, width, scale_log2, BATCH
     tl.store(mass + offset_n, tl.sum(tl.reshape(total, [BM // 2, BN]), 0), mask=offset_n < width)
 
 
-@triton.jit(do_not_specialize=["columns"])
-def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, stride_n, scale_log2,
-                      BATCH: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["batch", "columns", "blocks"])
+def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blocks, stride_b, stride_n, scale_log2,
+                      HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of queries of one head, the latest first: output [B, columns, Hq, D], lse [B, Hq, columns]."""
-    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    block, head = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, q_head = head // (HEADS * GROUP), head % (HEADS * GROUP)
     h = q_head // GROUP
-    start, new = tl.load(spans + b), tl.load(spans + BATCH + b)
+    start, new = tl.load(spans + b), tl.load(spans + batch + b)
     column = block * BM + tl.arange(0, BM)
     offset_d, offset_n = tl.arange(0, BD), tl.arange(0, BN)
     q = query.load([b, q_head, block * BM, 0]).reshape(BM, BD)
@@ -81,25 +79,17 @@ def _attention_kernel(query, key, value, spans, output, lse, columns, stride_b, 
     for j in range(0, seen_by_all, BN):
         k = key.load([b, h, j, 0]).reshape(BN, BD)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        higher = tl.maximum(top, tl.max(logits, 1))
-        p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
         v = value.load([b, h, j, 0]).reshape(BN, BD)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        total = total * shrink + tl.sum(p, 1)
-        top = higher
+        top, total, acc = online_softmax_update(logits, v, top, total, acc, PRECISION)
     for j in tl.range(seen_by_all, visible, BN, num_stages=1):
         k = key.load([b, h, j, 0]).reshape(BN, BD)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         slot = j + offset_n
         sees = (slot[None, :] <= start + column[:, None]) & (slot < start + new)[None, :]
         logits = tl.where(sees, logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
         v = value.load([b, h, j, 0]).reshape(BN, BD)
         v = tl.where((slot < start + new)[:, None], v, 0.0)  # what stands past the row's end may be NaN
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        total = total * shrink + tl.sum(p, 1)
-        top = higher
+        top, total, acc = online_softmax_update(logits, v, top, total, acc, PRECISION)
     output += b.to(tl.int64) * stride_b + q_head * D
     at = output + column[:, None].to(tl.int64) * stride_n + offset_d[None, :]
     inside = (column < columns)[:, None] & (offset_d < D)[None, :]
@@ -113,20 +103,16 @@ def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
     """states [B, H, n, D] for loads of [rows, D], zeros past n and past D up to a power of two."""
     if states.stride(3) != 1 or any(s * states.itemsize % 16 for s in states.stride()[:3]) or states.data_ptr() % 16:
         states = states.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a misaligned one
-    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, _padded(states.shape[3])])
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, padded(states.shape[3])])
 
 
 def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
     """Queries and slots of a tile, and launch options: what was fastest on an H200; elsewhere, what spills least."""
-    if query.dtype == torch.float32:  # no tensor cores: operands are in registers
+    if query.dtype == torch.float32:  # not on tensor cores: operands are in registers
         return 16, 16, dict(num_warps=4, num_stages=2)
     if query.shape[-1] > 128:
         return (64, 64, dict(num_warps=4, num_stages=3)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0):  # no copy engine
+    if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
         return (64, 128, dict(num_warps=8, num_stages=2)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
     # For the mass three programs a processor, 168 registers each, hide each other's waits.
     return (
@@ -145,7 +131,8 @@ def attention_with_lse(
     """Softmax attention and the log-sum-exp of each query's logits.
 
     Args:
-        query: [B, Hq, columns, D], float32, float16 or bfloat16; key, value: [B, Hkv, width, D], same dtype.
+        query: [B, Hq, columns, D], float32, float16 or bfloat16, D at most 256 and a multiple of 16 bytes.
+        key, value: [B, Hkv, width, D], same dtype.
         spans: int32 [2 or more, B]: slots that each row holds before its new tokens, and how many of those it has.
         scaling: of q·k.
 
@@ -156,10 +143,11 @@ def attention_with_lse(
     output = query.new_empty(batch, columns, q_heads, dim)
     lse = query.new_empty(batch, q_heads, columns, dtype=torch.float32)
     rows, slots, options = _blocks(query, mass=False)
-    _attention_kernel[triton.cdiv(columns, rows), batch * q_heads](
-        _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, columns, output.stride(0),
-        output.stride(1), scaling * LOG2_E.value, BATCH=batch, HEADS=key.shape[1], GROUP=q_heads // key.shape[1], D=dim,
-        BM=rows, BN=slots, BD=_padded(dim), PRECISION=_precision(query.dtype), **options,
+    blocks = triton.cdiv(columns, rows)
+    _attention_kernel[(blocks * batch * q_heads,)](
+        _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, batch, columns, blocks,
+        output.stride(0), output.stride(1), scaling * LOG2_E.value, HEADS=key.shape[1], GROUP=q_heads // key.shape[1],
+        D=dim, BM=rows, BN=slots, BD=padded(dim), PRECISION=precision(query.dtype), **options,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 
@@ -171,7 +159,8 @@ def attention_mass(
     """The probability that each slot receives from a forward's queries, summed over them and a group's query heads.
 
     Args:
-        query: [B, Hq, columns, D], float32, float16 or bfloat16; key: [B, Hkv, width, D], same dtype.
+        query: [B, Hq, columns, D], float32, float16 or bfloat16, D at most 256 and a multiple of 16 bytes.
+        key: [B, Hkv, width, D], same dtype.
         lse: [B, Hq, columns] float32, contiguous: natural log-sum-exp of each query's scaled logits.
         spans: int32 [3, B]: slots before a row's new tokens, its new tokens, and the first of them that is counted.
         scaling: of q·k.
@@ -184,9 +173,10 @@ def attention_mass(
     counted = 1 if first_head else group
     mass = torch.empty(batch, kv_heads, counted, width, dtype=torch.float32, device=key.device)
     rows, slots, options = _blocks(query, mass=True)
-    _mass_kernel[triton.cdiv(width, slots), batch * kv_heads * counted](
-        _tiles(query, rows), _tiles(key, slots), lse, spans, mass, query.shape[2], width, scaling * LOG2_E.value,
-        BATCH=batch, HEADS=kv_heads, GROUP=group, COUNTED=counted, BM=rows, BN=slots, BD=_padded(dim),
-        PRECISION=_precision(query.dtype), **options,
+    blocks = triton.cdiv(width, slots)
+    _mass_kernel[(blocks * batch * kv_heads * counted,)](
+        _tiles(query, rows), _tiles(key, slots), lse, spans, mass, batch, query.shape[2], width, blocks,
+        scaling * LOG2_E.value, HEADS=kv_heads, GROUP=group, COUNTED=counted, BM=rows, BN=slots, BD=padded(dim),
+        PRECISION=precision(query.dtype), **options,
     )  # fmt: skip
     return mass.sum(2) if counted > 1 else mass[:, :, 0]

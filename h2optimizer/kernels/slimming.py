@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from h2optimizer.kernels import on_its_device
+from h2optimizer.kernels.common import on_its_device
 
 MAX_SLOTS = 4096  # of a source that `select` can rank: one tile, in registers
 PROGRAMS = 512  # that `compact` splits heads for, about four for each multiprocessor of a large GPU

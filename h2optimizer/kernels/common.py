@@ -1,0 +1,43 @@
+"""What the kernels share."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
+    """Go on with a softmax over more slots (Milakov and Gimelshein, arXiv 1805.02867).
+
+    Args: logits [rows, slots] to base 2, -inf where hidden; v [slots, D]; the rows' greatest logit, sum of
+    exponentials and weighted sum of v [rows, D] so far, in float32. Returns: the latter three.
+    """
+    higher = tl.maximum(top, tl.max(logits, 1))
+    p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return higher, total * shrink + tl.sum(p, 1), acc
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile that holds heads of this size: a power of two that a matrix product takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of a matrix product: float32 stays float32; half precision has one way only."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def on_its_device(launch):
+    """Triton launches on the current device: make that the first argument's, where layers are spread over several."""
+
+    @functools.wraps(launch)
+    def launch_there(*args, **kwargs):
+        with torch.cuda.device_of(args[0] if args else next(iter(kwargs.values()))):
+            return launch(*args, **kwargs)
+
+    return launch_there
