@@ -12,10 +12,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
 
 MOST_KEPT = 136  # logits that a thread can hold in registers, beside half-precision tiles, without spilling
+COMBINED = 4096  # logits that a program of the second kernel turns into mass
 
 
 @triton.jit
@@ -69,8 +71,10 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
                    HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr,
                    BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
                    TILES: tl.constexpr, MORE_TILES: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
-                   ROPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   ROPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One row's KV head, or one of SPLIT shares of its slots."""
+    if OVERLAP:
+        gdc_launch_dependents()  # the next kernel may take its place and wait there
     head, share = tl.program_id(0), tl.program_id(1)
     b, h = head // HEADS, head % HEADS
     length = tl.load(lengths + b)
@@ -134,10 +138,12 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
 @triton.jit
 def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, decay, HEADS: tl.constexpr,
                     GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr,
-                    SPLIT: tl.constexpr, BR: tl.constexpr, COUNT: tl.constexpr):  # fmt: skip
+                    SPLIT: tl.constexpr, BR: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The first GROUP programs of a KV head combine one query head's output each, the others BR slots' mass each."""
     head, block = tl.program_id(0), tl.program_id(1)
     share = tl.arange(0, SPLIT)
+    if OVERLAP:
+        gdc_wait()  # for all that the other kernel writes
     if block < GROUP:
         part = (head * SPLIT + share) * GROUP + block
         top, total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
@@ -150,14 +156,14 @@ def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, 
         length = tl.load(lengths + head // HEADS)
         offset_g = tl.arange(0, G)
         real = (offset_g < COUNTED)[:, None]
+        slot = (block - GROUP) * BR + tl.arange(0, BR)
+        at = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots + slot[None, :]
+        s = tl.load(at, mask=real & (slot < length)[None, :], other=-float("inf"))
         parts = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
         tops = tl.load(sums + parts * 2, mask=real, other=0.0)
         totals = tl.load(sums + parts * 2 + 1, mask=real, other=1.0)
         highest = tl.max(tops, 1)
         lse = highest + tl.log2(tl.sum(totals * tl.exp2(tops - highest[:, None]), 1))
-        slot = (block - GROUP) * BR + tl.arange(0, BR)
-        at = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots + slot[None, :]
-        s = tl.load(at, mask=real & (slot < length)[None, :], other=-float("inf"))
         received = tl.sum(tl.where(real, tl.exp2(s - lse[:, None]), 0.0), 0)
         row = head.to(tl.int64) * slots
         _add_received(mass + row, count + row, received, slot, length, decay, COUNT)
@@ -166,6 +172,12 @@ def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, 
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether the second kernel can be launched while the first one runs (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @on_its_device
@@ -212,6 +224,7 @@ def decode_attention(
     tiles = triton.cdiv(slots, tile)
     kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
     more = triton.next_power_of_2(tiles - kept) if keeping and tiles > kept else 0
+    overlap = not alone and _overlaps(query.device)
     assert keys.stride() == values.stride() and keys.stride(3) == 1 and query.stride(3) == 1
 
     output = query.new_empty(batch, q_heads, 1, dim)
@@ -231,12 +244,13 @@ def decode_attention(
         *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E.value, float(decay),
         **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
         ROPE=rope is not None, PRECISION=precision(query.dtype),
-        num_warps=2 if small else 4, num_stages=3,
+        OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
     )  # fmt: skip
     if not alone:
-        block = 1024 if group_width <= 16 else 256
+        block = max(16, COMBINED // group_width)
         blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
         _combine_kernel[programs, blocks](
-            lengths, output, *added, logits, sums, partial, slots, float(decay), **shape, BR=block, num_warps=4
-        )
+            lengths, output, *added, logits, sums, partial, slots, float(decay), **shape, BR=block, OVERLAP=overlap,
+            num_warps=4, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
     return output
