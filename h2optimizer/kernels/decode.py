@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
 
 MOST_KEPT = 136  # logits that a thread can hold in registers, beside half-precision tiles, without spilling
-COMBINED = 4096  # logits that a program of the second kernel turns into mass
+COMBINED = 2048  # logits that a program of the second kernel turns into mass
 
 
 @triton.jit
