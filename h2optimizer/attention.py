@@ -146,9 +146,8 @@ def flash_attention(
     else:
         ends = step.rows.mirror(q.device)[0] if step.decode else step.spans(q.device)[0] + step.columns
         output = flash.flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=ends, softmax_scale=scaling, causal=True,
-            return_softmax_lse=step.scored,
-        )  # fmt: skip
+            q, k, v, cache_seqlens=ends, softmax_scale=scaling, causal=True, return_softmax_lse=step.scored
+        )
     if isinstance(output, tuple):
         output, lse = output[:2]
     output = output.transpose(1, 2)
@@ -165,8 +164,9 @@ ATTENTION_BACKENDS = {
 
 @functools.cache
 def resolve_backend(name: str, device: str) -> str:
-    """The backend that `name` means on a device type: "auto" is triton on NVIDIA GPUs of compute
-    capability 8 or more, else sdpa.
+    """The backend that `name` means on a device type.
+
+    "auto" is triton where all visible GPUs are NVIDIA's of compute capability 8 or more, else sdpa.
 
     Raises: ValueError, with the way out, for one that cannot run there.
     """
