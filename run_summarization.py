@@ -532,7 +532,7 @@ def run(args: argparse.Namespace) -> int:
     if todo or not output.metrics:
         metrics = summarize_metrics([output.results[request.index] for request in requests], device)
         metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
-        metrics |= {"attention_backend": backend}
+        metrics["attention_backend"] = backend
         output.finish(metrics)
     print_table(output.metrics)
     return 0

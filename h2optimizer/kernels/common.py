@@ -33,11 +33,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def on_its_device(launch):
-    """Triton launches on the current device: make that the first argument's, where layers are spread over several."""
+    """Triton launches on the current device: make that its tensors', where layers are spread over several."""
 
     @functools.wraps(launch)
     def launch_there(*args, **kwargs):
-        with torch.cuda.device_of(args[0] if args else next(iter(kwargs.values()))):
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(tensor):
             return launch(*args, **kwargs)
 
     return launch_there
