@@ -99,7 +99,7 @@ def triton_attention(
     if not _kernels_apply(query, key, value) or (query.dtype == torch.float32 and query.is_cuda and not step.decode):
         return sdpa_attention(query, key, value, step, scaling, group_reduce, rope=rope)
     if step.decode:
-        return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
+        return _kernel_decode(query, key, value, step, scaling, group_reduce, rope)
     key = key if rope is None else rotate(key, *rope)
     if step.max_start == 0 and not step.scored:
         return sdpa_attention(query, key, value, step, scaling, group_reduce)
@@ -134,9 +134,9 @@ def flash_attention(
     if not _kernels_apply(query, key, value) or query.dtype == torch.float32:
         return triton_attention(query, key, value, step, scaling, group_reduce, slots=slots, rope=rope)
     if step.decode and (step.scored or rope is not None):
-        return _kernel_decode(query, key, value, step, scaling, group_reduce, slots, rope)
+        return _kernel_decode(query, key, value, step, scaling, group_reduce, rope)
     key = key if rope is None else rotate(key, *rope)
-    if step.decode and slots is not None:  # all slots, as in _kernel_decode
+    if step.decode and slots is not None:  # all slots: what a graph records must not change from step to step
         key, value = slots.keys, slots.values
     flash, (q, k, v) = find_flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
     lse = None
@@ -263,25 +263,42 @@ def _kernel_decode(
     step: Step,
     scaling: float,
     group_reduce: str,
-    slots: HHLayer | None,
     rope: Rope | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One decode step by kernel; the mass goes into `slots`, or is returned when there are none."""
+    """One decode step's attention by kernel, and its mass."""
     from h2optimizer.kernels.decode import decode_attention
 
-    added, mass = {}, None
-    if step.scored and slots is not None:
-        added = dict(mass=slots.mass, count=slots.count, decay=slots.h2o.score_decay)
-    elif step.scored:
-        mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
-        added = dict(mass=mass)
-    if slots is not None:  # all slots, filled or not: what a launch is given must not change from step to step
-        key, value = slots.keys, slots.values
+    mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device) if step.scored else None
     lengths = step.rows.mirror(key.device)[0]
-    output = decode_attention(
-        query, key, value, lengths, scaling, rope=rope, first_head=group_reduce == "first", **added
-    )
-    return output, mass
+    first_head = group_reduce == "first"
+    return decode_attention(query, key, value, lengths, scaling, mass=mass, rope=rope, first_head=first_head), mass
+
+
+def kernel_decode_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rope: Rope,
+    slots: HHLayer,
+    step: Step,
+    scaling: float,
+) -> torch.Tensor:
+    """A whole decode step in `slots` by kernels: rotate, append, attend, add mass where the step is scored.
+
+    Args: query, key, value [B, Hq or Hkv, 1, D], not rotated; rope: cosines and sines [1 or B, n, D], at the rows'
+    positions (n = 1), or of all slots when rolling. Returns: the attention's output [B, Hq, 1, D].
+    """
+    from h2optimizer.kernels import decode
+
+    h2o = slots.h2o
+    cos, sin = (table[0] if h2o.position_rolling else table[:, 0] for table in rope)
+    # as an operator only where torch.compile looks on: its dispatch costs the host 20 us
+    run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
+    return run(
+        query, key, value, cos, sin, slots.keys, slots.values, slots.mass if step.scored else None,
+        slots.count if step.scored else None, slots.lengths, scaling, float(h2o.score_decay),
+        h2o.group_reduce == "first", h2o.position_rolling,
+    )  # fmt: skip
 
 
 def _kernel_mass(

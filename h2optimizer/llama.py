@@ -6,12 +6,14 @@ Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama i
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 
-from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend, rotate
+from h2optimizer import generation
+from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
 from utils.cache import HHCache
 
 
@@ -32,6 +34,10 @@ class H2OConfig:
     score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
     group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = first of each group only
     position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
+    capture: bool = (
+        True  # decode from CUDA graphs where the device, the backend and what generate is asked for allow it
+    )
+    compile: bool = False  # and those through torch.compile: half a minute for each batch size, then faster steps
 
     def __post_init__(self):
         for name, allowed in {
@@ -43,7 +49,7 @@ class H2OConfig:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("score_every_step", "position_rolling"):
+        for name in ("score_every_step", "position_rolling", "capture", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         at_least = {
@@ -72,6 +78,12 @@ class H2OConfig:
             raise ValueError(
                 "backend='flash_attn' gives no scores, so decode steps that need them do without it: set "
                 "score_every_step=False, which leaves them to the steps that slim, or backend='triton'"
+            )
+
+        if self.compile and (not self.capture or self.backend not in ("auto", "triton") or self.slimming != "H"):
+            raise ValueError(
+                "compile=True compiles captured steps of kernels: it needs capture=True, slimming='H' and "
+                "backend='auto' or 'triton'"
             )
 
     @property
@@ -103,8 +115,82 @@ class H2OConfig:
         return slimming
 
 
+class MergedLinear:
+    """Linear layers of one input as one product in decode steps, which read small weights too slowly one by one.
+
+    `merge` puts the weights side by side in memory; the layers' parameters become views of it, so that checkpoints,
+    training and in-place changes see no difference. Layers that cannot be merged, or that have been replaced, moved,
+    hooked or wrapped since, compute alone.
+    """
+
+    def __init__(self):
+        self.weight: torch.Tensor | None = None
+
+    def apply(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        """The layers' outputs for [B, columns, n]."""
+        merged = self.weight is not None and inputs.shape[1] == 1
+        if not merged or not (torch.compiler.is_compiling() or self.is_current(*layers)):
+            return tuple(layer(inputs) for layer in layers)
+        return F.linear(inputs, self.weight).split([layer.out_features for layer in layers], dim=-1)
+
+    def is_current(self, *layers: torch.nn.Module) -> bool:
+        """Whether the merged weight still is all that the layers are."""
+        at = self.weight.data_ptr()
+        for layer in layers:
+            if not _is_plain(layer) or layer.weight.data_ptr() != at or layer.weight.dtype != self.weight.dtype:
+                return False
+            at += layer.weight.nbytes
+        return True
+
+    @torch.no_grad()
+    @torch.inference_mode(False)  # weights outlive the mode they are moved in
+    def merge(self, *layers: torch.nn.Module) -> None:
+        if self.weight is not None and self.is_current(*layers):
+            return
+        self.weight = None
+        if all(map(_is_plain, layers)):
+            weights = [layer.weight.data for layer in layers]
+            if len({(weight.dtype, weight.device) for weight in weights}) == 1:
+                self.weight = torch.cat(weights)
+                for layer, rows in zip(layers, self.weight.split([len(weight) for weight in weights]), strict=True):
+                    layer.weight.data = rows
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer is its weight and nothing else: no bias, hooks, adapter, sharding or quantisation."""
+    if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in vars(layer):
+        return False
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return not hooked and type(layer.weight) is torch.nn.Parameter and type(layer.weight.data) is torch.Tensor
+
+
+class H2OLlamaRMSNorm(LlamaRMSNorm):
+    """RMSNorm in one kernel for decode steps, where stock Llama's six cost more than what they compute."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.shape[1] != 1:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class H2OLlamaMLP(LlamaMLP):
+    """Llama's MLP with gate and up in one product in decode steps."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.merged = MergedLinear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.merged.apply(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
 class H2OLlamaAttention(LlamaAttention):
     """Llama attention over the slots of an `HHCache`; with any other cache, or none, it is stock Llama's."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.merged = MergedLinear()
 
     def forward(
         self,
@@ -122,9 +208,18 @@ class H2OLlamaAttention(LlamaAttention):
 
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        projected = self.merged.apply(hidden_states, *projections)  # H2O: in decode steps one product, if it can be
+        query_states, key_states, value_states = (states.view(hidden_shape).transpose(1, 2) for states in projected)
+
+        if step.decode and cache.layers[self.layer_idx].decodes_by_kernel(step) and not query_states.requires_grad:
+            # H2O: rotation, append, attention and mass in two or three launches
+            slots = cache.layers[self.layer_idx]
+            states = query_states, key_states, value_states
+            attn_output = kernel_decode_step(*states, position_embeddings, slots, step, self.scaling)
+            if step.due and not step.static:
+                cache.slim(self.layer_idx)
+            return self.o_proj(attn_output.view(*input_shape, -1)), None
 
         cos, sin = position_embeddings
         if not h2o.position_rolling:
@@ -142,7 +237,7 @@ class H2OLlamaAttention(LlamaAttention):
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        if step.due:
+        if step.due and not step.static:
             cache.slim(self.layer_idx)
 
         attn_output = attn_output.transpose(1, 2).reshape(*input_shape, -1).contiguous()
@@ -167,9 +262,21 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config, h2o: H2OConfig | None = None):
         super().__init__(config)
         self.h2o = H2OConfig() if h2o is None else h2o
-        for layer_idx, layer in enumerate(self.model.layers):
-            layer.self_attn = H2OLlamaAttention(config, layer_idx)  # H2O: same weights and names
+        for layer_idx, layer in enumerate(self.model.layers):  # H2O: same weights and names
+            layer.self_attn = H2OLlamaAttention(config, layer_idx)
+            layer.mlp = H2OLlamaMLP(config)
+            layer.input_layernorm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            layer.post_attention_layernorm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.model.norm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.kept_caches = generation.KeptCaches()
         self.post_init()
+
+    def merge_projections(self) -> None:
+        """Put the weights of q, k and v side by side, and those of gate and up: `generate` does so on a GPU."""
+        for layer in self.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
+            mlp.merged.merge(mlp.gate_proj, mlp.up_proj)
 
     @can_return_tuple
     def forward(
@@ -261,8 +368,17 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                     "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
                 )
             model_kwargs["past_key_values"] = HHCache(self.h2o)
+            if self.h2o.slimming_kernels(self.device) is not None:
+                self.merge_projections()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        # H2O: the steps of a bounded cache are all alike: replay them, where nothing is asked for that needs the host
+        request = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if generation.can_capture(self, *request, **kwargs):
+            return generation.sample(self, *request, **kwargs)
+        return super()._sample(*request, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

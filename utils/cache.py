@@ -30,6 +30,7 @@ class Step:
     due: bool  # slimming follows the attention
     scored: bool  # attention reports the mass of its queries
     first_scored: list[int]  # query columns from here to new[b] add mass
+    static: bool = False  # a decode step that tells the device nothing that changes from step to step: a CUDA graph's
 
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
@@ -46,7 +47,7 @@ class Step:
         """Original positions of the query columns: int64 [1 or B, columns]."""
         seen = [seen - new for seen, new in zip(self.rows.seen, self.new, strict=True)]
         column = torch.arange(self.columns, device=device)
-        if min(seen) == max(seen):
+        if min(seen) == max(seen) and not self.static:
             return (column + seen[0])[None]
         if self.decode:
             return self.rows.mirror(device)[1].long()[:, None] - 1
@@ -120,21 +121,33 @@ class Rows:
                 self._kept[device] = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._kept[device]
 
-    def append(self, new: list[int]) -> None:
+    def append(self, new: list[int], on_device: bool = True) -> None:
+        """Account for new tokens; on the device as well, unless `count_step` does so there."""
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
         self.seen = [seen + n for seen, n in zip(self.seen, new, strict=True)]
         self._plans.clear()
+        if not on_device:
+            return
         if set(new) == {1}:
-            for mirror in self._mirrors.values():
-                mirror.add_(1)
+            self.count_step()
         else:
             self.upload()
 
-    def cut(self, window: int) -> None:
-        """Account for a slimming to `window` slots that all layers have done."""
+    def count_step(self) -> None:
+        """On the device: each row has one more token."""
+        for mirror in self._mirrors.values():
+            mirror.add_(1)
+
+    def cut(self, window: int, on_device: bool = True) -> None:
+        """Account for a slimming to `window` slots that all layers have done; on the device unless `cut_there` does."""
         self.evictions = [n + (length > window) for n, length in zip(self.evictions, self.lengths, strict=True)]
         self.lengths = [min(length, window) for length in self.lengths]
         self._plans.clear()
+        if on_device:
+            self.cut_there(window)
+
+    def cut_there(self, window: int) -> None:
+        """On the device: no row has more than `window` slots."""
         for mirror in self._mirrors.values():
             mirror[0].clamp_(max=window)
 
@@ -148,6 +161,13 @@ class Rows:
         if len(set(state)) > 1:  # rows that are all alike stay alike: beams of one length need no wait for the device
             self.lengths, self.seen, self.evictions = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
             self.upload()
+
+    def take(self, rows: list[int], source: Rows, source_rows: list[int]) -> None:
+        for row, of in zip(rows, source_rows, strict=True):
+            self.lengths[row], self.seen[row] = source.lengths[of], source.seen[of]
+            self.evictions[row] = source.evictions[of]
+        self._plans.clear()
+        self.upload()
 
     def upload(self) -> None:
         for mirror in self._mirrors.values():
@@ -235,8 +255,8 @@ class HHLayer(CacheLayerMixin):
     """The slots of one layer, allocated at its first forward and never moved.
 
     keys, values [B, Hkv, capacity, D]; mass (and count, for score_norm "mean") [B, Hkv, capacity] float32, zero past a
-    row's length; positions [B, Hkv, capacity] int32. `block` holds a multi-token forward's keys and values (and then
-    mass, count) until its slimming brings them into the slots.
+    row's length; positions [B, Hkv, capacity] int32; lengths [B] int32, of the rows. `block` holds a multi-token
+    forward's keys and values (and then mass, count) until its slimming brings them into the slots.
     """
 
     def __init__(self, h2o, layer_idx: int):
@@ -254,7 +274,25 @@ class HHLayer(CacheLayerMixin):
         self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
         self.count = torch.zeros_like(self.mass) if self.h2o.needs_mass and self.h2o.score_norm == "mean" else None
         self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
+        head_dim = key_states.shape[-1]
+        self.by_flash_attn = self.h2o.backend == "flash_attn"
+        self.by_kernel = (
+            self.h2o.slimming_kernels(self.device) is not None
+            and self.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and head_dim <= 256
+            and head_dim * self.keys.itemsize % 16 == 0
+        )
         self.is_initialized = True
+
+    def join(self, rows: Rows) -> None:
+        """Take the rows' lengths from their mirror, and allocate now what a CUDA graph must not allocate."""
+        self.lengths = rows.mirror(self.device)[0]
+        if self.h2o.slimming_kernels(self.device) is not None:
+            rows.kept(self.device, self.keys.shape[1], self.h2o.window_length)
+
+    def decodes_by_kernel(self, step: Step) -> bool:
+        """Whether one operator rotates, appends, attends and adds mass in this forward, in place of `update`."""
+        return step.decode and self.by_kernel and (step.scored or self.h2o.position_rolling or not self.by_flash_attn)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The slot tensors by name, mass only where slots are ranked by it."""
@@ -264,17 +302,17 @@ class HHLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            if self.h2o.slimming_kernels(self.device) is not None:  # allocate now, not in a step that a graph records
-                step.rows.kept(self.device, self.keys.shape[1], self.h2o.window_length)
+            self.join(step.rows)
         if step.decode:
             with torch.no_grad():
                 for slots, new in ((self.keys, key_states), (self.values, value_states)):
-                    if step.min_start == step.max_start:
+                    if step.min_start == step.max_start and not step.static:
                         slots[:, :, step.min_start].copy_(new[:, :, 0])
                     else:
                         at = step.starts(slots.device)
                         slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
-            return self.keys[:, :, : step.width], self.values[:, :, : step.width]
+            width = self.h2o.capacity if step.static else step.width
+            return self.keys[:, :, :width], self.values[:, :, :width]
         keys, values = self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
         return keys, values
@@ -308,12 +346,16 @@ class HHLayer(CacheLayerMixin):
                 total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
-    def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool) -> None:
-        """Bring slots, or the pending block, into the first heavy + recent slots (boolean mask, or gather)."""
+    def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool, static: bool = False) -> None:
+        """Bring slots, or the pending block, into the first heavy + recent slots (boolean mask, or gather).
+
+        With `static` the same is enqueued whatever the rows' lengths.
+        """
         source, self.block = self.block or self.tensors(), None
         appending, width = source["keys"] is not self.keys, source["keys"].shape[2]
         plan = rows.plan(self.keys.device, width, self.h2o.capacity, heavy, recent)
-        if plan.longest <= plan.window:
+        plan.ragged |= static
+        if plan.longest <= plan.window and not static:
             for name, old in source.items() if appending else ():
                 _fill(getattr(self, name), old[:, :, : plan.longest], plan)
             return  # positions are right: they are counted on past the row's end
@@ -431,6 +473,7 @@ class HHCache(Cache):
       tokens and after every `update_interval`-th forward.
     - The slots are allocated at the first forward of a batch size and stay at their addresses; a decode step makes
       no host wait for the device.
+    - Rows are independent: one may be replaced right after a slimming (`take_rows`), and goes on as it would alone.
 
     `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`.
 
@@ -442,21 +485,25 @@ class HHCache(Cache):
         super().__init__(layers=[])
         self.h2o = h2o
         self.step: Step | None = None  # the forward under way
+        self.decoders: dict = {}  # what decodes over these slots from recorded graphs; generation.py's
         self.clock = 0
         self._columns = 0
         self._rows: Rows | None = None
 
     # One forward
 
-    def begin(self, batch_size: int, columns: int, new: list[int] | None = None) -> Step:
+    def begin(self, batch_size: int, columns: int, new: list[int] | None = None, static: bool = False) -> Step:
         """Open a forward of [batch_size, columns] tokens; `new[b]` of row b's are real, all unless given.
+
+        With `static`, a decode step tells the device nothing that changes from step to step, so that a CUDA graph can
+        hold it: what the device counts, it counts in `Rows.count_step` and `slim_all`, which are recorded with it.
 
         Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset.
         """
         if self.step is not None:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers = Rows(batch_size), []
+            self._rows, self.layers, self.decoders = Rows(batch_size), [], {}
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
@@ -464,13 +511,13 @@ class HHCache(Cache):
         if len(new) != batch_size:
             raise ValueError(f"{len(new)} token counts for {batch_size} rows")
         decode = self.clock > 0 and columns == 1 and min(new) == 1
-        due = not decode or self.clock % h2o.update_interval == 0
+        due = not decode or self.due
         first_scored = [0] * batch_size
         if self.clock == 0 and h2o.score_queries is not None:
             first_scored = [max(0, n - h2o.score_queries) for n in new]
         scored = h2o.needs_mass and (h2o.score_every_step or due)
-        self.step = Step(rows, rows.lengths, new, columns, decode, due, scored, first_scored)
-        rows.append(new)
+        self.step = Step(rows, rows.lengths, new, columns, decode, due, scored, first_scored, static)
+        rows.append(new, on_device=not static)
         return self.step
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -498,7 +545,8 @@ class HHCache(Cache):
     @torch.no_grad()
     def update_slimmingH(self, layer_idx: int) -> None:
         """Slim a layer by gathering the kept slots into place; the slots are not reallocated."""
-        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=False)
+        static = self.step is not None and self.step.static
+        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=False, static=static)
 
     @torch.no_grad()
     def update_slimming(self, layer_idx: int) -> None:
@@ -509,13 +557,30 @@ class HHCache(Cache):
         """The slimming that the settings name."""
         (self.update_slimmingH if self.h2o.slimming == "H" else self.update_slimming)(layer_idx)
 
+    @torch.no_grad()
+    def slim_all(self) -> None:
+        """Slim all layers in a static step, whose layers leave it to the end, and count that on the device."""
+        for layer_idx in range(len(self.layers)):
+            self.update_slimmingH(layer_idx)
+        self._rows.cut_there(self.h2o.window_length)
+
     def end(self) -> None:
         """Close the forward after its last layer."""
         if self.step.due:
-            self._rows.cut(self.h2o.window_length)
+            self._rows.cut(self.h2o.window_length, on_device=not self.step.static)
         self._columns += self.step.columns
         self.clock += 1
         self.step = None
+
+    @property
+    def due(self) -> bool:
+        """Whether slimming follows the next forward, if that is a decode step."""
+        return self.clock % self.h2o.update_interval == 0
+
+    @property
+    def can_join(self) -> bool:
+        """Whether the last forward slimmed, or nothing has been seen: where `take_rows` may exchange rows."""
+        return self.step is None and (self.clock == 0 or (self.clock - 1) % self.h2o.update_interval == 0)
 
     # Between forwards
 
@@ -544,6 +609,35 @@ class HHCache(Cache):
             self._rows.clear()
         for layer in self.layers:
             layer.reset()
+
+    def with_rows(self, batch_size: int) -> HHCache:
+        """Another cache with `batch_size` empty rows and slots as this one's, for `take_rows`."""
+        other = HHCache(self.h2o)
+        other._rows = Rows(batch_size)
+        for layer in self.layers:
+            other.layers.append(HHLayer(self.h2o, layer.layer_idx))
+            row = layer.keys[:1].expand(batch_size, -1, -1, -1), layer.values[:1].expand(batch_size, -1, -1, -1)
+            other.layers[-1].lazy_initialization(*row)
+            other.layers[-1].join(other._rows)
+        return other
+
+    @torch.no_grad()
+    def take_rows(self, rows: list[int], source: HHCache, source_rows: list[int]) -> None:
+        """Replace `rows` by copies of another cache's rows, which then go on here as they would there.
+
+        Raises: ValueError unless both caches have the same settings and have just slimmed: a row's own slimmings then
+        fall on the same of its steps.
+        """
+        if self.h2o != source.h2o or len(self.layers) != len(source.layers):
+            raise ValueError("take_rows: the caches' settings or layers differ")
+        if not (self.can_join and source.can_join):
+            raise ValueError("take_rows: rows change right after a slimming only (where `can_join` holds)")
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            to, of = (torch.tensor(indices, device=mine.keys.device) for indices in (rows, source_rows))
+            for name, slots in mine.tensors().items():
+                slots.index_copy_(0, to, getattr(theirs, name).index_select(0, of))
+        self._rows.take(rows, source._rows, source_rows)
+        self.clock = max(self.clock, 1)  # what a row brings begins with its prefill
 
     @torch.no_grad()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

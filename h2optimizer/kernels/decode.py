@@ -1,4 +1,4 @@
-"""Attention of one query per row over its slots, with the mass update in the same pass.
+"""A decode step over the slots: rotate and append in one kernel, then attention with the mass update in the same pass.
 
 The query heads of a KV head go together, so keys and values are read once. A program that has a row's KV head to itself
 keeps the logits in registers and finishes alone; where that would leave the device idle, or the slots are too many for
@@ -18,6 +18,46 @@ from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_upd
 
 MOST_KEPT = 136  # logits that a thread can hold in registers, beside half-precision tiles, without spilling
 COMBINED = 2048  # logits that a program of the second kernel turns into mass
+
+
+@triton.jit
+def _rotate_head(head, target, offset, inside, cos, sin, HALF: tl.constexpr):
+    """RoPE on one head, rounded where torch rounds: after each product and after the sum."""
+    low = tl.load(head + offset, mask=inside, other=0.0)
+    high = tl.load(head + HALF + offset, mask=inside, other=0.0)
+    dtype = low.dtype
+    low_cos, low_sin = (low.to(tl.float32) * cos).to(dtype), (low.to(tl.float32) * sin).to(dtype)
+    high_cos, high_sin = (high.to(tl.float32) * cos).to(dtype), (high.to(tl.float32) * sin).to(dtype)
+    turned_low = (low_cos.to(tl.float32) - high_sin.to(tl.float32)).to(dtype)
+    turned_high = (high_cos.to(tl.float32) + low_sin.to(tl.float32)).to(dtype)
+    tl.store(target + offset, turned_low, mask=inside)
+    tl.store(target + HALF + offset, turned_high, mask=inside)
+
+
+@triton.jit
+def _append_kernel(query, key, value, cos, sin, rotated, keys, values, lengths, stride_qb, stride_qh, stride_kb,
+                   stride_kh, stride_vb, stride_vh, stride_b, stride_h, stride_n, stride_rope, HEADS: tl.constexpr,
+                   GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROLLING: tl.constexpr):  # fmt: skip
+    """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(lengths + b) - 1
+    offset = tl.arange(0, BD // 2)
+    inside = offset < D // 2
+    turn = (slot if ROLLING else b) * stride_rope
+    c = tl.load(cos + turn + offset, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + turn + offset, mask=inside, other=0.0).to(tl.float32)
+    for head in range(h * GROUP, (h + 1) * GROUP):
+        at = query + b * stride_qb + head * stride_qh
+        _rotate_head(at, rotated + (b * HEADS * GROUP + head) * D, offset, inside, c, s, D // 2)
+    key += b * stride_kb + h * stride_kh
+    value += b * stride_vb + h * stride_vh
+    at_slot = b * stride_b + h.to(tl.int64) * stride_h + slot * stride_n
+    whole = tl.arange(0, BD)
+    if ROLLING:
+        tl.store(keys + at_slot + whole, tl.load(key + whole, mask=whole < D), mask=whole < D)
+    else:
+        _rotate_head(key, keys + at_slot, offset, inside, c, s, D // 2)
+    tl.store(values + at_slot + whole, tl.load(value + whole, mask=whole < D), mask=whole < D)
 
 
 @triton.jit
@@ -181,6 +221,43 @@ def _overlaps(device: torch.device) -> bool:
 
 
 @on_its_device
+def append(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    rolling: bool,
+) -> torch.Tensor:
+    """Rotate a decode step's queries and keys, the same arithmetic as apply_rotary_pos_emb, and append to the slots.
+
+    Args:
+        query, key, value: [B, Hq or Hkv, 1, D], not rotated; D contiguous and even.
+        cos, sin: [1 or B, D] at the rows' positions, the same in both halves of D; with `rolling` [slots, D] by slot.
+        keys, values: [B, Hkv, slots, D], same dtype and strides: slot lengths[b] - 1 of row b is written.
+        lengths: int32 [B], the new slot included.
+        rolling: append the keys unrotated, and rotate the queries by their slot.
+
+    Returns: the queries, rotated, [B, Hq, 1, D].
+    """
+    batch, q_heads, _, dim = query.shape
+    heads = keys.shape[1]
+    rotated = query.new_empty(batch, q_heads, 1, dim)
+    stride_rope = cos.stride(0) if len(cos) > 1 else 0
+    assert keys.stride() == values.stride() and cos.stride() == sin.stride()
+    assert all(states.stride(-1) == 1 for states in (query, key, value, keys, cos))
+    _append_kernel[batch, heads](
+        query, key, value, cos, sin, rotated, keys, values, lengths, *query.stride()[:2], *key.stride()[:2],
+        *value.stride()[:2], *keys.stride()[:3], stride_rope, HEADS=heads, GROUP=q_heads // heads, D=dim,
+        BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling, num_warps=1 if dim <= 128 else 2,
+    )  # fmt: skip
+    return rotated
+
+
+@on_its_device
 def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -254,3 +331,37 @@ def decode_attention(
             num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return output
+
+
+def run_decode_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mass: torch.Tensor | None,
+    count: torch.Tensor | None,
+    lengths: torch.Tensor,
+    scaling: float,
+    decay: float,
+    first_head: bool,
+    rolling: bool,
+) -> torch.Tensor:
+    """`append`, then `decode_attention`, whose arguments these are; adds mass only where there is a tensor for it."""
+    rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling)
+    added = {} if mass is None else dict(mass=mass, count=count, decay=decay)
+    rope = (cos, sin) if rolling else None
+    return decode_attention(rotated, keys, values, lengths, scaling, rope=rope, first_head=first_head, **added)
+
+
+# the same as one operator, which torch.compile takes as it is
+decode_step = torch.library.custom_op(
+    "h2optimizer::decode_step", run_decode_step, mutates_args=("keys", "values", "mass", "count")
+)
+
+
+@decode_step.register_fake
+def _(query, *args):
+    return query.new_empty(*query.shape[:2], 1, query.shape[3])
