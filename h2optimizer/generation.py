@@ -502,7 +502,7 @@ class Batcher:
         self._clock = Clock(model.device)
         self._begun: list[tuple] = [()] * rows  # moments of each row's prefill: begin, end
         self._first: list[tuple] = []  # tokens from prefills that the host has not seen: sequences, tokens, logprobs
-        if self.h2o is not None and self.h2o.slimming_kernels(model.device) is not None:
+        if self.h2o is not None:
             model.merge_projections()
 
     @torch.inference_mode()

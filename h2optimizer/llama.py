@@ -126,12 +126,15 @@ class MergedLinear:
     def __init__(self):
         self.weight: torch.Tensor | None = None
 
-    def apply(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
-        """The layers' outputs for [B, columns, n]."""
-        merged = self.weight is not None and inputs.shape[1] == 1
-        if not merged or not (torch.compiler.is_compiling() or self.is_current(*layers)):
-            return tuple(layer(inputs) for layer in layers)
-        return F.linear(inputs, self.weight).split([layer.out_features for layer in layers], dim=-1)
+    def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
+        """The layers' outputs for [B, 1, n] side by side, [B, 1, outputs]; None where each computes alone."""
+        if (
+            self.weight is None
+            or inputs.shape[1] != 1
+            or not (torch.compiler.is_compiling() or self.is_current(*layers))
+        ):
+            return None
+        return F.linear(inputs, self.weight)
 
     def is_current(self, *layers: torch.nn.Module) -> bool:
         """Whether the merged weight still is all that the layers are."""
@@ -181,8 +184,14 @@ class H2OLlamaMLP(LlamaMLP):
         self.merged = MergedLinear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.merged.apply(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act_fn(gate) * up)
+        gate_up = self.merged.product(x, self.gate_proj, self.up_proj)
+        if gate_up is None or gate_up.requires_grad or not isinstance(self.act_fn, torch.nn.SiLU):
+            return super().forward(x)
+        from h2optimizer.kernels import mlp
+
+        compiling = torch.compiler.is_compiling()
+        activate = mlp.silu_and_multiply if compiling else mlp.run_silu_and_multiply
+        return self.down_proj(activate(gate_up))
 
 
 class H2OLlamaAttention(LlamaAttention):
@@ -209,7 +218,11 @@ class H2OLlamaAttention(LlamaAttention):
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         projections = self.q_proj, self.k_proj, self.v_proj
-        projected = self.merged.apply(hidden_states, *projections)  # H2O: in decode steps one product, if it can be
+        merged = self.merged.product(hidden_states, *projections)  # H2O: in decode steps one product, where it can be
+        if merged is None:
+            projected = [projection(hidden_states) for projection in projections]
+        else:
+            projected = merged.split([projection.out_features for projection in projections], dim=-1)
         query_states, key_states, value_states = (states.view(hidden_shape).transpose(1, 2) for states in projected)
 
         if step.decode and cache.layers[self.layer_idx].decodes_by_kernel(step) and not query_states.requires_grad:
@@ -272,7 +285,12 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         self.post_init()
 
     def merge_projections(self) -> None:
-        """Put the weights of q, k and v side by side, and those of gate and up: `generate` does so on a GPU."""
+        """Put the weights of q, k and v side by side, and those of gate and up, where kernels decode.
+
+        `generate` does so; whoever calls `forward` alone may.
+        """
+        if self.h2o.slimming_kernels(self.device) is None:
+            return
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -368,8 +386,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                     "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
                 )
             model_kwargs["past_key_values"] = HHCache(self.h2o)
-            if self.h2o.slimming_kernels(self.device) is not None:
-                self.merge_projections()
+            self.merge_projections()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
