@@ -18,27 +18,18 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from utils.cache import HHCache
+from h2optimizer.generation import Batcher, Sequence, rows_that_fit
 from utils.requests import (
     InputError,
     OneLineParser,
@@ -75,6 +66,10 @@ def seed(text: str) -> int:
     return number
 
 
+def count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else count(text)
+
+
 def count_or_all(text: str) -> int | None:
     return None if text == "all" else count(text)
 
@@ -88,7 +83,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
-    add("--batch_size", type=count, default=1, help="requests decoded together; halved when memory runs out")
+    add(
+        "--batch_size",
+        type=count_or_auto,
+        default=1,
+        help="sequences decoded together, halved when memory runs out; auto: as many as fit into the free memory",
+    )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
     add("--seed", type=seed, default=42, help="seed of sampling")
     add(
@@ -116,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score_decay", type=float, help="mass is multiplied by this before each addition")
     add("--score_norm", choices=("sum", "mean"), help="mean: mass per query that could see the slot")
     add("--score_queries", type=count_or_all, default=argparse.SUPPRESS, help="prefill mass from the last k, or all")
+    add("--capture", action=argparse.BooleanOptionalAction, help="decode from CUDA graphs where kernels slim")
+    add("--compile", action=argparse.BooleanOptionalAction, help="and those through torch.compile; for long runs")
     add("--group_reduce", choices=("sum", "first"), help="mass over the query heads of a KV head")
     return parser.parse_args(argv)
 
@@ -146,7 +148,8 @@ def in_flags(message: str) -> str:
     for field, flag in FLAG_OF_FIELD.items():
         message = message.replace(field, flag)
     message = message.replace("score_every_step=False", "--no-score_every_step")
-    message = re.sub(r"backend='(\w+)'", r"--backend \1", message)
+    message = re.sub(r"\b(capture|compile)=True", r"--\1", message)
+    message = re.sub(r"\b(backend|slimming)='(\w+)'", r"--\1 \2", message)
     return message if message.startswith("--") else f"--{message}"
 
 
@@ -209,21 +212,12 @@ class Prompt:
     tokens: list[int]
 
 
-def plan_batches(prompts: list[Prompt], batch_size: int, greedy: bool) -> list[list[Prompt]]:
-    """Batches of requests that sample alike, longest prompts first so that memory runs out early or not at all.
+def in_order(prompts: list[Prompt], batch_size: int | str) -> list[Prompt]:
+    """The order to decode in: longest prompts first, so that memory runs out early or not at all, and alike together.
 
     One by one, requests keep their order.
     """
-    if batch_size == 1:
-        return [[prompt] for prompt in prompts]
-    alike: dict[tuple, list[Prompt]] = {}
-    for prompt in prompts:
-        alike.setdefault(sampling(prompt.request, greedy), []).append(prompt)
-    batches = []
-    for group in alike.values():
-        group.sort(key=lambda prompt: -len(prompt.tokens))
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-    return sorted(batches, key=lambda batch: -len(batch[0].tokens))
+    return prompts if batch_size == 1 else sorted(prompts, key=lambda prompt: -len(prompt.tokens))
 
 
 def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
@@ -231,177 +225,131 @@ def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
     return (0.0, 1.0, 1) if greedy or request.temperature == 0 else (request.temperature, request.top_p, request.n)
 
 
-class TokenLogprobs(LogitsProcessor):
-    """Keeps the model's own log-probabilities of the step, before temperature and top-p."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.latest = scores.log_softmax(dim=-1)
-        return scores
-
-
-class RowWatch(StoppingCriteria):
-    """Follows each row of a `generate`: its tokens, their log-probabilities, when and why it ends, its cache then."""
-
-    def __init__(
-        self, requests: list[Request], padding: list[int], eos: set[int], cache, logprobs: TokenLogprobs, tokenizer
-    ):
-        self.requests, self.padding, self.eos = requests, padding, eos
-        self.cache, self.logprobs, self.tokenizer = cache, logprobs, tokenizer
-        self.tokens: list[list[int]] = [[] for _ in requests]
-        self.token_logprobs: list[list[float]] = [[] for _ in requests]
-        self.finish_reason: list[str | None] = [None] * len(requests)
-        self.end_time = [0.0] * len(requests)
-        self.cache_stats: list[dict] = [{} for _ in requests]
-        self.first_token_time: float | None = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        latest = input_ids[:, -1:]
-        chosen = torch.cat([latest.double(), self.logprobs.latest.gather(1, latest).double()], dim=1).tolist()
-        now = time.perf_counter()  # `tolist` waited for the device
-        self.first_token_time = self.first_token_time or now
-        for row, (token, logprob) in enumerate(chosen):
-            if self.finish_reason[row] is None:
-                self.tokens[row].append(int(token))
-                self.token_logprobs[row].append(logprob)
-                if reason := self._reason_to_end(row):
-                    self.finish_reason[row], self.end_time[row] = reason, now
-                    self.cache_stats[row] = self._cache_stats(row)
-        return torch.tensor([reason is not None for reason in self.finish_reason], device=input_ids.device)
-
-    def _reason_to_end(self, row: int) -> str | None:
-        request, tokens = self.requests[row], self.tokens[row]
-        if tokens[-1] in self.eos:
-            return "stop"
-        if request.stop:
-            # A stop string that has just appeared lies in the last tokens; UTF-8 takes at most 4 tokens a character.
-            tail = tokens[-4 * max(map(len, request.stop)) - 4 :]
-            if self._stops_in(tail, request.stop) and self._stops_in(tokens, request.stop):
-                return "stop"
-        return "length" if len(tokens) >= request.max_tokens else None
-
-    def _stops_in(self, tokens: list[int], stops: tuple[str, ...]) -> bool:
-        return first_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), stops) is not None
-
-    def _cache_stats(self, row: int) -> dict[str, int]:
-        cache = self.cache
-        if isinstance(cache, HHCache):
-            seen, kept, evictions = cache.seen[row], cache.lengths[row], cache.evictions[row]
-            nbytes = cache.nbytes // len(cache.lengths)
-        else:
-            seen = kept = cache.get_seq_length() - self.padding[row]
-            evictions = 0
-            nbytes = seen * sum(t[0, :, 0].nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-        return {"tokens_seen": seen, "slots_kept": kept, "slimmings": evictions, "kv_bytes": nbytes}
-
-
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     """Where the earliest stop string begins in a text; None where there is none."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
+@dataclasses.dataclass
+class Job:
+    """A request on its way: the sequences of its n choices."""
+
+    prompt: Prompt
+    sequences: list[Sequence]
+
+
 class Summarizer:
-    """Runs batches of requests through a model, halving them when memory runs out."""
+    """Runs requests through a model, many at once, and fewer when memory runs out."""
 
     def __init__(self, model, tokenizer, args: argparse.Namespace):
         self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.batch_limit = args.batch_size
         self.rouge = Rouge()
-        self._cache: HHCache | None = None
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos]) - {None}
 
-    def run(self, batch: list[Prompt]) -> Iterator[dict]:
-        """Results of a batch, as result lines. Raises InputError when one request alone is too large."""
-        if len(batch) > self.batch_limit:
-            limit = self.batch_limit
-            for i in range(0, len(batch), limit):
-                yield from self.run(batch[i : i + limit])
-            return
-        results = None
-        try:
-            results = self._generate(batch)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-        if results is not None:
-            yield from results
-            return
-        # Out of memory: handled here, where the traceback no longer holds the tensors.
-        self._cache = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            prompt = batch[0]
+    def run(self, prompts: list[Prompt]) -> Iterator[dict]:
+        """Results, as result lines, in the order in which they end. Raises InputError when one alone is too large."""
+        jobs = [Job(prompt, []) for prompt in prompts]
+        for job in jobs:
+            choices = sampling(job.prompt.request, self.args.greedy)[2]
+            job.sequences = [self._sequence(job.prompt, choice) for choice in range(choices)]
+        rows = self.args.batch_size
+        if rows == "auto":
+            longest = max(len(prompt.tokens) for prompt in prompts)
+            rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+        latest = time.perf_counter()
+        while jobs:
+            rows = min(rows, sum(len(job.sequences) for job in jobs))
+            batcher, out_of_memory = self._batcher(jobs, rows), False
+            try:
+                for job in self._ended(batcher, jobs):
+                    now = time.perf_counter()
+                    yield self._result(job, wall_time=now - latest)
+                    latest = now
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
+                out_of_memory = True
+            # Handled here, where the traceback no longer holds the tensors.
+            del batcher
+            jobs = [job for job in jobs if not all(sequence.finish_reason for sequence in job.sequences)]
+            if out_of_memory:
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                rows = self._fewer(rows, jobs)
+
+    def _fewer(self, rows: int, jobs: list[Job]) -> int:
+        if rows == 1:
+            prompt = jobs[0].prompt
             raise InputError(
                 f"request {prompt.request.index} ({len(prompt.tokens)} tokens): does not fit into memory even "
                 "alone; use a device with more or a smaller window, or leave it out (results so far are kept)"
             )
-        self.batch_limit = (len(batch) + 1) // 2
-        tqdm.write(f"out of memory with {len(batch)} requests: going on with {self.batch_limit}", file=sys.stderr)
-        yield from self.run(batch)
+        for job in jobs:  # what was under way begins anew, and says the same again
+            for choice, sequence in enumerate(job.sequences):
+                if not sequence.finish_reason:
+                    job.sequences[choice] = self._sequence(job.prompt, choice)
+        tqdm.write(f"out of memory with {rows} requests: going on with {(rows + 1) // 2}", file=sys.stderr)
+        return (rows + 1) // 2
 
-    def _empty_cache(self):
-        if not isinstance(self.model, H2OLlamaForCausalLM):
-            return DynamicCache(config=self.model.config)
-        if self._cache is None:
-            self._cache = HHCache(self.model.h2o)
-        self._cache.reset()  # its slots are used again, or made anew where the number of rows changes
-        return self._cache
+    def _batcher(self, jobs: list[Job], rows: int) -> Batcher:
+        sampled = [s for job in jobs for s in job.sequences if s.temperature > 0]
+        nucleus = any(sequence.top_p < 1 for sequence in sampled)
+        return Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus)
 
-    @torch.inference_mode()
-    def _generate(self, batch: list[Prompt]) -> list[dict]:
-        temperature, top_p, choices = sampling(batch[0].request, self.args.greedy)
-        requests = [prompt.request for prompt in batch for _ in range(choices)]
-        encoded = self.tokenizer.pad({"input_ids": [prompt.tokens for prompt in batch]}, return_tensors="pt")
-        encoded = {name: tensor.to(self.model.device) for name, tensor in encoded.items()}
-        cache, logprobs = self._empty_cache(), TokenLogprobs()
-        padding = [encoded["input_ids"].shape[1] - len(prompt.tokens) for prompt in batch for _ in range(choices)]
-        watch = RowWatch(requests, padding, self.eos, cache, logprobs, self.tokenizer)
-        torch.manual_seed(self.args.seed + batch[0].request.index)
-        begin = time.perf_counter()
-        self.model.generate(
-            **encoded,
-            past_key_values=cache,
-            max_new_tokens=max(request.max_tokens for request in requests),
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_p=top_p if temperature else None,
-            top_k=0 if temperature else None,
-            num_return_sequences=choices,
-            logits_processor=LogitsProcessorList([logprobs]),
-            stopping_criteria=StoppingCriteriaList([watch]),
+    def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
+        request = prompt.request
+        temperature, top_p, _ = sampling(request, self.args.greedy)
+        return Sequence(
+            prompt=prompt.tokens,
+            max_tokens=request.max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=(self.args.seed, request.index, choice),
+            has_ended=partial(self._says_stop, request.stop) if request.stop else None,
         )
-        batch_time = time.perf_counter() - begin
-        steps = max(map(len, watch.tokens))
-        timing = {
-            "batch_time": batch_time,
-            "batch_size": len(batch),
-            "time_to_first_token": watch.first_token_time - begin,
-            "time_per_output_token": (max(watch.end_time) - watch.first_token_time) / max(steps - 1, 1),
-        }
-        return [
-            self._result(prompt.request, watch, range(i * choices, (i + 1) * choices), timing)
-            for i, prompt in enumerate(batch)
-        ]
 
-    def _result(self, request: Request, watch: RowWatch, rows: range, timing: dict) -> dict:
-        choices = [self._choice(request, watch, row) for row in rows]
-        longest = max(rows, key=lambda row: len(watch.tokens[row]))
-        stats = watch.cache_stats[longest] | {"kv_bytes": sum(watch.cache_stats[row]["kv_bytes"] for row in rows)}
+    def _says_stop(self, stops: tuple[str, ...], tokens: list[int]) -> bool:
+        # A stop string that has just appeared lies in the last tokens; UTF-8 takes at most 4 tokens a character.
+        tail = tokens[-4 * max(map(len, stops)) - 4 :]
+        return self._holds(tail, stops) and self._holds(tokens, stops)
+
+    def _holds(self, tokens: list[int], stops: tuple[str, ...]) -> bool:
+        return first_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), stops) is not None
+
+    def _ended(self, batcher: Batcher, jobs: list[Job]) -> Iterator[Job]:
+        """Each job when the last of its sequences has ended."""
+        job_of = {id(sequence): job for job in jobs for sequence in job.sequences}
+        for sequence in batcher.run(s for job in jobs for s in job.sequences if not s.finish_reason):
+            job = job_of[id(sequence)]
+            if all(sequence.finish_reason for sequence in job.sequences):
+                yield job
+
+    def _result(self, job: Job, wall_time: float) -> dict:
+        request, longest = job.prompt.request, max(job.sequences, key=lambda sequence: len(sequence.tokens))
+        choices = [self._choice(request, sequence) for sequence in job.sequences]
+        decoding = longest.seconds - longest.seconds_to_first_token
+        timing = {
+            "latency": longest.seconds,
+            "time_to_first_token": longest.seconds_to_first_token,
+            "time_per_output_token": decoding / max(len(longest.tokens) - 1, 1),
+            "wall_time": wall_time,
+            "batch_size": longest.rows,
+        }
         return {
             "index": request.index,
             "request": request.fields,
             "result": {"choices": choices, "request_time": timing},
             "rouge": self.rouge.score(request.summary_gt, choices[0]["text"]),
-            "cache": stats,
-            "tokens_generated": sum(len(watch.tokens[row]) for row in rows),
+            "cache": longest.cache | {"kv_bytes": sum(sequence.cache["kv_bytes"] for sequence in job.sequences)},
+            "tokens_generated": sum(len(sequence.tokens) for sequence in job.sequences),
             "peak_memory_bytes": peak_memory(self.model.device),
         }
 
-    def _choice(self, request: Request, watch: RowWatch, row: int) -> dict:
+    def _choice(self, request: Request, sequence: Sequence) -> dict:
         """Text up to the stop string or EOS, with the tokens that make it up."""
-        tokens, reason = watch.tokens[row], watch.finish_reason[row]
+        tokens = sequence.tokens
         emitted = tokens[:-1] if tokens[-1] in self.eos else tokens
         text = self.tokenizer.decode(emitted, skip_special_tokens=True)
         stop_at = first_stop(text, request.stop)
@@ -413,9 +361,9 @@ class Summarizer:
             "text": text,
             "logprobs": {
                 "tokens": self.tokenizer.convert_ids_to_tokens(emitted),
-                "token_logprobs": [round(p, 6) for p in watch.token_logprobs[row][: len(emitted)]],
+                "token_logprobs": [round(p, 6) for p in sequence.logprobs[: len(emitted)]],
             },
-            "finish_reason": reason,
+            "finish_reason": sequence.finish_reason,
         }
 
 
@@ -429,7 +377,7 @@ def peak_memory(device: torch.device) -> int:
 def summarize_metrics(results: list[dict], device: torch.device) -> dict:
     """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds."""
     times = [result["result"]["request_time"] for result in results]
-    seconds = sum(t["batch_time"] / t["batch_size"] for t in times)
+    seconds = sum(t["wall_time"] for t in times)
     tokens = sum(result["tokens_generated"] for result in results)
     mean = {}
     for name in ("time_to_first_token", "time_per_output_token"):
@@ -488,6 +436,10 @@ def run(args: argparse.Namespace) -> int:
         backend = None if h2o is None else resolve_backend(h2o.backend, device.type)
     except ValueError as error:
         raise InputError(in_flags(str(error))) from None
+    if h2o is not None and h2o.compile and backend != "triton":
+        raise InputError(
+            f"--compile: compiles the decode steps of --backend triton, this one is {backend}; leave it out"
+        )
     requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
     if skipped:
         print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)
@@ -525,10 +477,9 @@ def run(args: argparse.Namespace) -> int:
             )
         rolling = h2o is not None and h2o.position_rolling
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling)
-        # Batches are those of an uninterrupted run, so that a resumed one samples the same.
-        batches = plan_batches(prompts, args.batch_size, args.greedy)
+        prompts = [prompt for prompt in prompts if prompt.request.index not in output.results]
         output.start()
-        summarize(Summarizer(model, tokenizer, args), batches, output, len(requests))
+        summarize(Summarizer(model, tokenizer, args), in_order(prompts, args.batch_size), output)
     if todo or not output.metrics:
         metrics = summarize_metrics([output.results[request.index] for request in requests], device)
         metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
@@ -538,23 +489,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def summarize(summarizer: Summarizer, batches: list[list[Prompt]], output: ResultsFile, total: int) -> None:
-    """Run the batches, writing each result as soon as it is there."""
+def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile) -> None:
+    """Run the requests that are left, writing each result as soon as it is there."""
     rouge2 = [result["rouge"]["rouge2"] for result in output.results.values()]
     tokens, begin = 0, time.perf_counter()
-    with tqdm(total=total, initial=len(rouge2), unit="req", dynamic_ncols=True) as bar:
-        for batch in batches:
-            if all(prompt.request.index in output.results for prompt in batch):
-                continue
-            # A batch that was interrupted runs again whole: what a row samples depends on the rows beside it.
-            for result in summarizer.run(batch):
-                tokens += result["tokens_generated"]
-                if result["index"] not in output.results:
-                    output.append(result)
-                    rouge2.append(result["rouge"]["rouge2"])
-                    bar.update()
+    with tqdm(total=len(rouge2) + len(prompts), initial=len(rouge2), unit="req", dynamic_ncols=True) as bar:
+        for result in summarizer.run(prompts):
+            output.append(result)
+            rouge2.append(result["rouge"]["rouge2"])
+            tokens += result["tokens_generated"]
             speed = tokens / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"ROUGE-2 {100 * sum(rouge2) / len(rouge2):.2f}, {speed:.0f} tokens/s")
+            bar.set_postfix_str(f"ROUGE-2 {100 * sum(rouge2) / len(rouge2):.2f}, {speed:.0f} tokens/s", refresh=False)
+            bar.update()
 
 
 def main(argv: list[str] | None = None) -> int:

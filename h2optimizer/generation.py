@@ -7,6 +7,7 @@ decodes many sequences, each of its own length and sampling, and lets new ones t
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -654,3 +655,39 @@ class Batcher:
                 kept = min(kept, window)
         kv_bytes = self.cache.nbytes // len(self.rows)
         return {"tokens_seen": seen, "slots_kept": kept, "slimmings": slimmings, "kv_bytes": kv_bytes}
+
+
+@torch.inference_mode()
+def rows_that_fit(model, longest: int, max_tokens: int) -> int:
+    """How many sequences a Batcher can decode at once in the memory that is free, its prefills beside them.
+
+    On a GPU a prefill of the longest prompt is measured. On a CPU more than 16 gain nothing.
+
+    Args: longest: tokens of the longest prompt; max_tokens: of the longest text.
+    """
+    h2o, config, device = getattr(model, "h2o", None), model.config, model.device
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    logits = 48 * config.vocab_size  # bytes a row: probabilities, sorted, with their order and sums
+    row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
+    if device.type != "cuda":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(1, min(16, int(free // 2 // row)))
+    prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // longest)
+    cache = DynamicCache(config=config) if h2o is None else HHCache(h2o)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        model(torch.zeros(prompts, longest, dtype=torch.long, device=device), past_key_values=cache, logits_to_keep=1)
+    except torch.OutOfMemoryError:
+        return 1
+    peak = torch.cuda.max_memory_allocated(device) - before
+    if h2o is not None:
+        row = logits + cache.nbytes // prompts
+    del cache
+    torch.cuda.empty_cache()
+    free = 0.95 * torch.cuda.mem_get_info(device)[0]
+    if h2o is None:  # all prompts of a batch at once; a layer's keys and values are copied as they grow
+        return max(1, int(free // (peak + row)))
+    return max(1, int((free - peak) // row))
