@@ -184,8 +184,9 @@ class H2OLlamaMLP(LlamaMLP):
         self.merged = MergedLinear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.merged.product(x, self.gate_proj, self.up_proj)
-        if gate_up is None or gate_up.requires_grad or not isinstance(self.act_fn, torch.nn.SiLU):
+        gated_by_silu = self.config.hidden_act == "silu"
+        gate_up = self.merged.product(x, self.gate_proj, self.up_proj) if gated_by_silu else None
+        if gate_up is None:
             return super().forward(x)
         from h2optimizer.kernels import mlp
 
