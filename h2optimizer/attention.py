@@ -275,27 +275,20 @@ def _kernel_decode(
 
 
 def kernel_decode_step(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rope: Rope,
-    slots: HHLayer,
-    step: Step,
-    scaling: float,
+    projected: list[torch.Tensor], rope: Rope, slots: HHLayer, step: Step, scaling: float
 ) -> torch.Tensor:
     """A whole decode step in `slots` by kernels: rotate, append, attend, add mass where the step is scored.
 
-    Args: query, key, value [B, Hq or Hkv, 1, D], not rotated; rope: cosines and sines [1 or B, n, D], at the rows'
-    positions (n = 1), or of all slots when rolling. Returns: the attention's output [B, Hq, 1, D].
+    Args: projected: query, key and value [B, 1, heads * D], not rotated, or one tensor of all; rope: cosines and sines
+    [1 or B, n, D], at the rows' positions (n = 1), or of all slots when rolling. Returns: [B, 1, Hq * D].
     """
     from h2optimizer.kernels import decode
 
     h2o = slots.h2o
-    cos, sin = (table[0] if h2o.position_rolling else table[:, 0] for table in rope)
     # as an operator only where torch.compile looks on: its dispatch costs the host 20 us
     run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
     return run(
-        query, key, value, cos, sin, slots.keys, slots.values, slots.mass if step.scored else None,
+        projected, *rope, slots.keys, slots.values, slots.mass if step.scored else None,
         slots.count if step.scored else None, slots.lengths, scaling, float(h2o.score_decay),
         h2o.group_reduce == "first", h2o.position_rolling,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from utils.cache import HHCache
 
 CHUNK = 16  # most steps between two looks of the host at the tokens
 PREFILL_TOKENS = 16384  # columns that a Batcher prefills at once
-KEPT_CACHES = 2  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
+KEPT_CACHES = 8  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
+KEPT_BYTES = 8 * 2**30  # bound of them all but the latest
 
 # What depends on the logits alone, and on nothing that changes from step to step.
 STATELESS_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -89,9 +91,9 @@ class Decoder:
             # coordinate descent lets batch-1 products become reductions that read at full bandwidth
             options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
             backend = "inductor" if device.type == "cuda" else "aot_eager"
-            self._forward = torch.compile(
-                decode_logits, fullgraph=True, dynamic=False, backend=backend, options=options
-            )
+            # torch.compile counts recompilations by code object, and gives up after eight: each decoder has its own
+            forward = types.FunctionType(decode_logits.__code__.replace(), decode_logits.__globals__)
+            self._forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._ran: set[str] = set()  # what has run once, so that all its kernels are compiled
         self._pool = None
@@ -267,8 +269,11 @@ class KeptCaches:
 
     def put(self, key: Hashable, cache: HHCache) -> None:
         self._caches[key] = cache
-        while len(self._caches) > KEPT_CACHES:
+        while len(self._caches) > KEPT_CACHES or self._earlier_bytes() > KEPT_BYTES:
             self._caches.popitem(last=False)
+
+    def _earlier_bytes(self) -> int:
+        return sum(cache.nbytes for cache in list(self._caches.values())[:-1])
 
     def clear(self) -> bool:
         """Free them; whether there was one."""

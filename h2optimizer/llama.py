@@ -216,24 +216,22 @@ class H2OLlamaAttention(LlamaAttention):
         if step is None:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
+        projections = self.q_proj, self.k_proj, self.v_proj
+        slots = cache.layers[self.layer_idx] if step.decode else None
+        if slots is not None and slots.decodes_by_kernel(step) and not hidden_states.requires_grad:
+            # H2O: one product, then rotation, append, attention and mass in two or three launches
+            merged = self.merged.product(hidden_states, *projections)
+            projected = [p(hidden_states) for p in projections] if merged is None else [merged]
+            attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
+            if not step.static and step.due:
+                cache.slim(self.layer_idx)
+            return self.o_proj(attn_output), None
+
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        projections = self.q_proj, self.k_proj, self.v_proj
-        merged = self.merged.product(hidden_states, *projections)  # H2O: in decode steps one product, where it can be
-        if merged is None:
-            projected = [projection(hidden_states) for projection in projections]
-        else:
-            projected = merged.split([projection.out_features for projection in projections], dim=-1)
-        query_states, key_states, value_states = (states.view(hidden_shape).transpose(1, 2) for states in projected)
-
-        if step.decode and cache.layers[self.layer_idx].decodes_by_kernel(step) and not query_states.requires_grad:
-            # H2O: rotation, append, attention and mass in two or three launches
-            slots = cache.layers[self.layer_idx]
-            states = query_states, key_states, value_states
-            attn_output = kernel_decode_step(*states, position_embeddings, slots, step, self.scaling)
-            if step.due and not step.static:
-                cache.slim(self.layer_idx)
-            return self.o_proj(attn_output.view(*input_shape, -1)), None
+        query_states, key_states, value_states = (
+            p(hidden_states).view(hidden_shape).transpose(1, 2) for p in projections
+        )
 
         cos, sin = position_embeddings
         if not h2o.position_rolling:
@@ -251,7 +249,7 @@ class H2OLlamaAttention(LlamaAttention):
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        if step.due and not step.static:
+        if not step.static and step.due:
             cache.slim(self.layer_idx)
 
         attn_output = attn_output.transpose(1, 2).reshape(*input_shape, -1).contiguous()

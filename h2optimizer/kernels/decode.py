@@ -334,9 +334,7 @@ def decode_attention(
 
 
 def run_decode_step(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    projected: list[torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
     keys: torch.Tensor,
@@ -349,11 +347,27 @@ def run_decode_step(
     first_head: bool,
     rolling: bool,
 ) -> torch.Tensor:
-    """`append`, then `decode_attention`, whose arguments these are; adds mass only where there is a tensor for it."""
+    """`append`, then `decode_attention`, on what the projections give.
+
+    Args:
+        projected: query, key and value [B, 1, heads * D], or one [B, 1, all of them].
+        cos, sin: [1 or B, 1, D] at the rows' positions, or [1, slots, D] when rolling.
+        mass, count: added to where they are given.
+        The others are those of the two.
+
+    Returns: [B, 1, Hq * D].
+    """
+    batch, heads, _, dim = keys.shape
+    if len(projected) == 1:
+        size = heads * dim
+        projected = projected[0].split([projected[0].shape[-1] - 2 * size, size, size], dim=-1)
+    query, key, value = (states.view(batch, 1, -1, dim).transpose(1, 2) for states in projected)
+    cos, sin = (table[0] if rolling else table[:, 0] for table in (cos, sin))
     rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling)
     added = {} if mass is None else dict(mass=mass, count=count, decay=decay)
     rope = (cos, sin) if rolling else None
-    return decode_attention(rotated, keys, values, lengths, scaling, rope=rope, first_head=first_head, **added)
+    output = decode_attention(rotated, keys, values, lengths, scaling, rope=rope, first_head=first_head, **added)
+    return output.view(batch, 1, -1)
 
 
 # the same as one operator, which torch.compile takes as it is
@@ -363,5 +377,6 @@ decode_step = torch.library.custom_op(
 
 
 @decode_step.register_fake
-def _(query, *args):
-    return query.new_empty(*query.shape[:2], 1, query.shape[3])
+def _(projected, cos, sin, keys, *args):
+    size = projected[0].shape[-1]
+    return projected[0].new_empty(len(keys), 1, size if len(projected) > 1 else size - 2 * keys[0, :, 0].numel())
