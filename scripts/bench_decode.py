@@ -1,53 +1,146 @@
-"""Prefill and decode through `generate`: heavy-hitter cache, by backend, beside stock Llama's DynamicCache, in one run.
+"""Prefill and decode: the heavy-hitter cache beside stock Llama, which keeps every token, in one run.
 
-Regime: a Llama-3-8B shape with random bf16 weights, greedy, decode bound by the weights that every step reads and by
-the host that launches its kernels. Kernel launches and host waits are those of one step, not due, under the profiler.
-The last line is JSON; keys that end in _x are ratios to stock.
+Regime: a Llama-3-8B shape with random bf16 weights, greedy, no end-of-sequence token. Three parts, each of the sizes
+that its flag names:
+
+- generate (--prompts): whole calls of `generate`. `prefill_ms` is a call for one token, `decode_ms` what each further
+  token adds to it, (n tokens - 1 token) / (n - 1), for all systems alike; systems take turns, compiled and recorded
+  before. `peak_GiB` is that of a call, with what the system keeps between calls.
+- decode (--contexts, --batches): steps alone, the contexts in place, at the given batch sizes and at the largest that
+  fits. H2O's rows are copies of one that was prefilled. Stock Llama's full cache is of random keys and values in
+  buffers that it appends to, without DynamicCache's copy of everything at every step; its loop is eager, so the host
+  bounds it at small batches. `tokens_per_s_x` compares with the best that stock reaches at any batch size.
+- first (--first): what the first step costs beside a later one, (2 tokens - 1 token), where the batch size was seen
+  before, and the whole first and second call of a batch size, the first of which compiles and records. Inductor
+  keeps what it compiles on disk: --compile is new only to a size that no earlier part or run had.
+
+Small batches are bound by the weights that every step reads and by the host that launches its kernels, large ones by
+the slots. `floor_ms` is the time to read weights, keys, values and mass once at --bandwidth: bytes counted, not
+measured; slimming is not in it. Launches and host waits are those of one uncaptured step, not due, under the profiler.
+The last line is JSON; keys that end in _x are ratios to stock, x_floor is one to the floor, x_interval one to a step
+with slimmings --update_interval steps apart.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
-import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import resolve_backend
-from utils.bench import count, sizes, synchronize
+from h2optimizer.generation import CHUNK, Decoder, KeptCaches, choose_greedily
+from utils.bench import (
+    SHAPES,
+    allocated,
+    attempt,
+    count,
+    counts,
+    device_report,
+    floor_ms,
+    free_memory,
+    host_ms,
+    make_models,
+    peak_allocated,
+    positive,
+    print_table,
+    read_weights,
+    sizes,
+    slot_bytes,
+    synchronize,
+)
 from utils.cache import HHCache
 from utils.requests import InputError, OneLineParser
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
-
-SHAPES = {
-    "8b": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    ),
-    "tiny": dict(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=131072,
-    ),
-}  # fmt: skip
+STOCK, STATIC, UNCAPTURED = "stock DynamicCache", "stock static cache", "H2O uncaptured"
+MARGIN = 4 * 2**30  # bytes left free beside the largest batch: a step's own tensors
+TAKEN_AT_ONCE = 64  # rows that are copied together, so that the copies need no room of their own
 
 
-def count_launches(model, cache, token: torch.Tensor) -> dict[str, int]:
+@dataclass
+class System:
+    """A model, and how its `generate` is called. Caches are kept by system: systems that take turns evict no graphs."""
+
+    name: str
+    model: LlamaForCausalLM
+    h2o: H2OConfig | None = None
+    flags: dict = field(default_factory=dict)
+    kept: KeptCaches = field(default_factory=KeptCaches)
+
+    def generate(self, prompt: torch.Tensor, tokens: int) -> None:
+        if self.h2o is not None:
+            self.model.h2o, self.model.kept_caches = self.h2o, self.kept
+        mask = torch.ones_like(prompt)
+        self.model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **self.flags)
+
+    def ms(self, prompt: torch.Tensor, tokens: int) -> float:
+        return host_ms(lambda: self.generate(prompt, tokens))
+
+    def forget(self) -> None:
+        """Drop what earlier calls left: graphs, and the length that a later static cache would take over."""
+        self.kept = KeptCaches()
+        if self.h2o is not None:
+            self.model.kept_caches = self.kept
+        for name in ("_cache", "_previous_max_cache_length"):
+            vars(self.model).pop(name, None)
+
+
+def make_systems(args, model, stock) -> dict[str, System]:
+    """The systems of the generate part by name; auto is the Triton kernels on CUDA, and captured there."""
+
+    def h2o(name: str, **flags) -> System:
+        settings = H2OConfig(window_length=args.window_length, update_interval=args.update_interval, **flags)
+        return System(name, model, settings)
+
+    systems = [System(STOCK, stock)]
+    if args.static and not args.prefill_only:
+        systems.append(System(STATIC, stock, flags={"cache_implementation": "static"}))
+    systems.append(h2o("H2O"))
+    if args.prefill_only:
+        systems.append(h2o("H2O score_queries=64", score_queries=64))
+    else:
+        systems += [h2o(UNCAPTURED, capture=False), h2o("H2O score_every_step=False", score_every_step=False)]
+        systems += [h2o("H2O compile", compile=True)] * args.compile
+    for backend in args.backends:
+        try:
+            resolve_backend(backend, args.device)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if backend == "flash_attn":  # it has no scores in a decode step
+            name = "H2O backend=flash_attn score_every_step=False"
+            systems.append(h2o(name, backend=backend, score_every_step=False))
+        else:
+            systems.append(h2o(f"H2O backend={backend}", backend=backend))
+    return {system.name: system for system in systems}
+
+
+# generate
+
+
+def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
     """Kernel launches and host waits of one decode step that is not due."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    cache = DynamicCache(config=system.model.config) if system.h2o is None else HHCache(system.h2o)
+    system.model(prompt, past_key_values=cache, logits_to_keep=1)
+    token = prompt[:, :1]
     for _ in range(3):
-        model(token, past_key_values=cache)
+        system.model(token, past_key_values=cache)
     synchronize()
     with profile(activities=activities) as prof:
-        model(token, past_key_values=cache)
+        system.model(token, past_key_values=cache)
     names = [event.name for event in prof.events()]
     return {
         "launches": sum("LaunchKernel" in name for name in names),
@@ -55,66 +148,282 @@ def count_launches(model, cache, token: torch.Tensor) -> dict[str, int]:
     }
 
 
-class PhaseClock(LogitsProcessor):
-    """Times the phases of a `generate`: prefill up to the first logits, and the mean of the decode steps after."""
-
-    def __enter__(self):
-        synchronize()
-        self.begin, self.first, self.steps = time.perf_counter(), None, 0
-        return self
-
-    def __call__(self, input_ids, scores):
-        if self.first is None:
-            synchronize()
-            self.first = time.perf_counter()
-        else:
-            self.steps += 1
-        return scores
-
-    def __exit__(self, *exception):
-        synchronize()
-        self.decode_ms = (time.perf_counter() - self.first) / max(self.steps, 1) * 1e3
-        self.prefill_ms = (self.first - self.begin) * 1e3
+def prepare(system: System, prompt: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """Compile and record all that calls with this prompt need; memory, and the launches of an uncaptured step."""
+    weights, before = sum(p.nbytes for p in system.model.parameters()), allocated()
+    for _ in range(2):  # recorded at the second of each kind
+        system.generate(prompt, new_tokens)
+    result = {}
+    if torch.cuda.is_available():
+        extra = peak_allocated(lambda: system.generate(prompt, new_tokens)) - before
+        result = {"peak_GiB": (weights + extra) / 2**30, "extra_peak_GiB": extra / 2**30}
+    if new_tokens > 1 and system.name in (STOCK, UNCAPTURED):
+        result |= count_launches(system, prompt)
+    return result
 
 
 @torch.no_grad()
-def measure(systems: dict, prompt: torch.Tensor, new_tokens: int, repeats: int) -> dict[str, dict]:
-    """Time of `generate` on a prompt [B, n] and memory of its prefill, by system; the systems take turns."""
-
-    def generate(model, make_cache, tokens: int) -> PhaseClock:
-        with PhaseClock() as clock:
-            model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
-                past_key_values=make_cache(), logits_processor=LogitsProcessorList([clock]),
-            )  # fmt: skip
-        return clock
-
-    phases = ("prefill_ms", "decode_ms") if new_tokens > 1 else ("prefill_ms",)
-    results, clocks = {}, {name: [] for name in systems}
-    for name, (model, make_cache) in systems.items():
-        generate(model, make_cache, min(4, new_tokens))
-        results[name] = dict.fromkeys(phases)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            generate(model, make_cache, 1)
-            peak = torch.cuda.max_memory_allocated()
-            results[name] |= {"peak_GiB": peak / 2**30, "extra_peak_GiB": (peak - before) / 2**30}
-        if new_tokens == 1:
+def measure_generate(systems: list[System], prompt: torch.Tensor, new_tokens: int, args) -> dict[str, dict]:
+    """Time and memory of `generate` on a prompt [B, n], by system."""
+    results, times = {}, {}
+    for system in systems:
+        failures = (Exception,) if system.name == STATIC else (torch.OutOfMemoryError,)
+        result = attempt(system.name, prepare, system, prompt, new_tokens, failures=failures)
+        if result is None:
+            system.forget()
+        else:
+            results[system.name], times[system.name] = result, []
+    for _ in range(args.repeats):
+        for system in systems:
+            if system.name in results:
+                first = system.ms(prompt, 1)
+                times[system.name].append((first, system.ms(prompt, new_tokens) if new_tokens > 1 else first))
+    for system in systems:
+        if system.name not in results:
             continue
-        cache = make_cache()
-        if cache is None:
-            cache = DynamicCache(config=model.config)
-        model(prompt, past_key_values=cache, logits_to_keep=1)
-        results[name] |= count_launches(model, cache, prompt[:, :1])
-    for _ in range(repeats):
-        for name, (model, make_cache) in systems.items():
-            clocks[name].append(generate(model, make_cache, new_tokens))
-    for name, result in results.items():
-        for phase in phases:
-            result[phase] = statistics.median(getattr(clock, phase) for clock in clocks[name])
+        result = results[system.name]
+        result["prefill_ms"] = statistics.median(first for first, _ in times[system.name])
+        if new_tokens > 1:
+            steps = new_tokens - 1
+            decode_ms = statistics.median((whole - first) / steps for first, whole in times[system.name])
+            floor = floor_ms(system.model, *prompt.shape, steps, args.bandwidth, system.h2o)
+            result |= step_figures(decode_ms, len(prompt), floor)
     return results
+
+
+def step_figures(decode_ms: float, batch: int, floor: float) -> dict[str, float]:
+    return {
+        "decode_ms": decode_ms,
+        "tokens_per_s": batch / decode_ms * 1e3,
+        "floor_ms": floor,
+        "x_floor": decode_ms / floor,
+    }
+
+
+def generate_rows(args, model, stock) -> Iterator[dict]:
+    systems = make_systems(args, model, stock)
+    tokens = 1 if args.prefill_only else args.new_tokens
+    runs = [(length, batch, list(systems.values()), tokens) for length, batch in args.prompts]
+    if args.alone:
+        runs.append((args.alone, 1, [systems["H2O"]], 1))
+    for length, batch, chosen, tokens in runs:
+        prompt = torch.randint(1, model.config.vocab_size, (batch, length), device=args.device)
+        results = attempt(f"prompt {length}x{batch}", measure_generate, chosen, prompt, tokens, args) or {}
+        for system in chosen:
+            system.forget()
+        free_memory()
+        baseline = results.get(STOCK, {})
+        for name, result in results.items():
+            row = {"prompt": f"{length}x{batch}", "system": name} | result
+            yield row | ratios(result, baseline)
+
+
+def ratios(result: dict, baseline: dict) -> dict[str, float]:
+    keys = ("prefill_ms", "decode_ms", "tokens_per_s", "peak_GiB", "extra_peak_GiB", "launches", "ms")
+    return {f"{key}_x": result[key] / baseline[key] for key in keys if key in result and baseline.get(key)}
+
+
+# decode
+
+
+class FullLayer(DynamicLayer):
+    """A full cache's layer that appends in place to buffers [B, Hkv, length + room, D]: stock Llama at its best."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        begin, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer[:, :, begin : self.length] = new
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+@torch.no_grad()
+def stock_ms(args, stock, context: int, batch: int) -> float:
+    """Milliseconds of an eager step of stock Llama over a full cache of random keys and values."""
+    config, steps = stock.config, args.new_tokens
+    shape = (batch, config.num_key_value_heads, context + steps, config.hidden_size // config.num_attention_heads)
+    buffers = [
+        [torch.empty(shape, dtype=stock.dtype, device=stock.device).normal_() for _ in range(2)]
+        for _ in range(config.num_hidden_layers)
+    ]
+    token = torch.zeros(batch, 1, dtype=torch.long, device=stock.device)
+    positions = torch.arange(context, context + steps, device=stock.device)[:, None, None]
+
+    def decode(steps: int) -> None:
+        nonlocal token
+        cache = Cache(layers=[FullLayer(*states, context) for states in buffers])
+        for position in positions[:steps]:
+            logits = stock(token, position_ids=position, past_key_values=cache).logits[:, -1]
+            token = logits.argmax(-1, keepdim=True)
+
+    decode(3)
+    return statistics.median(host_ms(lambda: decode(steps)) for _ in range(args.repeats)) / steps
+
+
+@torch.no_grad()
+def prefilled_row(model, h2o: H2OConfig, context: int) -> HHCache:
+    """A cache of one row that has seen a whole context."""
+    cache = HHCache(h2o)
+    prompt = torch.randint(1, model.config.vocab_size, (1, context), device=model.device)
+    model(prompt, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@torch.no_grad()
+def h2o_ms(args, model, source: HHCache, batch: int) -> float:
+    """Milliseconds of a `Decoder`'s step over copies of a prefilled row, the mean of whole update intervals."""
+    cache = source.with_rows(batch)
+    for begin in range(0, batch, TAKEN_AT_ONCE):
+        rows = list(range(begin, min(begin + TAKEN_AT_ONCE, batch)))
+        cache.take_rows(rows, source, [0] * len(rows))
+    decoder = Decoder(model, cache, choose_greedily)
+    decoder.start(torch.zeros(batch, dtype=torch.long, device=model.device))
+
+    def decode(steps: int) -> None:
+        for begin in range(0, steps, CHUNK):
+            decoder.decode(min(CHUNK, steps - begin))
+
+    interval = source.h2o.update_interval
+    steps = whole_intervals(args.new_tokens, interval)
+    decode(3 * interval)  # a graph runs, is recorded, and is replayed; slimming, too
+    return statistics.median(host_ms(lambda: decode(steps)) for _ in range(args.repeats)) / steps
+
+
+def whole_intervals(steps: int, interval: int) -> int:
+    return -(-steps // interval) * interval
+
+
+def largest_batch(row_bytes: float, args) -> int:
+    """Rows that fit into what is free; without CUDA, --max_batch."""
+    if args.device != "cuda":
+        return args.max_batch
+    free_memory()
+    return min(args.max_batch, max(0, int((torch.cuda.mem_get_info()[0] - MARGIN) / row_bytes)))
+
+
+def at_largest_batch(name: str, batch: int, run: Callable[[int], float]) -> tuple[int, float | None]:
+    """`run(batch)`, with fewer rows where those do not fit after all: the batch and what it returned, if anything."""
+    while batch:
+        ms = attempt(f"{name}, {batch} rows", run, batch)
+        if ms is not None:
+            return batch, ms
+        batch = batch * 9 // 10
+    return 0, None
+
+
+def measure_batches(
+    args, name: str, row_bytes: float, run: Callable[[int], float], largest: bool = True
+) -> dict[int, float]:
+    """Step times by batch size: those of --batches that fit and, with `largest`, as many rows as fit."""
+    fits = largest_batch(row_bytes, args)
+    times = {}
+    for batch in args.batches:
+        if batch > fits:
+            print(f"left out: {name}, {batch} rows: {fits} fit", file=sys.stderr)
+            continue
+        ms = attempt(f"{name}, {batch} rows", run, batch)
+        free_memory()
+        if ms is not None:
+            times[batch] = ms
+    if largest and fits not in times:
+        batch, ms = at_largest_batch(name, fits, run)
+        free_memory()
+        if ms is not None:
+            times[batch] = ms
+    return times
+
+
+def decode_rows(args, model, stock) -> Iterator[dict]:
+    settings = {"window_length": args.window_length, "update_interval": args.update_interval}
+    h2o = {"H2O": H2OConfig(**settings)}
+    if args.compile:
+        h2o["H2O compile"] = H2OConfig(**settings, compile=True)
+    if args.update_interval > 1:
+        h2o["H2O N=1"] = H2OConfig(window_length=args.window_length, update_interval=1)
+    for context in args.contexts:
+        # with room for each row's logits, beside what the cache holds of it
+        logits = 8 * model.config.vocab_size
+        row_bytes = slot_bytes(model.config, model.dtype.itemsize) * (context + args.new_tokens) + logits
+        name = "stock full cache, in place, eager"
+        run = functools.partial(stock_ms, args, stock, context)
+        times = {name: measure_batches(args, name, row_bytes, run)}
+        for name, config in h2o.items():
+            source = prefilled_row(model, config, context)
+            kept = 4 * model.config.num_key_value_heads * (args.window_length + 1)  # what slimming picks, a layer's
+            row_bytes = source.nbytes + logits + kept
+            run = functools.partial(h2o_ms, args, model, source)
+            times[name] = measure_batches(args, name, row_bytes, run, largest=name != "H2O N=1")
+            del source, run
+            free_memory()
+        yield from decode_figures(args, model, context, times, h2o)
+
+
+def decode_figures(args, model, context: int, times: dict[str, dict[int, float]], h2o: dict) -> Iterator[dict]:
+    """One row a system and batch size of one context."""
+    stock, *_ = times.values()
+    best = max((batch / ms * 1e3 for batch, ms in stock.items()), default=None)
+    for name, by_batch in times.items():
+        config = h2o.get(name)
+        steps = args.new_tokens if config is None else whole_intervals(args.new_tokens, config.update_interval)
+        for batch, ms in by_batch.items():
+            result = step_figures(ms, batch, floor_ms(model, batch, context, steps, args.bandwidth, config))
+            if best:
+                result["tokens_per_s_x"] = result["tokens_per_s"] / best
+            if batch in stock:
+                result["decode_ms_x"] = ms / stock[batch]
+            if name == "H2O N=1" and batch in times["H2O"]:
+                result["x_interval"] = ms / times["H2O"][batch]
+            yield {"context": context, "batch": batch, "system": name} | result
+
+
+# first
+
+
+def first_rows(args, model, stock) -> Iterator[dict]:
+    systems = make_systems(args, model, stock)
+    for length, batch in args.first:
+        prompt = torch.randint(1, model.config.vocab_size, (batch, length), device=args.device)
+        systems[UNCAPTURED].generate(prompt.repeat(2, 1), 2)  # Triton's kernels compile, at another batch size
+        for name in (STOCK, "H2O", "H2O compile"):
+            if name not in systems:
+                continue
+            system = systems[name]
+            result = attempt(name, measure_first, system, prompt, args)
+            system.forget()
+            free_memory()
+            if result is not None:
+                yield {"first": f"{length}x{batch}", "system": name} | result
+
+
+@torch.no_grad()
+def measure_first(system: System, prompt: torch.Tensor, args) -> dict[str, float]:
+    """The first and second call for a batch size, and the first step of later calls."""
+    system.forget()
+    free_memory()
+    calls = [system.ms(prompt, args.new_tokens) for _ in range(3)]
+    ms = {tokens: [] for tokens in (1, 2)}
+    for _ in range(args.repeats):
+        for tokens, times in ms.items():
+            times.append(system.ms(prompt, tokens))
+    prefill_ms = statistics.median(ms[1])
+    return {
+        "first_call_ms": calls[0],
+        "second_call_ms": calls[1],
+        "third_call_ms": calls[2],
+        "prefill_ms": prefill_ms,
+        "decode_ms": (calls[2] - prefill_ms) / (args.new_tokens - 1),
+        "first_step_ms": statistics.median(two - one for one, two in zip(ms[1], ms[2], strict=True)),
+    }
+
+
+# The script
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -124,87 +433,64 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
     parser.add_argument(
         "--prompts", type=sizes("length", "batch"), default="2048x1,2048x16,8192x1,32768x1",
-        help="prompt length x batch, comma-separated; '' = none",
+        help="generate part: prompt length x batch, comma-separated; '' = none",
     )  # fmt: skip
     parser.add_argument("--alone", type=count, help="prefill one prompt of this length with H2O only as well")
     parser.add_argument(
         "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O systems to run beside auto"
     )
-    parser.add_argument("--new_tokens", type=count, default=65, help="tokens to generate, the first by prefill")
+    parser.add_argument("--no-static", dest="static", action="store_false", help="leave out stock's static cache")
+    parser.add_argument("--compile", action="store_true", help="with compile=True as well, half a minute each size")
     parser.add_argument("--prefill_only", action="store_true", help="no decode; with score_queries=64 as well")
-    parser.add_argument("--repeats", type=count, default=5, help="runs, of which the median counts")
+    parser.add_argument(
+        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated; none unless given"
+    )
+    parser.add_argument("--batches", type=counts, default="1,256", help="decode part: batch sizes beside the largest")
+    parser.add_argument("--max_batch", type=count, default=1024, help="decode part: most rows to try")
+    parser.add_argument(
+        "--first", type=sizes("length", "batch"), default="",
+        help="first part: prompt length x batch, comma-separated; none unless given",
+    )  # fmt: skip
+    parser.add_argument("--new_tokens", type=count, default=65, help="tokens of a generate, the first by prefill")
+    parser.add_argument("--bandwidth", type=positive, default=4.27, help="TB/s of the floor: a device copy's, H200")
+    parser.add_argument("--repeats", type=count, default=3, help="runs, of which the median counts")
     args = parser.parse_args(argv)
     try:
         H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
     except ValueError as error:
         parser.error(str(error))
+    if args.prefill_only and (args.contexts or args.first):
+        parser.error("--prefill_only leaves out decode steps: give it without --contexts and --first")
+    if args.first and args.new_tokens < 3:
+        parser.error("--first compares the first step with later ones: give --new_tokens of at least 3")
+    if not (args.prompts or args.alone or args.contexts or args.first):
+        parser.error("nothing to do: give --prompts, --alone, --contexts or --first")
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 
-def make_systems(args, model, stock) -> dict[str, tuple]:
-    """Model and a maker of its cache (None = generate's own) by system; "auto" is the Triton kernels on CUDA."""
-
-    def h2o(**flags):
-        settings = H2OConfig(window_length=args.window_length, update_interval=args.update_interval, **flags)
-        return model, lambda: HHCache(settings)
-
-    systems = {"stock DynamicCache": (stock, lambda: None), "H2O": h2o()}
-    if args.prefill_only:
-        systems["H2O score_queries=64"] = h2o(score_queries=64)
-    else:
-        systems["H2O score_every_step=False"] = h2o(score_every_step=False)
-    for backend in args.backends:
-        try:
-            resolve_backend(backend, args.device)
-        except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        if backend == "flash_attn":  # it has no scores in a decode step
-            systems["H2O backend=flash_attn score_every_step=False"] = h2o(backend=backend, score_every_step=False)
-        else:
-            systems[f"H2O backend={backend}"] = h2o(backend=backend)
-    return systems
+TABLE = {
+    "prompt": "", "context": "", "first": "", "batch": "", "system": "", "prefill_ms": ".1f", "decode_ms": ".2f",
+    "tokens_per_s": ".0f", "floor_ms": ".2f", "x_floor": ".2f", "decode_ms_x": ".3f", "tokens_per_s_x": ".2f",
+    "x_interval": ".2f", "peak_GiB": ".1f", "launches": "", "first_step_ms": ".2f", "first_call_ms": ".0f",
+    "second_call_ms": ".0f",
+}  # fmt: skip
 
 
-@torch.no_grad()
 def run(args) -> None:
-    device = args.device
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        config = LlamaConfig(**SHAPES[args.shape], bos_token_id=None, eos_token_id=None)
-        model = H2OLlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
-    stock = LlamaForCausalLM(config) if args.shape == "tiny" else None
-    if stock is None:  # one set of weights serves both: stock attention modules over the same projections
-        with torch.device("meta"):
-            stock = LlamaForCausalLM(config)
-    stock.load_state_dict(model.state_dict(), assign=True)
-    stock.model.rotary_emb = model.model.rotary_emb
-    stock.eval()
-
-    systems = make_systems(args, model, stock)
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
-    report = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "weights_GB": round(weights / 1e9, 2),
+    model, stock = make_models(H2OLlamaForCausalLM, args.shape, args.device)
+    report = device_report(args.device) | {
+        "weights_GB": round(read_weights(model) / 1e9, 2),
+        "bandwidth_TBps": args.bandwidth,
     }
-    tokens = 1 if args.prefill_only else args.new_tokens
-    runs = [(length, batch, systems, tokens) for length, batch in args.prompts]
-    if args.alone:
-        runs.append((args.alone, 1, {"H2O": systems["H2O"]}, 1))
     rows = []
-    for length, batch, chosen, tokens in runs:
-        prompt = torch.randint(1, config.vocab_size, (batch, length), device=device)
-        results = measure(chosen, prompt, tokens, args.repeats)
-        baseline = results.get("stock DynamicCache", {})
-        for name, result in results.items():
-            ratios = {f"{key}_x": result[key] / baseline[key] for key in result if baseline.get(key)}
-            row = {key: round(value, 3) for key, value in (result | ratios).items()}
-            rows.append({"prompt": f"{length}x{batch}", "system": name} | row)
-            print("  ".join(f"{key}={value}" for key, value in rows[-1].items()))
+    for part in (generate_rows, decode_rows, first_rows):
+        for result in part(args, model, stock):
+            row = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            rows.append(row)
+    print()
+    print_table(rows, {key: spec for key, spec in TABLE.items() if any(key in row for row in rows)})
     print(json.dumps(report | {"rows": rows}))
 
 
@@ -216,7 +502,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("error: too little memory on the device: give shorter --prompts or --alone", file=sys.stderr)
+        print("error: too little memory on the device: give shorter --prompts, --contexts or --alone", file=sys.stderr)
         return 2
     return 0
 

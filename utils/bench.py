@@ -1,17 +1,134 @@
-"""What the benchmark scripts share: clocks, CUDA graphs, measured ceilings, flags, a table."""
+"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, flags, a table."""
 
 import argparse
+import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES = {
+    "8b": dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
+    "tiny": dict(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=131072,
+    ),
+}  # fmt: skip
+
+
+def make_models(ours: type[LlamaForCausalLM], shape: str, device: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A model of class `ours` and stock Llama over the same random weights: bf16 on a GPU, else float32.
+
+    No token ends a sequence. The projections are merged first, as `generate` does on a GPU: merging moves them, and
+    stock Llama would keep the old ones beside them.
+    """
+    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+        model = ours(config).eval()
+        torch.set_default_dtype(torch.float32)
+    model.merge_projections()
+    if shape == "tiny":
+        stock = LlamaForCausalLM(config)
+    else:  # nothing is allocated that would be thrown away
+        with torch.device("meta"):
+            stock = LlamaForCausalLM(config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    stock.model.rotary_emb = model.model.rotary_emb
+    return model, stock.eval()
+
+
+def device_report(device: str) -> dict[str, str]:
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
+
+
+def read_weights(model: LlamaForCausalLM) -> int:
+    """Bytes of the weights that every decode step reads: all but the embedding, of which it reads a row a token."""
+    return sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+
+
+def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float:
+    """Bytes that a decode step moves for a slot of a row: K and V of all layers and, where scored, mass in and out.
+
+    `scored` is the share of steps that add mass, float32.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * config.num_key_value_heads * (2 * head_dim * itemsize + scored * 2 * 4)
+
+
+def slots_read(prompt: int, steps: int, h2o=None) -> float:
+    """Slots of a row that a decode step attends to, the mean of `steps` steps: a full cache's, or H2O's."""
+    if h2o is None:
+        return prompt + (steps + 1) / 2
+    total, length = 0, min(prompt, h2o.window_length)
+    for step in range(1, steps + 1):
+        length += 1
+        total += length
+        if step % h2o.update_interval == 0:
+            length = min(length, h2o.window_length)
+    return total / steps
+
+
+def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
+    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming."""
+    scored = 0.0
+    if h2o is not None and h2o.needs_mass:
+        scored = 1.0 if h2o.score_every_step else 1 / h2o.update_interval
+    per_slot = slot_bytes(model.config, model.dtype.itemsize, scored)
+    return (read_weights(model) + batch * slots_read(prompt, steps, h2o) * per_slot) / bandwidth / 1e9
+
+
+def free_memory(compiled: bool = True) -> None:
+    """Give back the GPU's memory that nothing needs: of cycles, `compiled` functions and their graphs, cached blocks.
+
+    Dynamo compiles a function anew for eight batch sizes at most, and then fails, unless it forgets them.
+    """
+    if not torch.cuda.is_available():
+        return
+    if compiled and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def allocated() -> int:
+    """Bytes of tensors on the GPU; 0 without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def peak_allocated(run: Callable) -> int:
+    """The most bytes of tensors on the GPU during `run`, those from before it counted in; 0 without one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def attempt(name: str, run: Callable, *args, failures: tuple = (torch.OutOfMemoryError,)):
+    """What `run(*args)` returns, or None, after one line on stderr, where it fails so."""
+    try:
+        return run(*args)
+    except failures as error:
+        print(f"left out: {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    free_memory(compiled=False)  # systems that it takes turns with may have compiled theirs
+    return None
 
 
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def host_ms(run: Callable) -> float:
+    return host_us(run) / 1e3
 
 
 def host_us(run: Callable) -> float:
@@ -81,6 +198,22 @@ def count(text: str) -> int:
     if not (text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
     return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """An argparse type: 1,256 is [1, 256]; "" is none."""
+    return [count(part) for part in text.split(",")] if text else []
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return number
 
 
 def sizes(*names: str) -> Callable[[str], list[tuple[int, ...]]]:

@@ -1,0 +1,316 @@
+"""Requests a second: a batcher over heavy-hitter rows beside stock Llama, one request at a time and in batches.
+
+Regime: prompts of random tokens, a Llama-3-8B shape with random bf16 weights, greedy; every request generates all its
+tokens. Stock Llama takes a sample, the first --stock_requests for one at a time and the first four batches for
+batches, sorted by length so that little is padded; its rates are those of the sample. Ours takes all requests in the
+order in which they come; `all_s` is how long all requests take at a system's rate. What is compiled and recorded once
+is made before the clock starts, and printed as `setup_s`. `prefill_share` is the part of the time that the device
+spends in forwards of more than one token a row. The last line is JSON; requests_per_s_x is the ratio to one at a time.
+
+With --soak, requests of mixed lengths, a third of them sampling, go through the batcher to see that each comes back
+once with as many tokens as it asked for, and that memory does not grow; exit status 1 where not each does.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
+from h2optimizer.generation import Batcher, Clock, Sequence
+from utils.bench import (
+    SHAPES,
+    allocated,
+    attempt,
+    count,
+    device_report,
+    free_memory,
+    make_models,
+    peak_allocated,
+    print_table,
+    synchronize,
+)
+from utils.requests import InputError, OneLineParser
+
+SAMPLED_BATCHES = 4  # of stock Llama's
+SHORTEST = 16  # tokens of a prompt in a soak
+ONE_BY_ONE = "stock, one by one"
+
+
+class PrefillTimer:
+    """Sums up what a model's forwards of several tokens a row take on the device, and waits for nothing."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self.clock, self.moments = Clock(model.device), []
+        self.hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True),
+        ]
+
+    def stop(self) -> float:
+        """Seconds of prefill since the beginning."""
+        for hook in self.hooks:
+            hook.remove()
+        synchronize()
+        return sum(self.clock.seconds(begin, end) for begin, end in self.moments)
+
+    def _begin(self, model, args, kwargs) -> None:
+        self.begin = self.clock.now()
+
+    def _end(self, model, args, kwargs, output) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        if ids.shape[1] > 1:
+            self.moments.append((self.begin, self.clock.now()))
+
+
+# Requests
+
+
+def make_requests(args, soak: bool = False) -> list[Sequence]:
+    """Random prompts, always the same; in a soak of all lengths, a third of them sampling."""
+    chance, vocabulary = random.Random(0), SHAPES[args.shape]["vocab_size"]
+    requests = []
+    for i in range(args.requests):
+        length, tokens, sampling = args.prompt_tokens, args.new_tokens, {}
+        if soak:
+            length, tokens = chance.randint(min(SHORTEST, length), length), chance.randint(1, tokens)
+            sampling = {"temperature": 0.8, "top_p": 0.9, "seed": (i,)} if i % 3 == 0 else {}
+        elif args.mixed:
+            length = chance.randint(max(1, length // 2), length)
+        prompt = [chance.randrange(1, vocabulary) for _ in range(length)]
+        requests.append(Sequence(prompt, tokens, **sampling))
+    return requests
+
+
+def again(requests: list[Sequence]) -> list[Sequence]:
+    """The same requests, not yet answered."""
+    return [Sequence(r.prompt, r.max_tokens, r.temperature, r.top_p, r.seed) for r in requests]
+
+
+# Systems
+
+
+@torch.no_grad()
+def stock_generate(stock, requests: list[Sequence]) -> None:
+    """One batch through stock Llama, padded on the left; it runs to the longest request's end."""
+    columns = max(len(request.prompt) for request in requests)
+    pads = [columns - len(request.prompt) for request in requests]
+    ids = torch.tensor([[0] * pad + r.prompt for pad, r in zip(pads, requests, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (columns - pad) for pad in pads])
+    tokens = max(request.max_tokens for request in requests)
+    ids, mask = ids.to(stock.device), mask.to(stock.device)
+    stock.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0).cpu()
+
+
+def measure_stock(stock, requests: list[Sequence], batch: int) -> dict[str, float]:
+    requests = sorted(requests, key=lambda request: -len(request.prompt))
+    batches = [requests[begin : begin + batch] for begin in range(0, len(requests), batch)]
+    setup_s = seconds(lambda: stock_generate(stock, batches[0]))
+    return {"rows": batch, "setup_s": setup_s} | figures(
+        stock, requests, lambda: [stock_generate(stock, batch) for batch in batches]
+    )
+
+
+def measure_batcher(args, model, requests: list[Sequence], **flags) -> dict[str, float]:
+    """All requests through a `Batcher` that has done some of them before."""
+    batcher, rows = make_batcher(args, model, requests, **flags)
+    some = again(requests[: min(rows, 8)])
+    setup_s = seconds(lambda: list(batcher.run(some)))
+    done = []
+    result = figures(model, requests, lambda: done.extend(batcher.run(again(requests))))
+    if len(done) != len(requests) or any(len(sequence.tokens) != args.new_tokens for sequence in done):
+        raise RuntimeError("the batcher lost requests or tokens: see --soak")
+    return {"rows": rows, "setup_s": setup_s} | result
+
+
+def make_batcher(args, model, requests: list[Sequence], **flags) -> tuple[Batcher, int]:
+    """A batcher for these requests, and how many rows it has."""
+    settings = {"window_length": args.window_length, "update_interval": args.update_interval}
+    model.h2o = H2OConfig(**settings, **flags)
+    rows = args.batch_size
+    if rows == "auto":
+        longest, tokens = max(len(r.prompt) for r in requests), max(r.max_tokens for r in requests)
+        rows = generation.rows_that_fit(model, longest, tokens)
+    rows = min(rows, len(requests))
+    sampling, nucleus = any(r.temperature > 0 for r in requests), any(r.top_p < 1 for r in requests)
+    return Batcher(model, rows, set(), 0, sampling=sampling, nucleus=nucleus), rows
+
+
+def seconds(run) -> float:
+    synchronize()
+    begin = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def figures(model, requests: list[Sequence], run) -> dict[str, float]:
+    """Rates, peak memory and the share of prefill of `run`, which answers these requests."""
+    timer, elapsed = PrefillTimer(model), []
+    try:
+        peak = peak_allocated(lambda: elapsed.append(seconds(run)))
+    finally:
+        prefill_s = timer.stop()
+    return {
+        "requests": len(requests),
+        "seconds": elapsed[0],
+        "requests_per_s": len(requests) / elapsed[0],
+        "tokens_per_s": sum(request.max_tokens for request in requests) / elapsed[0],
+        "prefill_share": prefill_s / elapsed[0],
+        "peak_GiB": peak / 2**30,
+    }
+
+
+def measure(args, model, stock) -> Iterator[dict]:
+    """One result a system, as soon as it is there."""
+    requests, batch = make_requests(args), args.stock_batch
+    systems = {}
+    if args.stock_requests:
+        sample = requests[: args.stock_requests]
+        systems[ONE_BY_ONE] = partial(measure_stock, stock, sample, 1)
+    if batch:
+        sample = requests[: SAMPLED_BATCHES * batch]
+        systems[f"stock, batches of {batch}"] = partial(measure_stock, stock, sample, batch)
+    systems["H2O batcher"] = partial(measure_batcher, args, model, requests)
+    if args.compile:
+        systems["H2O batcher compile"] = partial(measure_batcher, args, model, requests, compile=True)
+    baseline = None
+    for name, run in systems.items():
+        result = attempt(name, run)
+        free_memory()
+        if result is None:
+            continue
+        if name == ONE_BY_ONE:
+            baseline = result["requests_per_s"]
+        if baseline is not None:
+            result["requests_per_s_x"] = result["requests_per_s"] / baseline
+        yield {"system": name} | result | {"all_s": len(requests) / result["requests_per_s"]}
+
+
+# Soak
+
+
+def memory_bytes() -> int:
+    """What the device holds; without a GPU, what the process does (Linux)."""
+    if torch.cuda.is_available():
+        return allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def soak(args, model) -> dict:
+    """Many mixed requests through one batcher: what came back wrong, and memory after each tenth of them."""
+    requests = make_requests(args, soak=True)
+    batcher, rows = make_batcher(args, model, requests, compile=args.compile)
+    returned, memory, begin = Counter(), [], time.perf_counter()
+    for done, sequence in enumerate(batcher.run(requests), start=1):
+        returned[id(sequence)] += 1
+        if done * 10 // len(requests) > (done - 1) * 10 // len(requests):
+            memory.append(memory_bytes() / 2**20)
+            print(f"{done} done  {time.perf_counter() - begin:.1f} s  {memory[-1]:.1f} MiB", flush=True)
+    wrong = []
+    for i, request in enumerate(requests):
+        if returned[id(request)] != 1:
+            wrong.append(f"request {i} came back {returned[id(request)]} times")
+        elif len(request.tokens) != request.max_tokens or request.finish_reason != "length":
+            wrong.append(f"request {i} has {len(request.tokens)} of {request.max_tokens} tokens")
+        elif not all(0 <= token < model.config.vocab_size for token in request.tokens):
+            wrong.append(f"request {i} has tokens that do not exist")
+    growth = memory[-1] - memory[1] if len(memory) > 1 else 0.0
+    print(f"memory grew by {growth:.1f} MiB from the 2nd to the last tenth; {len(wrong)} requests are wrong")
+    return {
+        "requests": len(requests),
+        "rows": rows,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "tokens": sum(len(request.tokens) for request in requests),
+        "memory_MiB": [round(number, 1) for number in memory],
+        "growth_MiB": round(growth, 1),
+        "wrong": wrong,
+    }
+
+
+# The script
+
+
+def count_or_none(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else count(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
+    parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
+    parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
+    parser.add_argument("--requests", type=count, help="how many; 512, in a soak 2000")
+    parser.add_argument("--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt")
+    parser.add_argument("--new_tokens", type=count, default=64, help="tokens to generate, in a soak at most")
+    parser.add_argument("--mixed", action="store_true", help="prompts from half to full length")
+    parser.add_argument("--batch_size", type=count_or_auto, default="auto", help="the batcher's rows; auto = that fit")
+    parser.add_argument("--stock_requests", type=count_or_none, default=16, help="sample of one by one; 0 = leave out")
+    parser.add_argument("--stock_batch", type=count_or_none, default=16, help="rows of stock Llama; 0 = leave out")
+    parser.add_argument("--compile", action="store_true", help="the batcher with compile=True as well")
+    parser.add_argument("--soak", action="store_true", help="look for lost requests and memory instead; --compile too")
+    args = parser.parse_args(argv)
+    try:
+        H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.batch_size == "auto" and not hasattr(generation, "rows_that_fit"):
+        parser.error("--batch_size auto: this version does not count rows; give a number")
+    args.requests = args.requests or (2000 if args.soak else 512)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+TABLE = {
+    "system": "", "rows": "", "requests": "", "setup_s": ".1f", "seconds": ".1f", "all_s": ".1f",
+    "requests_per_s": ".2f", "tokens_per_s": ".0f", "prefill_share": ".2f", "peak_GiB": ".1f",
+    "requests_per_s_x": ".2f",
+}  # fmt: skip
+
+
+def run(args) -> int:
+    model, stock = make_models(H2OLlamaForCausalLM, args.shape, args.device)
+    report = device_report(args.device) | {name: vars(args)[name] for name in ("prompt_tokens", "new_tokens", "mixed")}
+    if args.soak:
+        result = soak(args, model)
+        for line in result["wrong"][:10]:
+            print(f"wrong: {line}", file=sys.stderr)
+        print(json.dumps(report | result))
+        return 1 if result["wrong"] else 0
+    rows = []
+    for result in measure(args, model, stock):
+        rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()})
+        print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    print()
+    print_table(rows, TABLE)
+    print(json.dumps(report | {"rows": rows}))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 when a soak finds something wrong; 2 after one line about what the caller can put right."""
+    try:
+        return run(parse_args(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: too little memory on the device: give a smaller --batch_size or --prompt_tokens", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
