@@ -359,7 +359,7 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
             kept = 4 * model.config.num_key_value_heads * (args.window_length + 1)  # what slimming picks, a layer's
             row_bytes = source.nbytes + logits + kept
             run = functools.partial(h2o_ms, args, model, source)
-            times[name] = measure_batches(args, name, row_bytes, run, largest=name != "H2O N=1")
+            times[name] = measure_batches(args, name, row_bytes, run, largest=name == "H2O")
             del source, run
             free_memory()
         yield from decode_figures(args, model, context, times, h2o)
