@@ -88,12 +88,14 @@ class Decoder:
         self.static = cache.h2o.slimming == "H" and all(layer.by_kernel for layer in cache.layers)
         self._forward = decode_logits
         if self.static and cache.h2o.compile:
-            # coordinate descent lets batch-1 products become reductions that read at full bandwidth
-            options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
-            backend = "inductor" if device.type == "cuda" else "aot_eager"
+            # Coordinate descent lets batch-1 products become reductions that read at full bandwidth; sums that several
+            # kernels read are stored, or each product would add up the residual stream again for every weight.
+            options = {"coordinate_descent_tuning": True, "realize_reads_threshold": 1}
+            on_gpu = device.type == "cuda"
+            backend = {"backend": "inductor", "options": options} if on_gpu else {"backend": "aot_eager"}
             # torch.compile counts recompilations by code object, and gives up after eight: each decoder has its own
             forward = types.FunctionType(decode_logits.__code__.replace(), decode_logits.__globals__)
-            self._forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, options=options)
+            self._forward = torch.compile(forward, fullgraph=True, dynamic=False, **backend)
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._ran: set[str] = set()  # what has run once, so that all its kernels are compiled
         self._pool = None
