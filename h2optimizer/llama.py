@@ -131,6 +131,8 @@ class MergedLinear:
         merged = self.weight is not None and inputs.shape[1] == 1
         if not merged or not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return tuple(layer(inputs) for layer in layers)
+        if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):  # theirs are the gradients
+            return tuple(layer(inputs) for layer in layers)
         return F.linear(inputs, self.weight).split([layer.out_features for layer in layers], dim=-1)
 
     def is_current(self, *layers: torch.nn.Module) -> bool:
@@ -168,7 +170,7 @@ class H2OLlamaRMSNorm(LlamaRMSNorm):
     """RMSNorm in one kernel for decode steps, where stock Llama's six cost more than what they compute."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.shape[1] != 1:
+        if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 

@@ -458,6 +458,16 @@ def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return old[mask].view(*keep.shape, *old.shape[3:])
 
 
+class Decoders(dict):
+    """What decodes over one cache's slots from recorded graphs: a copy, which would copy the model too, has none."""
+
+    def __deepcopy__(self, memo) -> Decoders:
+        return Decoders()
+
+    def __reduce__(self):
+        return Decoders, ()
+
+
 class HHCache(Cache):
     """Heavy-hitter cache of all layers: `capacity` = window_length + update_interval slots per row and KV head.
 
@@ -485,7 +495,7 @@ class HHCache(Cache):
         super().__init__(layers=[])
         self.h2o = h2o
         self.step: Step | None = None  # the forward under way
-        self.decoders: dict = {}  # what decodes over these slots from recorded graphs; generation.py's
+        self.decoders = Decoders()  # what decodes over these slots from recorded graphs; generation.py's
         self.clock = 0
         self._columns = 0
         self._rows: Rows | None = None
@@ -503,7 +513,7 @@ class HHCache(Cache):
         if self.step is not None:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers, self.decoders = Rows(batch_size), [], {}
+            self._rows, self.layers, self.decoders = Rows(batch_size), [], Decoders()
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
