@@ -219,7 +219,7 @@ class H2OLlamaAttention(LlamaAttention):
             slots = cache.layers[self.layer_idx]
             states = query_states, key_states, value_states
             attn_output = kernel_decode_step(*states, position_embeddings, slots, step, self.scaling)
-            if step.due and not step.static:
+            if not step.static and step.due:
                 cache.slim(self.layer_idx)
             return self.o_proj(attn_output.view(*input_shape, -1)), None
 
@@ -239,7 +239,7 @@ class H2OLlamaAttention(LlamaAttention):
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        if step.due and not step.static:
+        if not step.static and step.due:
             cache.slim(self.layer_idx)
 
         attn_output = attn_output.transpose(1, 2).reshape(*input_shape, -1).contiguous()
