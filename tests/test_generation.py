@@ -18,7 +18,7 @@ from transformers.generation import StoppingCriteria, TopPLogitsWarper
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernel_doubles
-from conftest import VOCAB, assert_close, assert_invariants, forward, left_pad, make_llamas, new_cache, prompt
+from conftest import GROUPS, VOCAB, assert_close, assert_invariants, forward, left_pad, make_llamas, new_cache, prompt
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.generation import Batcher, Sequence, sample_rows
 from h2optimizer.llama import H2OLlamaRMSNorm, MergedLinear
@@ -49,6 +49,17 @@ def captured(monkeypatch, request):
 @pytest.fixture
 def interpreted():
     """Triton's own kernels."""
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def llamas(request):
+    """The session's as no other test has left them: a hook or training mode would end capture."""
+    return make_llamas(num_key_value_heads=GROUPS[request.param])
+
+
+@pytest.fixture(scope="module")
+def gqa():
+    return make_llamas()
 
 
 @pytest.fixture
@@ -700,9 +711,11 @@ def test_one_product_is_three(dtype):
     """Outputs that are split at another place, or weights in another order."""
     llamas = merged_llama(dtype)
     logits = one_token(llamas.h2o)
-    assert all(merge.weight is not None for merge in merges(llamas.h2o))
-    for merge in merges(llamas.h2o):
-        merge.weight = None
+    for layer in llamas.h2o.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        assert attention.merged.is_current(attention.q_proj, attention.k_proj, attention.v_proj), "it is used"
+        assert mlp.merged.is_current(mlp.gate_proj, mlp.up_proj)
+        attention.merged.weight = mlp.merged.weight = None
     assert_close(logits, one_token(llamas.h2o), 1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -1108,6 +1121,15 @@ def test_times_are_positive_and_ordered(gqa, kind):
         assert 0 < sequence.seconds_to_first_token <= sequence.seconds <= whole
         assert (sequence.seconds_to_first_token == sequence.seconds) == (len(sequence.tokens) == 1)
         assert 1 <= sequence.rows <= 3
+
+
+@pytest.mark.parametrize("interval", [1, 3, 20])
+def test_a_row_that_is_free_is_taken_at_the_next_slimming(model, interval):
+    """Rows that stand idle beside a long text, because steps are counted past the slimming where one could join."""
+    model.h2o = settings(backend="sdpa", update_interval=interval)
+    long, *short = (Sequence(prompt(5, i), 130 if i == 0 else 21) for i in range(5))
+    batch(model, 2, [long, *short], eos=set())
+    assert [sequence.rows for sequence in short] == [2] * 4
 
 
 def test_a_batcher_can_run_again(model):
