@@ -25,7 +25,6 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.utils import output_capturing
 
 from utils.cache import HHCache
 
@@ -325,8 +324,8 @@ def is_hooked(model) -> bool:
     """Whether the host is to be told of a forward, or has replaced one: a graph that is replayed calls nothing."""
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        # transformers leaves its own where outputs were asked for once; they do nothing unless asked again
-        foreign = any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+        # transformers leaves its own where outputs, or gradient checkpointing, were asked for once: idle without
+        foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
         if foreign or "forward" in vars(module):
             return True
     return False

@@ -375,6 +375,9 @@ def test_hidden_states_once_asked_for_do_not_end_capture(model, captured):
     model.h2o = settings()
     run(model, output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3)
     assert any(module._forward_hooks for module in model.modules()) and not captured
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    assert model.model.embed_tokens._forward_hooks
     run(model, max_new_tokens=3)
     assert captured
 
