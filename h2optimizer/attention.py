@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
-from utils.cache import HHLayer, Step
+from utils.cache import KERNEL_DTYPES, HHLayer, Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
 
@@ -248,7 +248,7 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
 def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the Triton kernels can take these states."""
     return (
-        query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        query.dtype in KERNEL_DTYPES
         and key.dtype == value.dtype == query.dtype
         and query.shape[-1] <= 256
         and query.shape[-1] * query.element_size() % 16 == 0

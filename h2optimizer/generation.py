@@ -33,6 +33,7 @@ CHUNK = 16  # most steps between two looks of the host at the tokens
 PREFILL_TOKENS = 16384  # columns that a Batcher prefills at once
 KEPT_CACHES = 8  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
 KEPT_BYTES = 8 * 2**30  # bound of them all but the latest
+KEPT_DECODERS = 4  # decoders of one cache, each for its own sampling
 
 # What depends on the logits alone, and on nothing that changes from step to step.
 STATELESS_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -86,6 +87,8 @@ class Decoder:
             self.tokens = torch.zeros(rows, CHUNK, dtype=torch.long, device=device)
             self.logprobs = torch.zeros(rows, CHUNK, device=device) if logprobs else None
         self.static = cache.h2o.slimming == "H" and all(layer.by_kernel for layer in cache.layers)
+        # frequencies that follow the length, and hooks, are the host's business in each step
+        self.static &= "dynamic" not in model.model.rotary_emb.rope_type and not is_hooked(model)
         self._forward = decode_logits
         if self.static and cache.h2o.compile:
             # Coordinate descent lets batch-1 products become reductions that read at full bandwidth; sums that several
@@ -102,7 +105,7 @@ class Decoder:
         self._weights = self._addresses()
 
     def is_current(self) -> bool:
-        """Whether the model's weights lie where they were when the graphs were recorded."""
+        """Whether the model has the modules, and these their weights, that it had when the graphs were recorded."""
         return self._weights == self._addresses()
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
@@ -170,7 +173,9 @@ class Decoder:
             graph.replay()
 
     def _addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self.model.parameters()]
+        model = self.model
+        tensors = [tensor.data_ptr() for held in (model.parameters(), model.buffers()) for tensor in held]
+        return [*map(id, model.modules()), *tensors]
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -305,10 +310,32 @@ def can_capture(
         return False
     if not all(type(processor) in STATELESS_PROCESSORS for processor in logits_processor):
         return False
-    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
-    if hooked or len({parameter.device for parameter in model.parameters()}) > 1:
+    if is_hooked(model) or len({parameter.device for parameter in model.parameters()}) > 1:
         return False
-    return (model.device.type == "cuda" or CAPTURE_ELSEWHERE) and cache.h2o.slimming_kernels(model.device) is not None
+    on_gpu = model.device.type == "cuda" or CAPTURE_ELSEWHERE
+    if not on_gpu or cache.h2o.slimming_kernels(model.device) is None:
+        return False
+    return cache.h2o.position_rolling or _positions_are_counts(input_ids, **kwargs)
+
+
+def _positions_are_counts(input_ids, position_ids=None, attention_mask=None, inputs_embeds=None, **kwargs) -> bool:
+    """Whether the last token's position is the number of those before it, from where the cache counts on."""
+    if position_ids is None:
+        return True
+    columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    tokens = columns if attention_mask is None else attention_mask.sum(dim=-1)
+    return position_ids.ndim == 2 and bool((position_ids[:, -1] + 1 == tokens).all())
+
+
+def is_hooked(model) -> bool:
+    """Whether the host is to be told of a forward, or has replaced one: a graph that is replayed calls nothing."""
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        # transformers leaves its own where outputs, or gradient checkpointing, were asked for once: idle without
+        foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+        if foreign or "forward" in vars(module):
+            return True
+    return False
 
 
 CAPTURE_ELSEWHERE = False  # tests run the same steps where there are no graphs
@@ -396,11 +423,13 @@ def _decoder_of(model, cache: HHCache, processors: LogitsProcessorList, do_sampl
         scores = processors(None, logits.float())
         return torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
 
-    decoder = cache.decoders.get(key)
+    decoder = cache.decoders.pop(key, None)
     if decoder is None or not decoder.is_current():
         greedy = not do_sample and not processors
         decoder = Decoder(model, cache, choose_greedily if greedy else choose, eos, pad)
-        cache.decoders[key] = decoder
+    cache.decoders[key] = decoder  # the last in order
+    while len(cache.decoders) > KEPT_DECODERS:
+        del cache.decoders[next(iter(cache.decoders))]
     return decoder
 
 

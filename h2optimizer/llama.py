@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 
 from h2optimizer import generation
 from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
-from utils.cache import HHCache
+from utils.cache import KERNEL_DTYPES, HHCache
+
+SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,11 @@ class MergedLinear:
 
     def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
         """The layers' outputs for [B, 1, n] side by side, [B, 1, outputs]; None where each computes alone."""
-        if (
-            self.weight is None
-            or inputs.shape[1] != 1
-            or not (torch.compiler.is_compiling() or self.is_current(*layers))
-        ):
+        if self.weight is None or inputs.shape[1] != 1:
+            return None
+        if not (torch.compiler.is_compiling() or self.is_current(*layers)):
+            return None
+        if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):  # theirs are the gradients
             return None
         return F.linear(inputs, self.weight)
 
@@ -163,6 +166,8 @@ def _is_plain(layer: torch.nn.Module) -> bool:
     """Whether a linear layer is its weight and nothing else: no bias, hooks, adapter, sharding or quantisation."""
     if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in vars(layer):
         return False
+    if layer.weight.dtype not in KERNEL_DTYPES:
+        return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return not hooked and type(layer.weight) is torch.nn.Parameter and type(layer.weight.data) is torch.Tensor
 
@@ -171,7 +176,7 @@ class H2OLlamaRMSNorm(LlamaRMSNorm):
     """RMSNorm in one kernel for decode steps, where stock Llama's six cost more than what they compute."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.shape[1] != 1:
+        if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
@@ -184,8 +189,8 @@ class H2OLlamaMLP(LlamaMLP):
         self.merged = MergedLinear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gated_by_silu = self.config.hidden_act == "silu"
-        gate_up = self.merged.product(x, self.gate_proj, self.up_proj) if gated_by_silu else None
+        by_silu = isinstance(self.act_fn, SILU)
+        gate_up = self.merged.product(x, self.gate_proj, self.up_proj) if by_silu else None
         if gate_up is None:
             return super().forward(x)
         from h2optimizer.kernels import mlp
@@ -217,11 +222,11 @@ class H2OLlamaAttention(LlamaAttention):
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
         projections = self.q_proj, self.k_proj, self.v_proj
+        merged = self.merged.product(hidden_states, *projections) if step.decode else None
+        projected = [projection(hidden_states) for projection in projections] if merged is None else [merged]
         slots = cache.layers[self.layer_idx] if step.decode else None
-        if slots is not None and slots.decodes_by_kernel(step) and not hidden_states.requires_grad:
+        if slots is not None and slots.decodes_by_kernel(step) and not any(p.requires_grad for p in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
-            merged = self.merged.product(hidden_states, *projections)
-            projected = [p(hidden_states) for p in projections] if merged is None else [merged]
             attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
             if not step.static and step.due:
                 cache.slim(self.layer_idx)
@@ -229,9 +234,9 @@ class H2OLlamaAttention(LlamaAttention):
 
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states, key_states, value_states = (
-            p(hidden_states).view(hidden_shape).transpose(1, 2) for p in projections
-        )
+        if merged is not None:
+            projected = merged.split([projection.out_features for projection in projections], dim=-1)
+        query_states, key_states, value_states = (states.view(hidden_shape).transpose(1, 2) for states in projected)
 
         cos, sin = position_embeddings
         if not h2o.position_rolling:

@@ -199,12 +199,12 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
 
 
 def slot_tensors(cache: HHCache) -> dict[tuple[int, str], torch.Tensor]:
-    """Every tensor that the layers have allocated, by layer and name."""
+    """Every tensor that the layers have allocated, by layer and name; the rows' lengths are not theirs."""
     return {
         (layer_idx, name): value
         for layer_idx, layer in enumerate(cache.layers)
         for name, value in vars(layer).items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and name != "lengths"
     }
 
 

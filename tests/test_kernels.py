@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from conftest import SCALING, assert_close, make_step, own_columns, plain_attention
 from h2optimizer.attention import eager_attention, rotate
@@ -550,3 +551,94 @@ def test_a_captured_step_follows_the_lengths_on_the_device(planned, device, shar
         received = mass - 0.125
         for b, length in enumerate(now):
             assert_close(received[b, :, :length].sum(), 2 * 3.0, 1e-4, "three heads in each of two groups")
+
+
+# What comes before it: rotation and append
+
+
+def check_append(lengths, slots, heads, dim, dtype, device, *, rolling=False, one_row=False, layout=as_slots):
+    """Exactly what apply_rotary_pos_emb and two assignments leave, where the device rounds as torch does."""
+    (kv_heads, group), batch = HEADS[heads], len(lengths)
+    generator = torch.Generator().manual_seed(dim)
+    merged = torch.randn(batch, 1, (group + 2) * kv_heads * dim, generator=generator).to(device, dtype)
+    parts = merged.split([group * kv_heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)  # as MergedLinear's
+    query, key, value = (part.view(batch, 1, -1, dim).transpose(1, 2) for part in parts)
+    query, key, value = (states if layout is None else layout(states) for states in (query, key, value))
+    at = torch.tensor(lengths, device=device) - 1
+    tables = make_tables(slots + 99, dim, dtype, device)
+    if rolling:
+        cos, sin = (table[:slots] for table in tables)
+        turns = [table[at] for table in (cos, sin)]
+    else:
+        cos, sin = (table[57:58] if one_row else table[at + 57] for table in tables)
+        turns = [table.expand(batch, -1) for table in (cos, sin)]
+    expected_query, turned_key = apply_rotary_pos_emb(query, key, *(table[:, None] for table in turns))
+    before = torch.randn(2, batch, kv_heads, slots, dim, generator=generator).to(device, dtype)
+    expected = before.clone()
+    row = torch.arange(batch, device=device)
+    expected[0][row, :, at] = (key if rolling else turned_key)[:, :, 0]
+    expected[1][row, :, at] = value[:, :, 0]
+    given = [states.clone() for states in (query, key, value)]
+    keys, values = before.clone()
+    rotated = decode.append(query, key, value, cos, sin, keys, values, at.int() + 1, rolling)
+    assert rotated.shape == query.shape and rotated.dtype == dtype
+    assert torch.equal(rotated, expected_query), "queries"
+    assert torch.equal(keys, expected[0]), "keys"
+    assert torch.equal(values, expected[1]), "values"
+    for states, as_given in zip((query, key, value), given, strict=True):
+        assert torch.equal(states, as_given), "what was given is not written"
+
+
+@cases(
+    "heads, dim, dtype",
+    [*itertools.product(["mha", "gqa3", "mqa"], [16, 80], [FP32, FP16]), ("gqa4", 64, FP32), ("gqa3", 128, FP16)],
+    itertools.product(HEADS, [16, 64, 80, 96, 128, 256], [FP32, FP16, BF16]),
+)
+@pytest.mark.parametrize("how", ["a row each", "one row", "rolling"])
+def test_appended_and_rotated(device, heads, dim, dtype, how):
+    """Halves exchanged, another head's or row's angle, a rounding that torch does not do (the uncaptured steps would
+    part from it), a key that is rotated twice or never, or anything written beside the slot."""
+    check_append([7, 1, 20], 20, heads, dim, dtype, device, rolling=how == "rolling", one_row=how == "one row",
+                 layout=None)  # fmt: skip
+
+
+@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
+@pytest.mark.parametrize("layout", [as_slots, as_model, off_alignment])
+def test_strides_do_not_show_in_an_append(device, dtype, layout):
+    """Strides of the merged product taken for granted."""
+    check_append([7, 1, 20], 20, "gqa3", 80, dtype, device, layout=layout)
+
+
+@cases("decay, first_head, counted", [(0.5, False, True), (1.0, True, False)], [(0.5, False, True), (1.0, True, False)])
+@pytest.mark.parametrize("rolling", [False, True])
+def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling):
+    """An argument that the step hands on to the wrong place, as a function or as the operator that is compiled."""
+    step, lengths = decode_step([7, 1, 20]), torch.tensor([7, 1, 20], dtype=torch.int32, device=device)
+    query, keys, values = make_states(step, "gqa3", 16, FP32, device, as_slots, 24)
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    key, value = torch.randn(2, 3, 2, 1, 16, generator=torch.Generator().manual_seed(2)).to(device)
+    tables = make_tables(24, 16, FP32, device)
+    cos, sin = tables if rolling else (table[[6, 0, 19]] for table in tables)
+    projected = [states.transpose(1, 2).reshape(len(states), 1, -1) for states in (query, key, value)]
+    whole = [torch.cat(projected, dim=-1)]
+    step_tables = [table[None] if rolling else table[:, None] for table in (cos, sin)]
+    runs = [(run, states) for run in (decode.run_decode_step, decode.decode_step) for states in (projected, whole)]
+    results = []
+    for run, states in [(None, None), *runs]:
+        own_keys, own_values = keys.clone(), values.clone()
+        mass, count = torch.ones(2, 3, 2, 24, device=device)
+        count = count if counted else None
+        if run is None:
+            rotated = decode.append(query, key, value, cos, sin, own_keys, own_values, lengths, rolling)
+            output = decode.decode_attention(
+                rotated, own_keys, own_values, lengths, SCALING, mass=mass, count=count, decay=decay,
+                first_head=first_head, rope=(cos, sin) if rolling else None,
+            )  # fmt: skip
+        else:
+            output = run(states, *step_tables, own_keys, own_values, mass, count, lengths, SCALING, decay, first_head,
+                         rolling).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
+        results.append([output, own_keys, own_values, mass] + [count] * counted)
+    for result in results[1:]:
+        for each, expected in zip(result, results[0], strict=True):
+            assert torch.equal(each, expected)
+    assert not torch.equal(results[0][3], torch.ones_like(results[0][3]))

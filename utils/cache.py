@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass
 class Step:
@@ -278,7 +280,7 @@ class HHLayer(CacheLayerMixin):
         self.by_flash_attn = self.h2o.backend == "flash_attn"
         self.by_kernel = (
             self.h2o.slimming_kernels(self.device) is not None
-            and self.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and self.dtype in KERNEL_DTYPES
             and head_dim <= 256
             and head_dim * self.keys.itemsize % 16 == 0
         )
@@ -458,6 +460,16 @@ def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return old[mask].view(*keep.shape, *old.shape[3:])
 
 
+class Decoders(dict):
+    """What decodes over one cache's slots from recorded graphs: a copy, which would copy the model too, has none."""
+
+    def __deepcopy__(self, memo) -> Decoders:
+        return Decoders()
+
+    def __reduce__(self):
+        return Decoders, ()
+
+
 class HHCache(Cache):
     """Heavy-hitter cache of all layers: `capacity` = window_length + update_interval slots per row and KV head.
 
@@ -485,7 +497,7 @@ class HHCache(Cache):
         super().__init__(layers=[])
         self.h2o = h2o
         self.step: Step | None = None  # the forward under way
-        self.decoders: dict = {}  # what decodes over these slots from recorded graphs; generation.py's
+        self.decoders = Decoders()  # what decodes over these slots from recorded graphs; generation.py's
         self.clock = 0
         self._columns = 0
         self._rows: Rows | None = None
@@ -503,7 +515,7 @@ class HHCache(Cache):
         if self.step is not None:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers, self.decoders = Rows(batch_size), [], {}
+            self._rows, self.layers, self.decoders = Rows(batch_size), [], Decoders()
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
