@@ -7,9 +7,10 @@ that its flag names:
   token adds to it, (n tokens - 1 token) / (n - 1), for all systems alike; systems take turns, compiled and recorded
   before. `peak_GiB` is that of a call, with what the system keeps between calls.
 - decode (--contexts, --batches): steps alone, the contexts in place, at the given batch sizes and at the largest that
-  fits. H2O's rows are copies of one that was prefilled. Stock Llama's full cache is of random keys and values in
-  buffers that it appends to, without DynamicCache's copy of everything at every step; its loop is eager, so the host
-  bounds it at small batches. `tokens_per_s_x` compares with the best that stock reaches at any batch size.
+  fits. H2O's rows are copies of one that was prefilled. Stock Llama's full cache is of random keys and values: in a
+  DynamicCache, which copies all of them to append a token, and in buffers that are appended to in place, which
+  transformers does not offer without a mask but a full cache could do at best. Both loops are eager, so the host
+  bounds them at small batches. `tokens_per_s_x` compares with the best of DynamicCache at any batch size.
 - first (--first): what the first step costs beside a later one, (2 tokens - 1 token), where the batch size was seen
   before, and the whole first and second call of a batch size, the first of which compiles and records. Inductor
   keeps what it compiles on disk: --compile is new only to a size that no earlier part or run had.
@@ -62,6 +63,7 @@ from utils.cache import HHCache
 from utils.requests import InputError, OneLineParser
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
+IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"
 STOCK, STATIC, UNCAPTURED = "stock DynamicCache", "stock static cache", "H2O uncaptured"
 MARGIN = 4 * 2**30  # bytes left free beside the largest batch: a step's own tensors
 TAKEN_AT_ONCE = 64  # rows that are copied together, so that the copies need no room of their own
@@ -122,7 +124,10 @@ def make_systems(args, model, stock) -> dict[str, System]:
             systems.append(h2o(name, backend=backend, score_every_step=False))
         else:
             systems.append(h2o(f"H2O backend={backend}", backend=backend))
-    return {system.name: system for system in systems}
+    named = {system.name: system for system in systems}
+    if unknown := set(args.systems or ()) - named.keys():
+        raise InputError(f"--systems: no {', '.join(sorted(unknown))}; here there are {', '.join(named)}")
+    return named
 
 
 # generate
@@ -203,7 +208,8 @@ def step_figures(decode_ms: float, batch: int, floor: float) -> dict[str, float]
 def generate_rows(args, model, stock) -> Iterator[dict]:
     systems = make_systems(args, model, stock)
     tokens = 1 if args.prefill_only else args.new_tokens
-    runs = [(length, batch, list(systems.values()), tokens) for length, batch in args.prompts]
+    chosen = [system for name, system in systems.items() if args.systems is None or name in args.systems]
+    runs = [(length, batch, chosen, tokens) for length, batch in args.prompts]
     if args.alone:
         runs.append((args.alone, 1, [systems["H2O"]], 1))
     for length, batch, chosen, tokens in runs:
@@ -244,21 +250,39 @@ class FullLayer(DynamicLayer):
         return self.length
 
 
+class GrowingLayer(DynamicLayer):
+    """A DynamicCache's layer that holds `length` tokens already."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
+        super().__init__()
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+
 @torch.no_grad()
-def stock_ms(args, stock, context: int, batch: int) -> float:
-    """Milliseconds of an eager step of stock Llama over a full cache of random keys and values."""
+def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> float:
+    """Milliseconds of an eager step of stock Llama over a full cache of random keys and values.
+
+    `in_place` appends to buffers; else each step copies the cache to append to it, as DynamicCache does.
+    """
     config, steps = stock.config, args.new_tokens
-    shape = (batch, config.num_key_value_heads, context + steps, config.hidden_size // config.num_attention_heads)
+    room = steps if in_place else 0
+    shape = (batch, config.num_key_value_heads, context + room, config.hidden_size // config.num_attention_heads)
     buffers = [
         [torch.empty(shape, dtype=stock.dtype, device=stock.device).normal_() for _ in range(2)]
         for _ in range(config.num_hidden_layers)
     ]
-    token = torch.zeros(batch, 1, dtype=torch.long, device=stock.device)
+    cache, token = None, torch.zeros(batch, 1, dtype=torch.long, device=stock.device)
     positions = torch.arange(context, context + steps, device=stock.device)[:, None, None]
 
+    if not in_place:
+        cache = Cache(layers=[GrowingLayer(*states, context) for states in buffers])
+        buffers.clear()
+
     def decode(steps: int) -> None:
-        nonlocal token
-        cache = Cache(layers=[FullLayer(*states, context) for states in buffers])
+        nonlocal token, cache
+        if in_place:
+            cache = Cache(layers=[FullLayer(*states, context) for states in buffers])
         for position in positions[:steps]:
             logits = stock(token, position_ids=position, past_key_values=cache).logits[:, -1]
             token = logits.argmax(-1, keepdim=True)
@@ -351,9 +375,10 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
         # with room for each row's logits, beside what the cache holds of it
         logits = 8 * model.config.vocab_size
         row_bytes = slot_bytes(model.config, model.dtype.itemsize) * (context + args.new_tokens) + logits
-        name = "stock full cache, in place, eager"
-        run = functools.partial(stock_ms, args, stock, context)
-        times = {name: measure_batches(args, name, row_bytes, run)}
+        times = {}
+        for name, in_place in ((IN_PLACE, True), (GROWING, False)):
+            run = functools.partial(stock_ms, args, stock, context, in_place)
+            times[name] = measure_batches(args, name, row_bytes, run)
         for name, config in h2o.items():
             source = prefilled_row(model, config, context)
             kept = 4 * model.config.num_key_value_heads * (args.window_length + 1)  # what slimming picks, a layer's
@@ -367,7 +392,7 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
 
 def decode_figures(args, model, context: int, times: dict[str, dict[int, float]], h2o: dict) -> Iterator[dict]:
     """One row a system and batch size of one context."""
-    stock, *_ = times.values()
+    stock = times[GROWING]
     best = max((batch / ms * 1e3 for batch, ms in stock.items()), default=None)
     for name, by_batch in times.items():
         config = h2o.get(name)
@@ -439,6 +464,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O systems to run beside auto"
     )
+    parser.add_argument("--systems", nargs="+", help="generate part: only these, by the names that the table gives")
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave out stock's static cache")
     parser.add_argument("--compile", action="store_true", help="with compile=True as well, half a minute each size")
     parser.add_argument("--prefill_only", action="store_true", help="no decode; with score_queries=64 as well")

@@ -268,8 +268,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
     except ValueError as error:
         parser.error(str(error))
-    if args.batch_size == "auto" and not hasattr(generation, "rows_that_fit"):
-        parser.error("--batch_size auto: this version does not count rows; give a number")
     args.requests = args.requests or (2000 if args.soak else 512)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args

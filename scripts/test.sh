@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh tests/requirements.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n 2 "$@"

@@ -555,7 +555,8 @@ def test_sampled_tokens_follow_the_logits(fresh, settings):
     more = {"output_scores": True, "return_dict_in_generate": True}
     for column in (1, 4):  # of the tokens drawn; the text before it is each row's own
         prefixes = torch.cat([torch.tensor(ids, device="cuda").expand(len(drawn), -1), drawn[:, :column]], dim=1)
-        scores = model.generate(prefixes, max_new_tokens=1, **wanted, **more).scores[0]
+        mask = torch.ones_like(prefixes)  # the padding token may have been drawn
+        scores = model.generate(prefixes, attention_mask=mask, max_new_tokens=1, **wanted, **more).scores[0]
         probs = scores.softmax(-1)
         expected, variance = probs.sum(0), (probs * (1 - probs)).sum(0)
         counts = torch.bincount(drawn[:, column], minlength=12)

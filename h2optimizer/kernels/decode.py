@@ -253,6 +253,7 @@ def append(
         query, key, value, cos, sin, rotated, keys, values, lengths, *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], *keys.stride()[:3], stride_rope, HEADS=heads, GROUP=q_heads // heads, D=dim,
         BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling, num_warps=1 if dim <= 128 else 2,
+        enable_fp_fusion=False,  # a product and a sum as one would round once where torch rounds twice
     )  # fmt: skip
     return rotated
 
