@@ -17,6 +17,7 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -116,8 +117,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score_decay", type=float, help="mass is multiplied by this before each addition")
     add("--score_norm", choices=("sum", "mean"), help="mean: mass per query that could see the slot")
     add("--score_queries", type=count_or_all, default=argparse.SUPPRESS, help="prefill mass from the last k, or all")
-    add("--capture", action=argparse.BooleanOptionalAction, help="decode from CUDA graphs where kernels slim")
-    add("--compile", action=argparse.BooleanOptionalAction, help="and those through torch.compile; for long runs")
+    add(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        help="decode from CUDA graphs, where kernels do the slimming",
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="and compile their steps, half a minute a batch size")
     add("--group_reduce", choices=("sum", "first"), help="mass over the query heads of a KV head")
     return parser.parse_args(argv)
 
@@ -257,12 +262,13 @@ class Summarizer:
         if rows == "auto":
             longest = max(len(prompt.tokens) for prompt in prompts)
             rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+            tqdm.write(f"--batch_size auto: up to {rows} sequences at once", file=sys.stderr)
         latest = time.perf_counter()
         while jobs:
-            rows = min(rows, sum(len(job.sequences) for job in jobs))
-            batcher, out_of_memory = self._batcher(jobs, rows), False
+            rows = min(rows, sum(not sequence.finish_reason for job in jobs for sequence in job.sequences))
+            out_of_memory = False
             try:
-                for job in self._ended(batcher, jobs):
+                for job in self._ended(jobs, rows):
                     now = time.perf_counter()
                     yield self._result(job, wall_time=now - latest)
                     latest = now
@@ -270,16 +276,15 @@ class Summarizer:
                 if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                     raise
                 out_of_memory = True
-            # Handled here, where the traceback no longer holds the tensors.
-            del batcher
             jobs = [job for job in jobs if not all(sequence.finish_reason for sequence in job.sequences)]
-            if out_of_memory:
+            if out_of_memory:  # handled here, where the traceback no longer holds the tensors
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 rows = self._fewer(rows, jobs)
 
     def _fewer(self, rows: int, jobs: list[Job]) -> int:
+        """Half as many rows, for jobs that begin anew where they have not ended. Raises InputError."""
         if rows == 1:
             prompt = jobs[0].prompt
             raise InputError(
@@ -290,13 +295,8 @@ class Summarizer:
             for choice, sequence in enumerate(job.sequences):
                 if not sequence.finish_reason:
                     job.sequences[choice] = self._sequence(job.prompt, choice)
-        tqdm.write(f"out of memory with {rows} requests: going on with {(rows + 1) // 2}", file=sys.stderr)
+        tqdm.write(f"out of memory with {rows} sequences: going on with {(rows + 1) // 2}", file=sys.stderr)
         return (rows + 1) // 2
-
-    def _batcher(self, jobs: list[Job], rows: int) -> Batcher:
-        sampled = [s for job in jobs for s in job.sequences if s.temperature > 0]
-        nucleus = any(sequence.top_p < 1 for sequence in sampled)
-        return Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus)
 
     def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
         request = prompt.request
@@ -318,12 +318,18 @@ class Summarizer:
     def _holds(self, tokens: list[int], stops: tuple[str, ...]) -> bool:
         return first_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), stops) is not None
 
-    def _ended(self, batcher: Batcher, jobs: list[Job]) -> Iterator[Job]:
+    def _ended(self, jobs: list[Job], rows: int) -> Iterator[Job]:
         """Each job when the last of its sequences has ended."""
-        job_of = {id(sequence): job for job in jobs for sequence in job.sequences}
-        for sequence in batcher.run(s for job in jobs for s in job.sequences if not s.finish_reason):
+        todo = [(sequence, job) for job in jobs for sequence in job.sequences if not sequence.finish_reason]
+        job_of = {id(sequence): job for sequence, job in todo}
+        left = Counter(id(job) for _, job in todo)  # several may end in one step: what counts is what has come out
+        sampled = [sequence for sequence, _ in todo if sequence.temperature > 0]
+        nucleus = any(sequence.top_p < 1 for sequence in sampled)
+        batcher = Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus)
+        for sequence in batcher.run(sequence for sequence, _ in todo):
             job = job_of[id(sequence)]
-            if all(sequence.finish_reason for sequence in job.sequences):
+            left[id(job)] -= 1
+            if not left[id(job)]:
                 yield job
 
     def _result(self, job: Job, wall_time: float) -> dict:

@@ -244,18 +244,22 @@ def sample_rows(
     """
     sampled = temperature > 0
     probs = (logits.float() / torch.where(sampled, temperature, 1.0)[:, None]).softmax(-1)
-    order = None
-    if nucleus:
+    tokens = _invert(probs, uniform)
+    if nucleus:  # of the rows that ask for one: in another order of the tokens the others would say something else
         probs, order = probs.sort(dim=-1, descending=True)
         before = probs.cumsum(-1) - probs
-        probs = torch.where(before < top_p[:, None], probs, 0.0)
+        at = _invert(torch.where(before < top_p[:, None], probs, 0.0), uniform)
+        tokens = torch.where(top_p[:, None] < 1, order.gather(1, at), tokens)
+    return torch.where(sampled, tokens[:, 0], logits.argmax(-1))
+
+
+def _invert(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Where the sums of each row's probabilities [B, n], of any total, pass its uniform number: int64 [B, 1]."""
     up_to = probs.cumsum(-1)
     at = torch.searchsorted(up_to, uniform * up_to[:, -1:], right=True)
     # rounding may leave the sum short of the last token, or at ones of no probability
     last = (probs > 0).long().mul_(torch.arange(probs.shape[-1], device=probs.device)).amax(-1, keepdim=True)
-    at = torch.minimum(at, last)
-    tokens = at if order is None else order.gather(1, at)
-    return torch.where(sampled, tokens[:, 0], logits.argmax(-1))
+    return torch.minimum(at, last)
 
 
 # generate

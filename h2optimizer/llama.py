@@ -86,7 +86,7 @@ class H2OConfig:
         if self.compile and (not self.capture or self.backend not in ("auto", "triton") or self.slimming != "H"):
             raise ValueError(
                 "compile=True compiles captured steps of kernels: it needs capture=True, slimming='H' and "
-                "backend='auto' or 'triton'"
+                "backend='auto' or backend='triton'"
             )
 
     @property

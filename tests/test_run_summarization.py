@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralCon
 
 import run_summarization
 from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from utils.cache import HHCache
 from utils.requests import Request, ResultsFile
 
@@ -154,27 +154,35 @@ def no_model(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch):
-    """script(tokens) lets every row say these tokens, the last one again and again; log-probabilities stay its own."""
+    """script(tokens) lets greedy texts say these tokens, the last one again and again; log-probabilities stay its own.
+
+    Rows that begin later would go on where the others are: for one row, or rows that begin together.
+    """
+    prefill = generation.Batcher._prefill
 
     def script(tokens):
-        class Scripted(run_summarization.TokenLogprobs):
+        step = 0
+
+        def begins(self, group, rows):
+            nonlocal step
             step = 0
+            prefill(self, group, rows)
 
-            def __call__(self, input_ids, scores):
-                scores = super().__call__(input_ids, scores)
-                said = torch.full_like(scores, -torch.inf)
-                said[:, tokens[min(self.step, len(tokens) - 1)]] = 0.0
-                self.step += 1
-                return said
+        def choose(logits):
+            nonlocal step
+            said = torch.full((len(logits),), tokens[min(step, len(tokens) - 1)])
+            step += 1
+            return said
 
-        monkeypatch.setattr(run_summarization, "TokenLogprobs", Scripted)
+        monkeypatch.setattr(generation.Batcher, "_prefill", begins)
+        monkeypatch.setattr(generation, "choose_greedily", choose)
 
     return script
 
 
 @pytest.fixture
 def caches(monkeypatch):
-    """The HHCaches that a run makes."""
+    """The HHCaches that a run makes: of each prefill, after the first the one that all rows move into."""
     made = []
 
     class Recorded(HHCache):
@@ -182,8 +190,25 @@ def caches(monkeypatch):
             super().__init__(h2o)
             made.append(self)
 
-    monkeypatch.setattr(run_summarization, "HHCache", Recorded)
+        def with_rows(self, batch_size):
+            made.append(super().with_rows(batch_size))
+            return made[-1]
+
+    monkeypatch.setattr(generation, "HHCache", Recorded)
     return made
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """For each prefill of a run, how many sequences it begins and how many are under way beside them."""
+    seen, prefill = [], generation.Batcher._prefill
+
+    def recorded(self, group, rows):
+        seen.append((len(group), sum(sequence is not None for sequence in self.rows)))
+        prefill(self, group, rows)
+
+    monkeypatch.setattr(generation.Batcher, "_prefill", recorded)
+    return seen
 
 
 def with_generation_config(checkpoint: Path, folder: Path, **settings) -> Path:
@@ -223,10 +248,12 @@ def test_schema_of_results_and_metrics(run, flags):
         assert set(result["rouge"]) == {"rouge1", "rouge2", "rougeL"}
         assert set(result["cache"]) == {"tokens_seen", "slots_kept", "slimmings", "kv_bytes"}
         timing = result["result"]["request_time"]
-        assert 0 < timing["time_to_first_token"] < timing["batch_time"]
-        assert 0 < timing["time_per_output_token"] < timing["batch_time"]
+        names = {"latency", "time_to_first_token", "time_per_output_token", "wall_time", "batch_size"}
+        assert set(timing) == names and all(timing[name] > 0 for name in names)
+        after_first = timing["latency"] - timing["time_to_first_token"]
+        assert timing["time_per_output_token"] == pytest.approx(after_first / 4)
         assert result["tokens_generated"] == 5
-    assert [result["result"]["request_time"]["batch_size"] for result in outcome.results].count(2) == 2
+    assert sorted(result["result"]["request_time"]["batch_size"] for result in outcome.results) == [1, 2, 2]
 
     metrics = outcome.metrics
     assert metrics["requests"] == 3 and metrics["tokens_generated"] == 15
@@ -237,6 +264,8 @@ def test_schema_of_results_and_metrics(run, flags):
     kv_bytes = [result["cache"]["kv_bytes"] for result in outcome.results]
     assert metrics["kv_bytes_per_request"] == pytest.approx(sum(kv_bytes) / 3)
     assert metrics["requests_evicted_from"] == (3 if flags else 0)
+    wall_times = [result["result"]["request_time"]["wall_time"] for result in outcome.results]
+    assert metrics["seconds"] == pytest.approx(sum(wall_times))
     assert metrics["tokens_per_second"] == pytest.approx(15 / metrics["seconds"])
     assert metrics["peak_memory_bytes"] > 50 * 2**20, "torch alone takes more"
     assert metrics["versions"]["torch"] == torch.__version__
@@ -256,6 +285,47 @@ def test_single_tokens_have_no_time_per_token(run):
     times = [result["result"]["request_time"]["time_per_output_token"] for result in outcome.results]
     assert times[:2] == [0, 0] and outcome.metrics["time_per_output_token"] == times[2] > 0
     assert run(requests, "--sample_num", "2", output="none").metrics["time_per_output_token"] == 0
+
+
+@both_caches
+def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
+    """Seconds counted for each row of a batch, or not at all: of a prefill, of steps that a result waits for, of a
+    batch that memory did not suffice for, or of results from before an interruption."""
+    waits = {"_prefill": 0.05, "_decode": 0.005}
+    spent, tried = 0, 0
+
+    def slow(name):
+        original = getattr(generation.Batcher, name)
+
+        def wait(self, *args):
+            nonlocal spent, tried
+            time.sleep(waits[name])
+            spent += waits[name]
+            tried += name == "_prefill"
+            if tried == 1:
+                raise ON_GPU
+            return original(self, *args)
+
+        monkeypatch.setattr(generation.Batcher, name, wait)
+
+    for name in waits:
+        slow(name)
+    requests = make_requests(6)
+    for i, request in enumerate(requests):
+        request["max_tokens"] = 3 + 5 * i
+    begin = time.perf_counter()
+    outcome = run(requests, *flags, "--batch_size", "4")
+    took = time.perf_counter() - begin
+    assert tried > 1 and spent < outcome.metrics["seconds"] < took
+
+    kept = outcome.path.read_bytes().splitlines(keepends=True)[:3]
+    before = sum(json.loads(line)["result"]["request_time"]["wall_time"] for line in kept)
+    outcome.path.write_bytes(b"".join(kept))
+    spent = 0
+    begin = time.perf_counter()
+    resumed = run(requests, *flags, "--batch_size", "4")
+    took = time.perf_counter() - begin
+    assert spent < resumed.metrics["seconds"] - before < took
 
 
 def test_table_on_stdout(run):
@@ -443,6 +513,26 @@ def test_eos_ends_a_text_and_is_not_in_it(run, checkpoint, tokenizer, tmp_path, 
     assert len({len(tokens_of(choice)) for choice in ended.choices}) > 2
 
 
+@both_caches
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_eos_as_the_first_token(run, script, tokenizer, batch_size, flags):
+    """A row that never decodes: means over no step, slots of a neighbour, a row that is not freed."""
+    script([tokenizer.eos_token_id])
+    requests = make_requests(5, max_tokens=4)
+    outcome = run(requests, *flags, "--batch_size", batch_size)
+    assert [result["request"] for result in outcome.results] == requests
+    for result in outcome.results:
+        (choice,) = result["result"]["choices"]
+        assert (choice["text"], choice["finish_reason"], tokens_of(choice)) == ("", "stop", [])
+        assert choice["logprobs"]["token_logprobs"] == [] and result["tokens_generated"] == 1
+        timing = result["result"]["request_time"]
+        assert 0 < timing["latency"] == timing["time_to_first_token"] and timing["time_per_output_token"] == 0
+        length = len(tokenizer(result["request"]["article"])["input_ids"])
+        assert result["cache"]["tokens_seen"] == length
+        assert result["cache"]["slots_kept"] == (min(length, 24) if flags else length)
+    assert outcome.metrics["time_per_output_token"] == 0
+
+
 def test_eos_as_the_last_allowed_token_is_a_stop(run, script, tokenizer):
     """finish_reason is decided by what was said, not by how much."""
     script([*tokenizer.encode("ab"), tokenizer.eos_token_id])
@@ -481,34 +571,114 @@ def test_batches_change_nothing_and_results_come_in_order(run, checkpoint, token
     assert len({len(tokens_of(choice)) for choice in together.choices}) > 4
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_plan_of_batches(batch_size):
-    """A request lost or twice; a batch with two temperatures; long prompts late, when memory runs out after hours."""
-    fields = [SAMPLED if i % 3 == 0 else {} for i in range(10)]
-    requests = [
-        Request.from_line(json.dumps(r | f), i) for i, (r, f) in enumerate(zip(make_requests(10), fields, strict=True))
-    ]
-    prompts = [run_summarization.Prompt(request, [0] * (10 + (7 * request.index) % 10)) for request in requests]
-    batches = run_summarization.plan_batches(prompts, batch_size, greedy=False)
-    planned = [prompt.request.index for batch in batches for prompt in batch]
-    assert sorted(planned) == list(range(10))
+@pytest.mark.parametrize("batch_size", [1, 3, "auto"])
+def test_order_of_decoding(batch_size):
+    """A request lost or twice; long prompts late, when memory runs out after hours; requests alike not side by side."""
+    requests = [Request.from_line(json.dumps(request), i) for i, request in enumerate(make_requests(10))]
+    prompts = [run_summarization.Prompt(request, [0] * (10 + (7 * request.index) % 5)) for request in requests]
+    ordered = run_summarization.in_order(prompts, batch_size)
+    indices = [prompt.request.index for prompt in ordered]
+    assert sorted(indices) == list(range(10))
     if batch_size == 1:
-        assert planned == list(range(10)), "no padding to save: the order of the file"
+        assert indices == list(range(10)), "no padding to save: the order of the file"
         return
-    assert all(len({prompt.request.temperature for prompt in batch}) == 1 for batch in batches)
-    assert sorted(map(len, batches)) == [1, 3, 3, 3], "4 that sample, 6 that do not"
-    longest = [[len(prompt.tokens) for prompt in batch] for batch in batches]
-    assert longest == sorted(longest, key=lambda lengths: -lengths[0])
-    assert all(lengths == sorted(lengths, reverse=True) for lengths in longest)
-    together = run_summarization.plan_batches(prompts, batch_size, greedy=True)
-    assert sorted(map(len, together)) == [1, 3, 3, 3] and len(together[-1]) == 1, "--greedy makes them all alike"
+    lengths = [len(prompt.tokens) for prompt in ordered]
+    assert lengths == sorted(lengths, reverse=True)
+    assert indices[0] < indices[1], "and among the same lengths that of the file"
 
 
-def test_requests_that_sample_do_not_touch_their_neighbours(run):
+def test_decoding_follows_the_order(run, tokenizer, monkeypatch):
+    """An order that is worked out and not kept to."""
+    begun, prefill = [], generation.Batcher._prefill
+
+    def recorded(self, group, rows):
+        begun.extend(len(sequence.prompt) for sequence in group)
+        prefill(self, group, rows)
+
+    monkeypatch.setattr(generation.Batcher, "_prefill", recorded)
+    requests = make_requests(6, max_tokens=2)
+    lengths = [len(tokenizer(request["article"])["input_ids"]) for request in requests]
+    for batch_size, expected in (("1", lengths), ("2", sorted(lengths, reverse=True))):
+        begun.clear()
+        run(requests, *H2O, "--batch_size", batch_size, output=batch_size)
+        assert begun == expected
+
+
+@pytest.mark.parametrize("interval", [1, 4, 16])
+def test_rows_that_join_get_what_they_get_alone(run, prefills, interval):
+    """A row that takes a place in the middle of the others' decoding, with their slots, mass, clock or numbers left
+    in it, or whose own slimmings fall on other steps than alone."""
+    requests = make_requests(10)
+    for i, request in enumerate(requests):
+        request |= {"max_tokens": (60, 5, 17, 34)[i % 4]} | (SAMPLED if i % 3 == 0 else {})
+    flags = [*H2O, "--update_interval", str(interval)]
+    alone = run(requests, *flags, output="alone")
+    assert prefills == [(1, 0)] * 10
+    prefills.clear()
+    outcome = run(requests, *flags, "--batch_size", "3")
+    assert_same_results(outcome, alone)
+    assert sum(beside > 0 for _, beside in prefills) > 2, "nothing joined"
+    assert max(group + beside for group, beside in prefills) == 3
+    assert {result["result"]["request_time"]["batch_size"] for result in outcome.results} <= {1, 2, 3}
+
+
+def test_full_cache_decodes_a_batch_to_its_end(run, prefills):
+    """Rows of the full cache all grow: none joins the others."""
+    requests = make_requests(7)
+    for i, request in enumerate(requests):
+        request["max_tokens"] = (20, 5, 17, 9)[i % 4]
+    run(requests, "--batch_size", "3")
+    assert prefills == [(3, 0), (3, 0), (1, 0)]
+
+
+@both_caches
+def test_more_choices_than_rows(run, prefills, flags):
+    """A request whose sequences do not fit into one batch: choices lost, mixed up or drawn twice."""
+    requests = make_requests(2, max_tokens=9, n=5, **SAMPLED)
+    alone = run(requests, *flags, output="alone")
+    assert [len(result["result"]["choices"]) for result in alone.results] == [5, 5]
+    assert len(set(alone.texts)) == 10
+    for batch_size in ("2", "7"):
+        prefills.clear()
+        outcome = run(requests, *flags, "--batch_size", batch_size, output=batch_size)
+        assert_same_results(outcome, alone)
+        assert sum(group for group, _ in prefills) == 10 and max(group for group, _ in prefills) == int(batch_size)
+    one = run([request | {"n": 1} for request in requests], *flags, output="one")
+    assert one.texts == [alone.texts[0], alone.texts[5]], "the first of n is the only one of one"
+
+
+def test_automatic_batch_size(run, prefills, monkeypatch):
+    """A number taken from the memory that is free, at least one, or more than there are sequences."""
+    requests = make_requests(19, max_tokens=2)
+    alone = run(requests, *H2O, output="alone")
+    prefills.clear()
+    outcome = run(requests, *H2O, "--batch_size", "auto")
+    assert_same_results(outcome, alone)
+    assert prefills[0] == (16, 0) and outcome.metrics["batch_size"] == "auto"
+    assert outcome.stderr == ["--batch_size auto: up to 16 sequences at once"]
+    prefills.clear()
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    small = run(requests[:3], *H2O, "--batch_size", "auto", output="small")
+    assert small.texts == alone.texts[:3] and prefills == [(1, 0)] * 3
+    assert small.stderr == ["--batch_size auto: up to 1 sequences at once"]
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "3"])
+def test_choices_that_end_in_one_step(run, script, tokenizer, batch_size):
+    """A request whose sequences end together was written once for each of them, or before the others were there."""
+    script([*tokenizer.encode("the same"), tokenizer.eos_token_id])
+    requests = make_requests(3, max_tokens=20, n=2, temperature=1, top_p=1e-6)
+    outcome = run(requests, *H2O, "--batch_size", batch_size)
+    assert [result["index"] for result in outcome.results] == [0, 1, 2]
+    assert [len(result["result"]["choices"]) for result in outcome.results] == [2, 2, 2]
+
+
+@both_caches
+def test_requests_that_sample_do_not_touch_their_neighbours(run, flags):
     """One temperature for the whole batch: greedy requests would be sampled, or the other way round."""
     greedy = make_requests(6, max_tokens=10)
     mixed = [request | (SAMPLED if i % 2 else {}) for i, request in enumerate(greedy)]
-    expected, got = run(greedy, *H2O), run(mixed, *H2O, "--overwrite", "--batch_size", "3")
+    expected, got = run(greedy, *flags), run(mixed, *flags, "--overwrite", "--batch_size", "3")
     assert got.texts[::2] == expected.texts[::2]
     assert all(a != b for a, b in zip(got.texts[1::2], expected.texts[1::2], strict=True))
 
@@ -540,18 +710,49 @@ EVERY_FLAG = {
     "score_queries": ("--score_queries 9", 9),
     "group_reduce": ("--group_reduce first", "first"),
     "position_rolling": ("--enable_position_rolling", True),
+    "capture": ("--no-capture", False),
+    "compile": ("--compile", True),
 }
 
 
 def test_every_flag_reaches_the_cache(run, caches):
     """A flag that is parsed and then forgotten; a field of H2OConfig without a flag."""
     assert set(EVERY_FLAG) == {field.name for field in dataclasses.fields(H2OConfig)}
-    given = [word for flag, _ in EVERY_FLAG.values() for word in flag.split()]
+    together = {name: of_field for name, of_field in EVERY_FLAG.items() if name != "compile"}  # needs capture
+    given = [word for flag, _ in together.values() for word in flag.split()]
     run(make_requests(1, max_tokens=6), "--enable_h2o_generation", *given)
-    (cache,) = caches
-    assert cache.h2o == H2OConfig(**{name: value for name, (_, value) in EVERY_FLAG.items()})
+    assert len(caches) == 2
+    for cache in caches:
+        assert cache.h2o == H2OConfig(**{name: value for name, (_, value) in together.items()})
+        assert cache.layers[0].keys.shape[2] == 20 + 3
     assert all(getattr(H2OConfig(), name) != value for name, (_, value) in EVERY_FLAG.items()), "tells nothing"
-    assert cache.layers[0].keys.shape[2] == 20 + 3
+
+
+def test_compile_reaches_the_cache():
+    """As every flag; what it needs is not here, so nothing is run with it."""
+    args = run_summarization.parse_args(["--enable_h2o_generation", "--compile"])
+    assert run_summarization.h2o_config(args) == H2OConfig(compile=True)
+
+
+def test_compile_without_its_kernels(refused, no_model):
+    """A flag that is taken and does nothing, or is refused in the words of another file."""
+    refused(make_requests(1), "--enable_h2o_generation", "--compile", words=["--compile: ", "--backend triton", "sdpa"])
+    for flags in ("--no-capture", "--slimming mask", "--backend eager"):
+        outcome = refused(
+            make_requests(1),
+            *["--enable_h2o_generation", "--compile", *flags.split()],
+            words="--compile compiles captured steps of kernels: it needs --capture, --slimming H and --backend auto",
+        )
+        assert "=" not in outcome.stderr[0] and "'" not in outcome.stderr[0]
+
+
+def test_no_capture_changes_no_text(run):
+    """A way of decoding that is kept for the case that graphs fail, and fails itself."""
+    requests = make_requests(3, max_tokens=20)
+    plain = run(requests, *H2O, output="plain")
+    outcome = run(requests, *H2O, "--no-capture", "--batch_size", "2")
+    assert_same_results(outcome, plain)
+    assert outcome.metrics["settings"]["--capture"] is False
 
 
 def test_flag_of_the_default_value_reaches_the_cache(run, caches, monkeypatch):
@@ -578,7 +779,7 @@ def test_editing_a_default_is_enough(run, caches, monkeypatch):
     )
     outcome = run(make_requests(1, max_tokens=2), "--enable_h2o_generation", "--update_interval", "5")
     assert caches[0].h2o == H2OConfig()
-    h2o = caches[1].h2o
+    h2o = caches[-1].h2o
     assert (h2o.window_length, h2o.update_interval, h2o.score) == (20, 5, "sink"), "the flag given wins, only that one"
     assert outcome.metrics["settings"]["--num_window_length"] == 20
 
@@ -634,8 +835,32 @@ def test_sampling_follows_the_seed(run, flags):
     assert run(requests, *flags, "--sample_num", "2", output="two").texts == first.texts[:2]
     other = run(requests, *flags, "--seed", "7", output="other").texts
     assert all(a != b for a, b in zip(other, first.texts, strict=True))
-    batches = [run(requests, *flags, "--batch_size", "3", output=f"batch{i}").texts for i in range(2)]
-    assert batches[0] == batches[1]
+
+
+def ways_to_ask(count: int) -> list[dict]:
+    """Requests of every kind side by side: greedy, of several temperatures and choices, with a nucleus and without."""
+    settings = [{"temperature": 0.9}, {}, SAMPLED | {"n": 2}, {"temperature": 1.3, "top_p": 0.6}, {"temperature": 0.7}]
+    requests = make_requests(count)
+    for i, request in enumerate(requests):
+        request |= {"max_tokens": (30, 6, 17)[i % 3]} | settings[i % 5]
+    return requests
+
+
+@both_caches
+def test_samples_depend_on_seed_request_and_choice_alone(run, flags):
+    """Figures that change with the memory of the machine: other samples at another batch size, after an interruption,
+    or because requests beside them have a top_p."""
+    requests = ways_to_ask(8)
+    alone = run(requests, *flags, output="alone")
+    for batch_size in ("3", "auto"):
+        together = run(requests, *flags, "--batch_size", batch_size, output=f"{batch_size}.jsonl")
+        assert_same_results(together, alone)
+    lines = together.path.read_bytes().splitlines(keepends=True)
+    for kept in ([1, 2, 3, 5, 6, 7], [0, 4]):  # those that are left sample without a nucleus, or most of them with one
+        together.path.write_bytes(b"".join(lines[i] for i in kept))
+        assert_same_results(run(requests, *flags, "--batch_size", "2", output="auto.jsonl"), alone)
+    first = run(requests, *flags, "--sample_num", "1", output="first")
+    assert first.texts == alone.texts[:1], "whatever comes after it"
 
 
 def test_duplicate_requests_are_separate_samples(run):
@@ -650,12 +875,13 @@ def test_temperature_and_top_p_are_each_requests_own(run):
     settings = [{}, {"temperature": 0.001}, {"temperature": 1, "top_p": 1e-6}, {"temperature": 1000}, {"top_p": 0.5}]
     outcome = run([request | setting for setting in settings])
     assert outcome.texts[0] == outcome.texts[1] == outcome.texts[2] == outcome.texts[4] != outcome.texts[3]
-    assert sum(outcome.choices[3]["logprobs"]["token_logprobs"]) < 2 * sum(
-        outcome.choices[0]["logprobs"]["token_logprobs"]
-    )
+    logprobs = [choice["logprobs"]["token_logprobs"] for choice in outcome.choices]
+    assert sum(logprobs[3]) / len(logprobs[3]) < 2 * sum(logprobs[0]) / 12, "of each token: this one may draw an EOS"
+    together = run([request | setting for setting in settings], "--batch_size", "5", output="together")
+    assert together.texts == outcome.texts
 
 
-def test_no_top_k_of_transformers_remains(run, script, checkpoint, tmp_path):
+def test_no_top_k_of_transformers_remains(run, checkpoint, tmp_path):
     """transformers samples among the 50 likeliest tokens by default, and checkpoints bring defaults of their own."""
     model = with_generation_config(
         checkpoint, tmp_path / "opinionated", do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0
@@ -899,23 +1125,18 @@ def test_disk_that_fills_up(run):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """memory(fits, error) lets `generate` run out of memory where not fits(input_ids); returns the batches tried."""
+    """memory(fits, error) lets a prefill run out of memory where not fits(prompts); returns how many were tried."""
 
     def memory(fits, error):
-        tried = []
-        for model in (H2OLlamaForCausalLM, LlamaForCausalLM):
+        tried, prefill = [], generation.Batcher._prefill
 
-            def generate(self, *args, original=model.generate, **kwargs):
-                if self.training or kwargs.get("input_ids") is None:
-                    pytest.fail("not called as expected")
-                tried.append(len(kwargs["input_ids"]))
-                if not fits(kwargs["input_ids"]):
-                    raise error
-                return original(self, *args, **kwargs)
+        def limited(self, group, rows):
+            tried.append(len(group))
+            if not fits([sequence.prompt for sequence in group]):
+                raise error
+            prefill(self, group, rows)
 
-            if "generate" not in vars(model):
-                monkeypatch.setattr(model, "generate", generate)
-                break  # LlamaForCausalLM inherits it too, and H2O's must not count twice
+        monkeypatch.setattr(generation.Batcher, "_prefill", limited)
         return tried
 
     return memory
@@ -926,44 +1147,121 @@ ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: 
 
 
 @pytest.mark.parametrize("error", [ON_GPU, ON_CPU], ids=["gpu", "cpu"])
-def test_out_of_memory_halves_the_batch_and_goes_on(run, memory, error):
+@both_caches
+def test_out_of_memory_halves_the_batch_and_goes_on(run, memory, error, flags):
     """A night's run that dies of one batch; halves that lose, repeat or reorder requests; a limit that is forgotten."""
     requests = make_requests(9, max_tokens=6)
-    expected = run(requests, *H2O, output="alone")
-    tried = memory(lambda input_ids: len(input_ids) <= 2, error)
-    outcome = run(requests, *H2O, "--batch_size", "8")
+    expected = run(requests, *flags, output="alone")
+    tried = memory(lambda prompts: len(prompts) <= 2, error)
+    outcome = run(requests, *flags, "--batch_size", "8")
     assert_same_results(outcome, expected)
     assert tried == [8, 4, 2, 2, 2, 2, 1], "each size fails once"
     assert [line for line in outcome.stderr if "out of memory" in line] == [
-        "out of memory with 8 requests: going on with 4",
-        "out of memory with 4 requests: going on with 2",
+        "out of memory with 8 sequences: going on with 4",
+        "out of memory with 4 sequences: going on with 2",
     ]
     assert outcome.metrics["requests"] == 9
 
 
-def test_one_request_too_large_keeps_all_results_before_it(run, refused, memory, tokenizer, monkeypatch):
+def fails(original, tried: list, at: int):
+    """As `original`, but the `at`-th call runs out of memory."""
+
+    def failing(*args, **kwargs):
+        tried.append(None)
+        if len(tried) == at:
+            raise ON_GPU
+        return original(*args, **kwargs)
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "flags"),
+    [
+        (generation.RowSampler, "__init__", 1, H2O),
+        (H2OLlamaForCausalLM, "merge_projections", 1, H2O),
+        (HHCache, "with_rows", 1, H2O),
+        (HHCache, "take_rows", 3, H2O),
+        (generation.Decoder, "decode", 1, H2O),
+        (generation.Decoder, "decode", 4, H2O),
+        (generation.Batcher, "_prefill", 3, H2O),
+        (generation.FullCacheDecoder, "decode", 1, []),
+        (generation.FullCacheDecoder, "decode", 15, []),
+    ],
+)
+def test_out_of_memory_anywhere(run, monkeypatch, owner, name, at, flags):
+    """Results, or choices that have ended, that are lost, written twice or sampled otherwise after memory ran out
+    while a batch was set up, before its first result, among steps, or when others joined."""
+    requests = ways_to_ask(8)
+    expected = run(requests, *flags, output="expected")
+    monkeypatch.setattr(owner, name, fails(getattr(owner, name), tried := [], at))
+    appended, append = [], ResultsFile.append
+    monkeypatch.setattr(ResultsFile, "append", lambda file, result: appended.append(len(tried)) or append(file, result))
+    outcome = run(requests, *flags, "--batch_size", "4")
+    assert len(tried) > at and len(appended) == 8
+    if at > 1:
+        assert appended[0] < at < appended[-1], "results before it and after it"
+    assert [line for line in outcome.stderr if "out of memory" in line] == [
+        "out of memory with 4 sequences: going on with 2"
+    ]
+    assert_same_results(outcome, expected)
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_decode"])
+def test_interrupted_at_any_moment(run, monkeypatch, name):
+    """Ctrl-C in a prefill or a step, taken for an error of the model or of memory, or that loses what had ended."""
+    requests = ways_to_ask(8)
+    expected = run(requests, *H2O, output="expected")
+    original, calls = getattr(generation.Batcher, name), []
+
+    def interrupted(self, *args):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation.Batcher, name, interrupted)
+        outcome = run(requests, *H2O, "--batch_size", "3", code=130)
+    assert "the same command goes on" in outcome.stderr[-1] and 0 < len(outcome.results) < 8
+    assert_same_results(run(requests, *H2O, "--batch_size", "3"), expected)
+
+
+@both_caches
+def test_one_request_too_large_keeps_all_results_before_it(run, memory, tokenizer, monkeypatch, flags):
     """A traceback, or a batch's results that are lost with the request of it that does not fit."""
-    requests = make_requests(6, max_tokens=6)
+    requests = make_requests(6, max_tokens=6, n=2, temperature=1)
     lengths = [len(tokenizer(request["article"])["input_ids"]) for request in requests]
     order = sorted(range(6), key=lambda i: -lengths[i])
     third = lengths[order[2]]
-    memory(lambda input_ids: len(input_ids) == 1 and input_ids.shape[1] != third, ON_GPU)
-    outcome = run(requests, *H2O, "--batch_size", "6", code=2)
+    memory(lambda prompts: len(prompts) == 1 and len(prompts[0]) != third, ON_GPU)
+    outcome = run(requests, *flags, "--batch_size", "6", code=2)
     assert [line.split(":")[0] for line in outcome.stderr] == [
-        "out of memory with 6 requests",
-        "out of memory with 3 requests",
-        "out of memory with 2 requests",
+        "out of memory with 6 sequences",
+        "out of memory with 3 sequences",
+        "out of memory with 2 sequences",
         "error",
     ]
     assert f"request {order[2]} ({third} tokens)" in outcome.stderr[-1]
     assert [result["index"] for result in outcome.results] == order[:2]
     monkeypatch.undo()
-    assert len(run(requests, *H2O, "--batch_size", "6").results) == 6
+    assert len(run(requests, *flags, "--batch_size", "6").results) == 6
+
+
+def test_first_request_too_large(run, memory, monkeypatch):
+    """No result at all: the file must stay one that the same command goes on with."""
+    requests = make_requests(2, max_tokens=3)
+    memory(lambda prompts: False, ON_CPU)
+    outcome = run(requests, *H2O, code=2)
+    (line,) = outcome.stderr
+    assert "request 0 (" in line and "does not fit" in line and outcome.results == []
+    monkeypatch.undo()
+    assert len(run(requests, *H2O).results) == 2
 
 
 def test_other_errors_are_not_taken_for_memory(run, memory):
     """Halving after any RuntimeError would hide a bug behind an hour of retries."""
-    memory(lambda input_ids: False, RuntimeError("shapes cannot be multiplied"))
+    memory(lambda prompts: False, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         run(make_requests(2, max_tokens=2), *H2O, "--batch_size", "2")
 
