@@ -450,6 +450,7 @@ def run(args: argparse.Namespace) -> int:
     if skipped:
         print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)
     settings = {
+        "the form of results": 2,  # another one cannot be gone on with
         "--model-name": args.model_name,
         "--sample_num": args.sample_num,
         "--input-path": f"sha256 {fingerprint(requests)[:16]}",
