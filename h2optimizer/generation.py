@@ -6,10 +6,12 @@ decodes many sequences, each of its own length and sampling, and lets new ones t
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import time
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -77,7 +79,8 @@ class Decoder:
         pad_token_id: int = 0,
         logprobs: bool = False,
     ):
-        self.model, self.cache, self.choose = model, cache, choose
+        # weak: the model keeps caches and a cache its decoders; `del model` frees its memory at once
+        self._model, self._cache, self.choose = weakref.ref(model), weakref.ref(cache), choose
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         rows, device = len(cache.lengths), model.device
         with torch.inference_mode(False):  # outlive the mode they are made in
@@ -86,11 +89,16 @@ class Decoder:
             self.column = torch.zeros(1, dtype=torch.long, device=device)  # of `tokens`, that the next step writes
             self.tokens = torch.zeros(rows, CHUNK, dtype=torch.long, device=device)
             self.logprobs = torch.zeros(rows, CHUNK, device=device) if logprobs else None
-        self.static = cache.h2o.slimming == "H" and all(layer.by_kernel for layer in cache.layers)
-        # frequencies that follow the length, and hooks, are the host's business in each step
-        self.static &= "dynamic" not in model.model.rotary_emb.rope_type and not is_hooked(model)
+        self.static = (
+            cache.h2o.slimming == "H"
+            and all(layer.by_kernel for layer in cache.layers)
+            # frequencies that follow the length are the host's business in each step (longrope's in transformers 5.17)
+            and not any(name in model.model.rotary_emb.rope_type for name in ("dynamic", "longrope"))
+            and is_replayable(model)
+        )
         self._forward = decode_logits
         if self.static and cache.h2o.compile:
+            model.merge_projections()  # compiled, a merged product no longer asks whether its layers are the same
             # Coordinate descent lets batch-1 products become reductions that read at full bandwidth; sums that several
             # kernels read are stored, or each product would add up the residual stream again for every weight.
             options = {"coordinate_descent_tuning": True, "realize_reads_threshold": 1}
@@ -102,11 +110,12 @@ class Decoder:
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._ran: set[str] = set()  # what has run once, so that all its kernels are compiled
         self._pool = None
-        self._weights = self._addresses()
+        self._weights = _addresses(model)
 
     def is_current(self) -> bool:
         """Whether the model has the modules, and these their weights, that it had when the graphs were recorded."""
-        return self._weights == self._addresses()
+        model = self._model()
+        return model is not None and self._weights == _addresses(model)
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
         """Go on from these tokens of all rows, or of some, which begin anew."""
@@ -115,6 +124,7 @@ class Decoder:
         self.finished.index_copy_(0, at, self.ends(tokens))
         self.token.index_copy_(0, at, tokens)
 
+    @torch.inference_mode(False)  # the same mode in each call, or torch.compile compiles again, maybe in a recording
     @torch.no_grad()
     def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Up to CHUNK steps; returns tokens and log-probabilities [B, steps]. Waits for nothing."""
@@ -123,31 +133,33 @@ class Decoder:
             if self.static:
                 self._next()
             else:
-                self._keep(self.model(self.token[:, None], past_key_values=self.cache).logits[:, -1])
+                self._keep(self._model()(self.token[:, None], past_key_values=self._cache()).logits[:, -1])
         return self.tokens[:, :steps].clone(), None if self.logprobs is None else self.logprobs[:, :steps].clone()
 
     def ends(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which of the tokens finish their row."""
         if self.eos_token_ids is None:
             return torch.zeros_like(tokens, dtype=torch.bool)
-        return torch.isin(tokens, self.eos_token_ids)
+        # not torch.isin, which sorts where there are ten or more, and then waits for the device
+        return (tokens[..., None] == self.eos_token_ids).any(dim=-1)
 
     def _next(self) -> None:
-        step = self.cache.begin(len(self.token), 1, static=True)
+        cache = self._cache()
+        step = cache.begin(len(self.token), 1, static=True)
         self._play("scored" if step.scored else "unscored", self._step)
         if step.due:
-            self._play("slimming", self.cache.slim_all)
-        self.cache.end()
+            self._play("slimming", cache.slim_all)
+        cache.end()
 
     def _step(self) -> None:
         """All that the device does in a step, but slimming."""
-        step = self.cache.step
-        step.rows.count_step()
-        if self.cache.h2o.position_rolling:
-            position_ids = torch.arange(self.cache.h2o.capacity, device=self.token.device)[None]
+        cache = self._cache()
+        cache.step.rows.count_step()
+        if cache.h2o.position_rolling:
+            position_ids = torch.arange(cache.h2o.capacity, device=self.token.device)[None]
         else:
-            position_ids = step.positions(self.token.device)
-        self._keep(self._forward(self.model, self.token[:, None], position_ids, self.cache))
+            position_ids = cache.step.positions(self.token.device)
+        self._keep(self._forward(self._model(), self.token[:, None], position_ids, cache))
 
     def _keep(self, logits: torch.Tensor) -> None:
         tokens = torch.where(self.finished, self.pad_token_id, self.choose(logits))
@@ -159,23 +171,33 @@ class Decoder:
         self.column.add_(1)
 
     def _play(self, name: str, run: Callable[[], None]) -> None:
+        device = self.token.device
         if name in self._graphs:
             self._graphs[name].replay()
-        elif self.model.device.type != "cuda" or name not in self._ran:
+        elif device.type != "cuda" or name not in self._ran:
             run()
             self._ran.add(name)
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
+            # thread_local: what other threads do on the device meanwhile (pinning memory, say) is no error
+            options = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.device(device), torch.cuda.graph(graph, **options):
                 run()
             self._pool = graph.pool()
             self._graphs[name] = graph
             graph.replay()
 
-    def _addresses(self) -> list[int]:
-        model = self.model
-        tensors = [tensor.data_ptr() for held in (model.parameters(), model.buffers()) for tensor in held]
-        return [*map(id, model.modules()), *tensors]
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """torch's own is the first device's, where nothing of a model on another would be recorded."""
+    return torch.cuda.Stream(device)
+
+
+def _addresses(model) -> list[int]:
+    """Of the model's modules and of its tensors' memory."""
+    tensors = [tensor.data_ptr() for held in (model.parameters(), model.buffers()) for tensor in held]
+    return [*map(id, model.modules()), *tensors]
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -290,7 +312,6 @@ class KeptCaches:
         """Free them; whether there was one."""
         any_kept = bool(self._caches)
         self._caches.clear()
-        gc.collect()  # a cache and its decoders name each other
         return any_kept
 
     def __deepcopy__(self, memo) -> KeptCaches:
@@ -314,7 +335,7 @@ def can_capture(
         return False
     if not all(type(processor) in STATELESS_PROCESSORS for processor in logits_processor):
         return False
-    if is_hooked(model) or len({parameter.device for parameter in model.parameters()}) > 1:
+    if not is_replayable(model):
         return False
     on_gpu = model.device.type == "cuda" or CAPTURE_ELSEWHERE
     if not on_gpu or cache.h2o.slimming_kernels(model.device) is None:
@@ -331,15 +352,22 @@ def _positions_are_counts(input_ids, position_ids=None, attention_mask=None, inp
     return position_ids.ndim == 2 and bool((position_ids[:, -1] + 1 == tokens).all())
 
 
-def is_hooked(model) -> bool:
-    """Whether the host is to be told of a forward, or has replaced one: a graph that is replayed calls nothing."""
+def is_replayable(model) -> bool:
+    """Whether each forward is the same work of one device: a graph that is replayed calls nothing on the host."""
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return False
+    if torch.is_autocast_enabled(model.device.type):  # a graph would outlive the casts of the weights
+        return False
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:  # its layers may ask the device (bitsandbytes, 8 bits)
+        return False
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         # transformers leaves its own where outputs, or gradient checkpointing, were asked for once: idle without
         foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
         if foreign or "forward" in vars(module):
-            return True
-    return False
+            return False
+    return True
 
 
 CAPTURE_ELSEWHERE = False  # tests run the same steps where there are no graphs
@@ -350,9 +378,10 @@ def sample(
 ):
     """As GenerationMixin._sample, greedy or sampling: sequences [B, tokens], or its output object.
 
-    End-of-sequence tokens are noticed on the device. Other criteria see every prefix, after up to CHUNK steps; what was
-    decoded past the last row's end is dropped. A cache that outlives the call never ends a step ahead: where a step
-    could be the last, the host then looks at once.
+    End-of-sequence tokens are noticed on the device. The host looks after up to CHUNK steps, where something but the
+    length can end the call; other criteria then see every prefix, and what was decoded past the last row's end is
+    dropped. A cache that outlives the call never ends a step ahead: where a step could be the last, the host looks at
+    once.
     """
     cache = kwargs["past_key_values"]
     outlives = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
@@ -367,24 +396,24 @@ def sample(
     key = (len(input_ids), cache.h2o, model.dtype, model.device)
     if not outlives:
         cache = kwargs["past_key_values"] = model.kept_caches.take(key) or cache
-    try:
-        logits = model._prefill(input_ids, generation_config, dict(kwargs), is_first_iteration=True).logits[:, -1]
-    except torch.OutOfMemoryError:
-        if not model.kept_caches.clear():
-            raise
-        logits = None
-    if logits is None:  # again, with what was kept out of the way
-        torch.cuda.empty_cache()
-        cache.reset()
-        logits = model._prefill(input_ids, generation_config, dict(kwargs), is_first_iteration=True).logits[:, -1]
+    logits = None
+    while logits is None:
+        try:
+            logits = model._prefill(input_ids, generation_config, dict(kwargs), is_first_iteration=True).logits[:, -1]
+        except torch.OutOfMemoryError:
+            if not model.kept_caches.clear():
+                raise
+        if logits is None:  # again, with what was kept out of the way
+            torch.cuda.empty_cache()
+            cache.reset()
     decoder = _decoder_of(model, cache, logits_processor, generation_config.do_sample, eos, pad)
 
     new = decoder.choose(logits)
     decoder.start(new)
     new, ended = new[:, None], torch.zeros_like(decoder.finished)
     while True:
+        done = []  # for each new column, whether it ends the last row
         if others:
-            done = []  # for each new column, whether it ends the last row
             for column in new.unbind(1):
                 column = column if eos is None else torch.where(ended, pad, column)
                 input_ids = torch.cat([input_ids, column[:, None]], dim=1)
@@ -392,25 +421,23 @@ def sample(
                 for criteria in others:
                     ended = ended | criteria(input_ids, None)
                 done.append(ended.all())
-            done = torch.stack(done)
+            done = torch.stack(done).tolist()  # the host waits here
         else:
             input_ids = torch.cat([input_ids, new], dim=1)
-            ended_by = (decoder.ends(new).cumsum(dim=1) > 0) | ended[:, None]
-            done, ended = ended_by.all(dim=0), ended_by[:, -1]
-        left = CHUNK if max_length is None else max_length - input_ids.shape[1]
-        ahead = None
-        if left > 0 and at_a_time > 1 and not others:
-            ahead = decoder.decode(min(at_a_time, left))[0]  # the device goes on while the host looks
-        done = done.tolist()  # the host waits here
+            if eos is not None:
+                ended_by = (decoder.ends(new).cumsum(dim=1) > 0) | ended[:, None]
+                ended = ended_by[:, -1]
+                done = ended_by.all(dim=0).tolist()  # or here
         if True in done:
             input_ids = input_ids[:, : input_ids.shape[1] - len(done) + done.index(True) + 1]
             break
+        left = CHUNK if max_length is None else max_length - input_ids.shape[1]
         if left <= 0:
             break
         if others and eos is not None:  # rows that they ended: the decoder knows of its own only
             decoder.finished.copy_(ended)
             decoder.token.copy_(input_ids[:, -1])
-        new = decoder.decode(min(at_a_time, left))[0] if ahead is None else ahead
+        new = decoder.decode(min(at_a_time, left))[0]
     if not outlives:
         model.kept_caches.put(key, cache)
     if generation_config.return_dict_in_generate:
@@ -466,13 +493,13 @@ class Clock:
     """Moments on the device's own time, so that timing waits for nothing; on a CPU, the host's."""
 
     def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
 
     def now(self) -> torch.cuda.Event | float:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self, begin, end) -> float:
@@ -591,6 +618,7 @@ class Batcher:
         if self.sampler is not None:
             choose = self.sampler.at(rows, group)
         if self.h2o is None:
+            self.cache = self.decoder = None  # the batch before has ended: make room
             cache, mask = DynamicCache(config=self.model.config), mask.to(device)
             position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
             logits = self.model(
@@ -600,7 +628,6 @@ class Batcher:
                 cache.batch_select_indices(torch.tensor(source, device=device))
             self.cache = cache
             self.decoder = FullCacheDecoder(self.model, cache, self.sampler or choose_greedily, mask[source])
-            self.rows, self._begun = [None] * len(group), [()] * len(group)
         else:
             cache = HHCache(self.h2o)
             logits = self.model(ids.to(device), attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[
@@ -710,7 +737,10 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
     logits = 48 * config.vocab_size  # bytes a row: probabilities, sorted, with their order and sums
     row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
     if device.type != "cuda":
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError):  # only Linux tells
+            return 16
         return max(1, min(16, int(free // 2 // row)))
     prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // longest)
     cache = DynamicCache(config=config) if h2o is None else HHCache(h2o)

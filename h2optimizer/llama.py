@@ -135,8 +135,8 @@ class MergedLinear:
             return None
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return None
-        if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):  # theirs are the gradients
-            return None
+        if torch.is_grad_enabled() and (inputs.requires_grad or any(layer.weight.requires_grad for layer in layers)):
+            return None  # gradients are the layers' own, and the kernels that follow have none
         return F.linear(inputs, self.weight)
 
     def is_current(self, *layers: torch.nn.Module) -> bool:

@@ -7,8 +7,10 @@ There are no graphs on a CPU: the same static steps are run there. Most tests le
 import contextlib
 import copy
 import dataclasses
+import gc
 import io
 import os
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -400,7 +402,31 @@ def test_scaled_positions(captured, rope):
     outputs, caches = both_ways(model, captured, [prompt(13), prompt(9)], own=True)
     assert sequences(outputs[0]) == sequences(outputs[1])
     (decoder,) = caches[0].decoders.values()
-    assert decoder.static == (rope != "dynamic")
+    assert decoder.static == (rope in ("linear", "llama3"))
+
+
+def test_autocast_is_not_captured(model, captured):
+    """Slots, or a graph, of weights as they are cast no longer."""
+    model.h2o = settings()
+    run(model, max_new_tokens=3)
+    tokens = []
+    for capture in (True, False):
+        model.h2o = settings(capture=capture)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens.append(sequences(run(model)))
+    assert tokens[0] == tokens[1] and len(captured) == 1
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_quantised_layers_that_ask_the_device_are_not_captured(model, captured, monkeypatch, compileable):
+    """bitsandbytes' layers of 8 bits, which look for outliers on the host, in a graph: an error of CUDA's."""
+    monkeypatch.setattr(model, "hf_quantizer", SimpleNamespace(is_compileable=compileable), raising=False)
+    model.h2o = settings()
+    run(model, max_new_tokens=3)
+    assert len(captured) == compileable
+    batcher = Batcher(model, 2, set(), 0)
+    list(batcher.run([Sequence(prompt(5), 3)]))
+    assert batcher.decoder.static == compileable
 
 
 # Kept caches
@@ -504,6 +530,25 @@ def test_a_used_model_can_be_copied(how, captured):
         for weight in other.parameters():
             weight.mul_(-1.1)
     assert sequences(run(other)) != expected and sequences(run(model)) == expected
+
+
+@pytest.mark.parametrize("flags", [{}, {"compile": True}], ids=str)
+def test_a_deleted_model_is_freed_at_once(captured, flags):
+    """Weights, slots and graphs that name each other, and hold a GPU's memory until Python's collector runs."""
+    model, cache = make_llamas(num_hidden_layers=1).h2o, HHCache(settings(**flags))
+    model.h2o = cache.h2o
+    run(model, max_new_tokens=5)
+    run(model, max_new_tokens=5, past_key_values=cache)
+    (decoder,) = cache.decoders.values()
+    gc.collect()
+    gc.disable()
+    try:
+        left = [weakref.ref(each) for each in (model, kept(model)[0], model.lm_head.weight)]
+        del model
+        assert len(captured) == 2 and [each() for each in left] == [None] * 3
+        assert not decoder.is_current()
+    finally:
+        gc.enable()
 
 
 def test_a_used_cache_can_be_copied(model, captured):
@@ -686,6 +731,29 @@ def test_compiled_tokens(captured, versions, flags):
     assert len(captured) == 3 - versions
 
 
+def test_a_step_is_compiled_once_inside_inference_mode_and_outside(captured):
+    """A compilation while a graph is recorded, whose measurements CUDA refuses there."""
+    model = make_llamas(hidden_size=32, intermediate_size=32, num_hidden_layers=1).h2o
+    model.h2o, graphs = settings(compile=True), []
+    for mode in (contextlib.nullcontext, torch.inference_mode):
+        with mode():
+            run(model, max_new_tokens=7)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(captured) == 2 and graphs[0] == graphs[1]
+
+
+def test_a_compiled_step_asks_whether_layers_are_still_the_merged_ones(captured):
+    """Weights that the layers have no longer, under a cache of the user's own, for which generate merges nothing."""
+    model = make_llamas(hidden_size=32, intermediate_size=32, num_hidden_layers=1).h2o
+    model.h2o, tokens = settings(compile=True), []
+    run(model, max_new_tokens=3)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = torch.nn.Parameter(-1.5 * mlp.up_proj.weight.detach())
+    for flags in ({"compile": True}, {"capture": False}):
+        tokens.append(sequences(run(model, past_key_values=HHCache(settings(**flags)))))
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("flags", [
     {"capture": False}, {"slimming": "mask"}, {"backend": "sdpa"}, {"backend": "eager"},
     {"backend": "flash_attn", "score_every_step": False},
@@ -790,6 +858,19 @@ def test_merged_weights_are_trained(columns):
     assert all(merge.weight is not None for merge in merges(merged.h2o))
     assert_close(one_token(merged.h2o), one_token(plain.h2o))
     assert not torch.allclose(one_token(merged.h2o), before)
+
+
+@pytest.mark.parametrize("columns", [7, 1])
+def test_gradients_of_inputs_to_frozen_weights(columns):
+    """A soft prompt's gradient that stops at a kernel which has none."""
+    gradients = []
+    for model in merged_llama():
+        model.requires_grad_(False)
+        embeddings = torch.randn(2, columns, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        embeddings.requires_grad_(True)
+        model(inputs_embeds=embeddings, use_cache=False).logits.logsumexp(-1).sum().backward()
+        gradients.append(embeddings.grad)
+    assert_close(gradients[0], gradients[1], 1e-5)
 
 
 def edit_in_place(model, attention):
@@ -1180,6 +1261,15 @@ def test_a_batcher_can_run_again(model):
         wanted = make_sequences()
         assert len(list(batcher.run(wanted))) == len(PROMPTS)
         assert_same_sequences(wanted, expected)
+
+
+def test_a_full_batch_after_one_that_was_not(gqa):
+    """Stock rows that are as few ever after."""
+    batcher = Batcher(gqa.stock, 3, EOS, 0, sampling=True, nucleus=True)
+    list(batcher.run(make_sequences()[:1]))
+    wanted = make_sequences()
+    assert max(sequence.rows for sequence in batcher.run(wanted)) == 3
+    assert_same_sequences(wanted, batch(gqa.stock, 1, make_sequences()))
 
 
 @pytest.mark.parametrize("limit", [1, 25])

@@ -452,10 +452,11 @@ def test_end_of_sequence_in_a_graph(gqa_on_gpu, captured):
     model, rows, flags = gqa_on_gpu.h2o, [prompt(13), prompt(3), prompt(8)], {"update_interval": 4}
     base = tokens_of(model, rows, False, 60, flags)
     ends = {"eos_token_id": [base[0][13 + 5], base[1][13 + 21], base[2][13 + 40]], "pad_token_id": 0}
-    for settings in (ends, {}, ends):
+    many = {"eos_token_id": [*ends["eos_token_id"], *range(10_000, 10_020)], "pad_token_id": 0}  # torch.isin would sort
+    for settings in (ends, {}, ends, many):
         expected = tokens_of(model, rows, False, 60, flags, **settings)
         assert tokens_of(model, rows, True, 60, flags, **settings) == expected
-    assert len(captured) == 3
+    assert len(captured) == 4
 
 
 def test_graphs_are_used_again(gqa_on_gpu, captured, monkeypatch):
@@ -470,6 +471,20 @@ def test_graphs_are_used_again(gqa_on_gpu, captured, monkeypatch):
     graphs = dict(kept_decoder(model)._graphs)
     tokens_of(model, [prompt(5), prompt(6)], True, 40, flags)
     assert kept_decoder(model)._graphs == graphs and len(recorded) == 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_model_on_the_second_gpu(captured):
+    """A graph that records another GPU's stream, and is empty."""
+    model, flags = make_llamas().h2o, {"update_interval": 4}
+    expected = tokens_of(model.to("cuda:0"), [prompt(9)], True, 40, flags)
+    model.kept_caches.clear()
+    model.to("cuda:1")
+    inputs = {name: tensor.to("cuda:1") for name, tensor in left_pad([prompt(9)], "cuda").items()}
+    assert torch.cuda.current_device() == 0
+    for _ in range(2):
+        assert model.generate(**inputs, max_new_tokens=40, do_sample=False).tolist() == expected
+    assert len(captured) == 3 and kept_decoder(model)._graphs
 
 
 def test_moved_weights_are_recorded_anew(gqa_on_gpu, fresh):
