@@ -122,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="decode from CUDA graphs, where kernels do the slimming",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, help="and compile their steps, half a minute a batch size")
+    add("--compile", action=argparse.BooleanOptionalAction, help="and compile their steps, about 45 s a batch size")
     add("--group_reduce", choices=("sum", "first"), help="mass over the query heads of a KV head")
     return parser.parse_args(argv)
 

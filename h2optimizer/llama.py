@@ -40,7 +40,7 @@ class H2OConfig:
     capture: bool = (
         True  # decode from CUDA graphs where the device, the backend and what generate is asked for allow it
     )
-    compile: bool = False  # and those through torch.compile: half a minute for each batch size, then faster steps
+    compile: bool = False  # and those through torch.compile: about 45 s for each batch size, then faster steps
 
     def __post_init__(self):
         for name, allowed in {
