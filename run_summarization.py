@@ -37,6 +37,8 @@ from utils.requests import (
     Request,
     ResultsFile,
     checkpoint_fingerprint,
+    count,
+    count_or_auto,
     fingerprint,
     read_requests,
 )
@@ -53,22 +55,11 @@ FLAG_OF_FIELD = {
 }
 
 
-def count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
-
 def seed(text: str) -> int:
     number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{text} must lie between 0 and {2**32 - 1}")
     return number
-
-
-def count_or_auto(text: str) -> int | str:
-    return text if text == "auto" else count(text)
 
 
 def count_or_all(text: str) -> int | None:

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
 from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
-from utils.bench import capture, count, device_us, host_us, measure_ceilings, print_table, sizes
+from utils.bench import capture, device_us, exit_status, host_us, measure_ceilings, print_table, sizes
 from utils.cache import HHCache, Rows, Step
-from utils.requests import InputError, OneLineParser
+from utils.requests import OneLineParser, count
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case
@@ -391,13 +391,7 @@ def run(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 1 when a result is wrong, 2 after one line about what the caller can put right."""
-    try:
-        return run(parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: too little memory on the device: give smaller --prefill, --decode, --slimming", file=sys.stderr)
-    return 2
+    return exit_status(lambda: run(parse_args(argv)), "give smaller --prefill, --decode, --slimming")
 
 
 if __name__ == "__main__":

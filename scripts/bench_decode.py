@@ -44,15 +44,16 @@ from utils.bench import (
     SHAPES,
     allocated,
     attempt,
-    count,
     counts,
     device_report,
+    exit_status,
     floor_ms,
     free_memory,
     host_ms,
     make_models,
     peak_allocated,
     positive,
+    print_row,
     print_table,
     read_weights,
     sizes,
@@ -60,7 +61,7 @@ from utils.bench import (
     synchronize,
 )
 from utils.cache import HHCache
-from utils.requests import InputError, OneLineParser
+from utils.requests import InputError, OneLineParser, count
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"
@@ -512,9 +513,7 @@ def run(args) -> None:
     rows = []
     for part in (generate_rows, decode_rows, first_rows):
         for result in part(args, model, stock):
-            row = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
-            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-            rows.append(row)
+            rows.append(print_row(result))
     print()
     print_table(rows, {key: spec for key, spec in TABLE.items() if any(key in row for row in rows)})
     print(json.dumps(report | {"rows": rows}))
@@ -522,15 +521,7 @@ def run(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line about what the caller can put right."""
-    try:
-        run(parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: too little memory on the device: give shorter --prompts, --contexts or --alone", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parse_args(argv)), "give shorter --prompts, --contexts or --alone")
 
 
 if __name__ == "__main__":

@@ -32,15 +32,17 @@ from utils.bench import (
     SHAPES,
     allocated,
     attempt,
-    count,
     device_report,
+    exit_status,
     free_memory,
+    host_us,
     make_models,
     peak_allocated,
+    print_row,
     print_table,
     synchronize,
 )
-from utils.requests import InputError, OneLineParser
+from utils.requests import OneLineParser, count, count_or_auto
 
 SAMPLED_BATCHES = 4  # of stock Llama's
 SHORTEST = 16  # tokens of a prompt in a soak
@@ -147,11 +149,7 @@ def make_batcher(args, model, requests: list[Sequence], **flags) -> tuple[Batche
 
 
 def seconds(run) -> float:
-    synchronize()
-    begin = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - begin
+    return host_us(run) / 1e6
 
 
 def figures(model, requests: list[Sequence], run) -> dict[str, float]:
@@ -245,10 +243,6 @@ def count_or_none(text: str) -> int:
     return 0 if text == "0" else count(text)
 
 
-def count_or_auto(text: str) -> int | str:
-    return text if text == "auto" else count(text)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
@@ -291,8 +285,7 @@ def run(args) -> int:
         return 1 if result["wrong"] else 0
     rows = []
     for result in measure(args, model, stock):
-        rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()})
-        print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+        rows.append(print_row(result))
     print()
     print_table(rows, TABLE)
     print(json.dumps(report | {"rows": rows}))
@@ -301,13 +294,7 @@ def run(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 1 when a soak finds something wrong; 2 after one line about what the caller can put right."""
-    try:
-        return run(parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: too little memory on the device: give a smaller --batch_size or --prompt_tokens", file=sys.stderr)
-    return 2
+    return exit_status(lambda: run(parse_args(argv)), "give a smaller --batch_size or --prompt_tokens")
 
 
 if __name__ == "__main__":

@@ -219,3 +219,12 @@ def test_wrong_flags_get_one_line(capsys, script, flags):
     assert load(script).main([*flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["bench_attention", "bench_decode", "bench_summarization"])
+def test_interruption_takes_one_line(name, monkeypatch, capsys):
+    """A traceback over the results that are there."""
+    script = load(name)
+    monkeypatch.setattr(script, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert script.main([]) == 130
+    assert capsys.readouterr().err == "interrupted: the results so far are those printed\n"

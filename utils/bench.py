@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, flags, a table."""
+"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, flags, a table, the exit."""
 
 import argparse
 import gc
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from utils.requests import InputError, count
 
 SHAPES = {
     "8b": dict(
@@ -87,10 +89,7 @@ def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandw
 
 
 def free_memory(compiled: bool = True) -> None:
-    """Give back the GPU's memory that nothing needs: of cycles, `compiled` functions and their graphs, cached blocks.
-
-    Dynamo compiles a function anew for eight batch sizes at most, and then fails, unless it forgets them.
-    """
+    """Give back the GPU's memory that nothing needs: cycles, `compiled` functions and their graphs, blocks."""
     if not torch.cuda.is_available():
         return
     if compiled and "torch._dynamo" in sys.modules:
@@ -193,13 +192,6 @@ def measure_ceilings(dtype: torch.dtype, repeats: int = 10) -> dict[str, float]:
     return rates
 
 
-def count(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
-    return int(text)
-
-
 def counts(text: str) -> list[int]:
     """An argparse type: 1,256 is [1, 256]; "" is none."""
     return [count(part) for part in text.split(",")] if text else []
@@ -229,6 +221,13 @@ def sizes(*names: str) -> Callable[[str], list[tuple[int, ...]]]:
     return parse
 
 
+def print_row(result: dict) -> dict:
+    """Prints a result as soon as it is there, on one line; returns it with its floats rounded."""
+    row = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
+    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    return row
+
+
 def print_table(rows: Iterable[dict], columns: dict[str, str]) -> None:
     """`columns` maps a key of the rows to the format of its values; "-" where a row has none."""
     cells = [list(columns)]
@@ -237,3 +236,17 @@ def print_table(rows: Iterable[dict], columns: dict[str, str]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def exit_status(run: Callable[[], int | None], when_out_of_memory: str) -> int:
+    """What a script's `run` returns, 0 for None; after one line, 2 for what the caller can put right, 130 on Ctrl-C."""
+    try:
+        return run() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print(f"error: too little memory on the device: {when_out_of_memory}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: the results so far are those printed", file=sys.stderr)
+        return 130
+    return 2

@@ -24,6 +24,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
+
+
+def count_or_auto(text: str) -> int | str:
+    """An argparse type: a count, or "auto"."""
+    try:
+        return text if text == "auto" else count(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+
+
 @dataclass(frozen=True)
 class Request:
     """One request; fields that its line leaves out have these defaults, which decode greedily."""
