@@ -5,7 +5,7 @@ Every backend takes query [B, Hq, columns, D], key and value [B, Hkv, width, D] 
 the `HHLayer` that key and value belong to, and `rope` the cosines and sines [width, D] by slot index to rotate the keys
 with, where they are cached unrotated. They return the output [B, Hq, columns, D] and, on scored steps, the mass
 [B, Hkv, width] float32: column sums of softmax(QK^T * scaling) over queries and a group's query heads. The mass is None
-on other steps, and where it went straight into `slots`.
+on other steps. Where kernels decode, `kernel_decode_step` does all that in the slots themselves.
 """
 
 import functools
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
-from utils.cache import KERNEL_DTYPES, HHLayer, Step
+from utils.cache import HHLayer, Step, kernels_take
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
 
@@ -132,7 +132,7 @@ def flash_attention(
     slots when the row is said to end `columns` after its start.
     """
     if not _kernels_apply(query, key, value) or query.dtype == torch.float32:
-        return triton_attention(query, key, value, step, scaling, group_reduce, slots=slots, rope=rope)
+        return triton_attention(query, key, value, step, scaling, group_reduce, rope=rope)
     if step.decode and (step.scored or rope is not None):
         return _kernel_decode(query, key, value, step, scaling, group_reduce, rope)
     key = key if rope is None else rotate(key, *rope)
@@ -248,10 +248,8 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
 def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the Triton kernels can take these states."""
     return (
-        query.dtype in KERNEL_DTYPES
+        kernels_take(query)
         and key.dtype == value.dtype == query.dtype
-        and query.shape[-1] <= 256
-        and query.shape[-1] * query.element_size() % 16 == 0
         and not (torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)))
     )
 

@@ -314,10 +314,7 @@ class KeptCaches:
         self._caches.clear()
         return any_kept
 
-    def __deepcopy__(self, memo) -> KeptCaches:
-        return KeptCaches()  # graphs belong to one model's weights
-
-    def __reduce__(self):
+    def __reduce__(self):  # a copy is empty: graphs belong to one model's weights
         return KeptCaches, ()
 
 
@@ -596,12 +593,15 @@ class Batcher:
         """Prefill sequences for the free rows."""
         free = [row for row, sequence in enumerate(self.rows) if sequence is None]
         group: list[Sequence] = []
+        prompts, columns = set(), 0
         while waiting and len(group) < len(free):
-            columns = max(len(sequence.prompt) for sequence in [*group, waiting[0]])
-            prompts = len({id(sequence.prompt) for sequence in [*group, waiting[0]]})
-            if group and self.h2o is not None and prompts * columns > PREFILL_TOKENS:
+            prompt = waiting[0].prompt
+            prompts.add(id(prompt))
+            columns = max(columns, len(prompt))
+            if group and self.h2o is not None and len(prompts) * columns > PREFILL_TOKENS:
                 self._prefill(group, free[: len(group)])
                 group, free = [], free[len(group) :]
+                prompts, columns = set(), 0
             else:
                 group.append(waiting.popleft())
         self._prefill(group, free[: len(group)])
@@ -675,12 +675,12 @@ class Batcher:
         table = [tensor.tolist() for tensor in (tokens, logprobs)] if steps else [[[]] * len(self.rows)] * 2
         if not steps and self._clock.on_gpu:
             end.synchronize()
-        ended = []
+        ended, together = [], sum(sequence is not None for sequence in self.rows)
         for row, sequence in enumerate(self.rows):
             if sequence is None:
                 continue
             since, first = self._begun[row]
-            sequence.rows = sum(s is not None for s in self.rows)
+            sequence.rows = together
             taken = 0 if sequence.finish_reason else self._extend(sequence, table[0][row], table[1][row])
             if sequence.finish_reason:
                 sequence.seconds_to_first_token = self._clock.seconds(since, first)

@@ -37,9 +37,7 @@ class H2OConfig:
     score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
     group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = first of each group only
     position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
-    capture: bool = (
-        True  # decode from CUDA graphs where the device, the backend and what generate is asked for allow it
-    )
+    capture: bool = True  # decode from CUDA graphs where device, backend and what generate is asked for allow it
     compile: bool = False  # and those through torch.compile: about 45 s for each batch size, then faster steps
 
     def __post_init__(self):
@@ -217,7 +215,7 @@ class H2OLlamaAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not isinstance(past_key_values, HHCache):
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        cache, step, h2o = past_key_values, past_key_values.step, past_key_values.h2o
+        cache, step = past_key_values, past_key_values.step
         if step is None:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
@@ -228,15 +226,19 @@ class H2OLlamaAttention(LlamaAttention):
         if slots is not None and slots.decodes_by_kernel(step) and not any(p.requires_grad for p in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
             attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
-            if not step.static and step.due:
-                cache.slim(self.layer_idx)
-            return self.o_proj(attn_output), None
+        else:
+            if merged is not None:
+                projected = merged.split([projection.out_features for projection in projections], dim=-1)
+            attn_output = self._attend(projected, position_embeddings, cache)
+        if not step.static and step.due:
+            cache.slim(self.layer_idx)
+        return self.o_proj(attn_output), None
 
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        if merged is not None:
-            projected = merged.split([projection.out_features for projection in projections], dim=-1)
-        query_states, key_states, value_states = (states.view(hidden_shape).transpose(1, 2) for states in projected)
+    def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: HHCache):
+        """Attention of query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
+        step, h2o = cache.step, cache.h2o
+        shape = (*projected[0].shape[:-1], -1, self.head_dim)
+        query_states, key_states, value_states = (states.view(shape).transpose(1, 2) for states in projected)
 
         cos, sin = position_embeddings
         if not h2o.position_rolling:
@@ -254,11 +256,7 @@ class H2OLlamaAttention(LlamaAttention):
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        if not step.static and step.due:
-            cache.slim(self.layer_idx)
-
-        attn_output = attn_output.transpose(1, 2).reshape(*input_shape, -1).contiguous()
-        return self.o_proj(attn_output), None
+        return attn_output.transpose(1, 2).flatten(2).contiguous()
 
 
 def _at_queries(table: torch.Tensor, step) -> torch.Tensor:

@@ -354,16 +354,8 @@ def test_half_precision_generates_ragged_batches(half_on_gpu):
 # Decode from graphs
 
 
-GRAPH_FLAGS = {
-    "H2O": {"update_interval": 1},
-    "rotation": {"update_interval": 4},
-    "rolling": {"update_interval": 4, "position_rolling": True},
-    "mean": {"update_interval": 4, "score_norm": "mean", "score_decay": 0.5},
-    "pure attention between": {"update_interval": 4, "score_every_step": False},
+GRAPH_FLAGS = SYNC_FLAGS | {
     "rolling, pure attention between": {"update_interval": 4, "score_every_step": False, "position_rolling": True},
-    "first head": {"update_interval": 4, "group_reduce": "first"},
-    "sink": {"update_interval": 4, "score": "sink"},
-    "random": {"update_interval": 4, "score": "random"},
     "local": {"update_interval": 16, "num_heavy_hitters": 0},
 }
 

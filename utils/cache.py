@@ -16,6 +16,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def kernels_take(states: torch.Tensor) -> bool:
+    """Whether dtype and head_dim of [B, H, n, D] are such that the Triton kernels can take them."""
+    head_dim = states.shape[-1]
+    return states.dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * states.element_size() % 16 == 0
+
+
 @dataclass
 class Step:
     """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
@@ -276,14 +282,8 @@ class HHLayer(CacheLayerMixin):
         self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
         self.count = torch.zeros_like(self.mass) if self.h2o.needs_mass and self.h2o.score_norm == "mean" else None
         self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
-        head_dim = key_states.shape[-1]
         self.by_flash_attn = self.h2o.backend == "flash_attn"
-        self.by_kernel = (
-            self.h2o.slimming_kernels(self.device) is not None
-            and self.dtype in KERNEL_DTYPES
-            and head_dim <= 256
-            and head_dim * self.keys.itemsize % 16 == 0
-        )
+        self.by_kernel = self.h2o.slimming_kernels(self.device) is not None and kernels_take(self.keys)
         self.is_initialized = True
 
     def join(self, rows: Rows) -> None:
@@ -462,9 +462,6 @@ def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 class Decoders(dict):
     """What decodes over one cache's slots from recorded graphs: a copy, which would copy the model too, has none."""
-
-    def __deepcopy__(self, memo) -> Decoders:
-        return Decoders()
 
     def __reduce__(self):
         return Decoders, ()
