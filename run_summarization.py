@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCa
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from h2optimizer.generation import Batcher, Sequence, rows_that_fit
+from h2optimizer.batching import Batcher, Sequence, rows_that_fit
 from utils.requests import (
     InputError,
     OneLineParser,
@@ -226,6 +226,11 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclasses.dataclass
 class Job:
     """A request on its way: the sequences of its n choices."""
@@ -245,6 +250,14 @@ class Summarizer:
 
     def run(self, prompts: list[Prompt]) -> Iterator[dict]:
         """Results, as result lines, in the order in which they end. Raises InputError when one alone is too large."""
+        latest = time.perf_counter()
+        for job in self.decode(prompts):
+            now = time.perf_counter()
+            yield self._result(job, wall_time=now - latest)
+            latest = now
+
+    def decode(self, prompts: list[Prompt]) -> Iterator[Job]:
+        """Requests whose sequences have ended, in that order. Raises InputError when one alone is too large."""
         jobs = [Job(prompt, []) for prompt in prompts]
         for job in jobs:
             choices = sampling(job.prompt.request, self.args.greedy)[2]
@@ -254,17 +267,13 @@ class Summarizer:
             longest = max(len(prompt.tokens) for prompt in prompts)
             rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
             tqdm.write(f"--batch_size auto: up to {rows} sequences at once", file=sys.stderr)
-        latest = time.perf_counter()
         while jobs:
             rows = min(rows, sum(not sequence.finish_reason for job in jobs for sequence in job.sequences))
             out_of_memory = False
             try:
-                for job in self._ended(jobs, rows):
-                    now = time.perf_counter()
-                    yield self._result(job, wall_time=now - latest)
-                    latest = now
+                yield from self._ended(jobs, rows)
             except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 out_of_memory = True
             jobs = [job for job in jobs if not all(sequence.finish_reason for sequence in job.sequences)]
@@ -325,7 +334,7 @@ class Summarizer:
 
     def _result(self, job: Job, wall_time: float) -> dict:
         request, longest = job.prompt.request, max(job.sequences, key=lambda sequence: len(sequence.tokens))
-        choices = [self._choice(request, sequence) for sequence in job.sequences]
+        choices = [self.choice(request, sequence) for sequence in job.sequences]
         decoding = longest.seconds - longest.seconds_to_first_token
         timing = {
             "latency": longest.seconds,
@@ -344,7 +353,7 @@ class Summarizer:
             "peak_memory_bytes": peak_memory(self.model.device),
         }
 
-    def _choice(self, request: Request, sequence: Sequence) -> dict:
+    def choice(self, request: Request, sequence: Sequence) -> dict:
         """Text up to the stop string or EOS, with the tokens that make it up."""
         tokens = sequence.tokens
         emitted = tokens[:-1] if tokens[-1] in self.eos else tokens

@@ -26,8 +26,8 @@ from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
-from h2optimizer.generation import Batcher, Clock, Sequence
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
+from h2optimizer.batching import Batcher, Clock, Sequence
 from utils.bench import (
     SHAPES,
     allocated,
@@ -142,7 +142,7 @@ def make_batcher(args, model, requests: list[Sequence], **flags) -> tuple[Batche
     rows = args.batch_size
     if rows == "auto":
         longest, tokens = max(len(r.prompt) for r in requests), max(r.max_tokens for r in requests)
-        rows = generation.rows_that_fit(model, longest, tokens)
+        rows = batching.rows_that_fit(model, longest, tokens)
     rows = min(rows, len(requests))
     sampling, nucleus = any(r.temperature > 0 for r in requests), any(r.top_p < 1 for r in requests)
     return Batcher(model, rows, set(), 0, sampling=sampling, nucleus=nucleus), rows

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernel_doubles
 from conftest import GROUPS, VOCAB, assert_close, assert_invariants, forward, left_pad, make_llamas, new_cache, prompt
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
-from h2optimizer.generation import Batcher, Sequence, sample_rows
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
+from h2optimizer.batching import Batcher, Sequence, sample_rows
 from h2optimizer.llama import H2OLlamaRMSNorm, MergedLinear
 from utils.cache import HHCache
 
@@ -1233,9 +1233,9 @@ def test_has_ended_sees_growing_prefixes(gqa, kind, rows):
 def test_times_are_positive_and_ordered(gqa, kind):
     """A time that ends before it begins, or includes what came before the prefill."""
     gqa.h2o.h2o = settings()
-    start = generation.time.perf_counter()
+    start = batching.time.perf_counter()
     ended = batch(getattr(gqa, kind), 3, make_sequences())
-    whole = generation.time.perf_counter() - start
+    whole = batching.time.perf_counter() - start
     for sequence in ended:
         assert 0 < sequence.seconds_to_first_token <= sequence.seconds <= whole
         assert (sequence.seconds_to_first_token == sequence.seconds) == (len(sequence.tokens) == 1)
@@ -1277,7 +1277,7 @@ def test_prompts_are_prefilled_in_parts(model, monkeypatch, limit):
     """Rows that get another part's prompts."""
     model.h2o = settings()
     expected = batch(model, 1, make_sequences())
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", limit)
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", limit)
     assert_same_sequences(batch(model, 5, make_sequences()), expected)
 
 

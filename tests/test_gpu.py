@@ -29,7 +29,7 @@ from conftest import (
     slot_tensors,
 )
 from h2optimizer import H2OConfig, attention, generation
-from h2optimizer.generation import Batcher, Sequence
+from h2optimizer.batching import Batcher, Sequence
 from utils.cache import HHCache
 
 pytestmark = [

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralCon
 
 import run_summarization
 from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
 from utils.cache import HHCache
 from utils.requests import Request, ResultsFile
 
@@ -158,7 +158,7 @@ def script(monkeypatch):
 
     Rows that begin later would go on where the others are: for one row, or rows that begin together.
     """
-    prefill = generation.Batcher._prefill
+    prefill = batching.Batcher._prefill
 
     def script(tokens):
         step = 0
@@ -174,8 +174,8 @@ def script(monkeypatch):
             step += 1
             return said
 
-        monkeypatch.setattr(generation.Batcher, "_prefill", begins)
-        monkeypatch.setattr(generation, "choose_greedily", choose)
+        monkeypatch.setattr(batching.Batcher, "_prefill", begins)
+        monkeypatch.setattr(batching, "choose_greedily", choose)
 
     return script
 
@@ -194,20 +194,20 @@ def caches(monkeypatch):
             made.append(super().with_rows(batch_size))
             return made[-1]
 
-    monkeypatch.setattr(generation, "HHCache", Recorded)
+    monkeypatch.setattr(batching, "HHCache", Recorded)
     return made
 
 
 @pytest.fixture
 def prefills(monkeypatch):
     """For each prefill of a run, how many sequences it begins and how many are under way beside them."""
-    seen, prefill = [], generation.Batcher._prefill
+    seen, prefill = [], batching.Batcher._prefill
 
     def recorded(self, group, rows):
         seen.append((len(group), sum(sequence is not None for sequence in self.rows)))
         prefill(self, group, rows)
 
-    monkeypatch.setattr(generation.Batcher, "_prefill", recorded)
+    monkeypatch.setattr(batching.Batcher, "_prefill", recorded)
     return seen
 
 
@@ -295,7 +295,7 @@ def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
     spent, tried = 0, 0
 
     def slow(name):
-        original = getattr(generation.Batcher, name)
+        original = getattr(batching.Batcher, name)
 
         def wait(self, *args):
             nonlocal spent, tried
@@ -306,7 +306,7 @@ def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
                 raise ON_GPU
             return original(self, *args)
 
-        monkeypatch.setattr(generation.Batcher, name, wait)
+        monkeypatch.setattr(batching.Batcher, name, wait)
 
     for name in waits:
         slow(name)
@@ -589,13 +589,13 @@ def test_order_of_decoding(batch_size):
 
 def test_decoding_follows_the_order(run, tokenizer, monkeypatch):
     """An order that is worked out and not kept to."""
-    begun, prefill = [], generation.Batcher._prefill
+    begun, prefill = [], batching.Batcher._prefill
 
     def recorded(self, group, rows):
         begun.extend(len(sequence.prompt) for sequence in group)
         prefill(self, group, rows)
 
-    monkeypatch.setattr(generation.Batcher, "_prefill", recorded)
+    monkeypatch.setattr(batching.Batcher, "_prefill", recorded)
     requests = make_requests(6, max_tokens=2)
     lengths = [len(tokenizer(request["article"])["input_ids"]) for request in requests]
     for batch_size, expected in (("1", lengths), ("2", sorted(lengths, reverse=True))):
@@ -1128,7 +1128,7 @@ def memory(monkeypatch):
     """memory(fits, error) lets a prefill run out of memory where not fits(prompts); returns how many were tried."""
 
     def memory(fits, error):
-        tried, prefill = [], generation.Batcher._prefill
+        tried, prefill = [], batching.Batcher._prefill
 
         def limited(self, group, rows):
             tried.append(len(group))
@@ -1136,7 +1136,7 @@ def memory(monkeypatch):
                 raise error
             prefill(self, group, rows)
 
-        monkeypatch.setattr(generation.Batcher, "_prefill", limited)
+        monkeypatch.setattr(batching.Batcher, "_prefill", limited)
         return tried
 
     return memory
@@ -1178,15 +1178,15 @@ def fails(original, tried: list, at: int):
 @pytest.mark.parametrize(
     ("owner", "name", "at", "flags"),
     [
-        (generation.RowSampler, "__init__", 1, H2O),
+        (batching.RowSampler, "__init__", 1, H2O),
         (H2OLlamaForCausalLM, "merge_projections", 1, H2O),
         (HHCache, "with_rows", 1, H2O),
         (HHCache, "take_rows", 3, H2O),
         (generation.Decoder, "decode", 1, H2O),
         (generation.Decoder, "decode", 4, H2O),
-        (generation.Batcher, "_prefill", 3, H2O),
-        (generation.FullCacheDecoder, "decode", 1, []),
-        (generation.FullCacheDecoder, "decode", 15, []),
+        (batching.Batcher, "_prefill", 3, H2O),
+        (batching.FullCacheDecoder, "decode", 1, []),
+        (batching.FullCacheDecoder, "decode", 15, []),
     ],
 )
 def test_out_of_memory_anywhere(run, monkeypatch, owner, name, at, flags):
@@ -1212,7 +1212,7 @@ def test_interrupted_at_any_moment(run, monkeypatch, name):
     """Ctrl-C in a prefill or a step, taken for an error of the model or of memory, or that loses what had ended."""
     requests = ways_to_ask(8)
     expected = run(requests, *H2O, output="expected")
-    original, calls = getattr(generation.Batcher, name), []
+    original, calls = getattr(batching.Batcher, name), []
 
     def interrupted(self, *args):
         calls.append(None)
@@ -1221,7 +1221,7 @@ def test_interrupted_at_any_moment(run, monkeypatch, name):
         return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation.Batcher, name, interrupted)
+        patch.setattr(batching.Batcher, name, interrupted)
         outcome = run(requests, *H2O, "--batch_size", "3", code=130)
     assert "the same command goes on" in outcome.stderr[-1] and 0 < len(outcome.results) < 8
     assert_same_results(run(requests, *H2O, "--batch_size", "3"), expected)

@@ -17,9 +17,15 @@ class Rouge:
         return {name: score.fmeasure for name, score in self._scorer.score(reference, summary).items()}
 
 
-def mean_with_interval(values: list[float], samples: int = 1000) -> dict[str, float]:
-    """Mean of one value a request, with the 95 % percentile bootstrap interval over requests (seeded)."""
+def mean_with_interval(values, weights=None, samples: int = 1000) -> dict[str, float]:
+    """Mean of one value a request, with the 95 % percentile bootstrap interval over requests (seeded).
+
+    With `weights`, one a request, the mean is sum(values) / sum(weights): of sums over tokens, say, a token's mean.
+    """
     values = np.asarray(values)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights)
     drawn = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    totals = weights[drawn].sum(axis=1)
+    means = values[drawn].sum(axis=1)[totals > 0] / totals[totals > 0]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.sum() / weights.sum()), "low": float(low), "high": float(high)}

@@ -1,0 +1,162 @@
+"""What a bounded cache changes, measured against the full cache's own texts; no reference text is needed.
+
+The full cache's greedy texts are fed to both caches token by token (teacher forcing), so that every step compares two
+distributions of the next token after the same tokens, and one slip does not make all that follows incomparable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from h2optimizer.batching import prefill
+from utils.cache import HHCache
+
+
+class ForcedDecode:
+    """A batch of rows whose next tokens are given, over the model's own kind of cache (`batching.prefill`).
+
+    Args:
+        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        prompts: tokens of each row; equal ones are computed once.
+        attentions: with a full cache, keep each step's attention probabilities; the model must use eager attention by
+            the first step.
+
+    `logits` [B, vocabulary] are those of each row's next token: at first of the one after the prompt.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model, prompts: list[list[int]], pad_token_id: int = 0, attentions: bool = False):
+        self.model, self.attentions, self._wanted = model, (), attentions
+        self.logits, self.cache, mask, source = prefill(model, prompts, pad_token_id)
+        self.padding = mask.shape[1] - mask.sum(dim=1)  # columns before each row's first token
+        self._mask = None
+        if isinstance(self.cache, HHCache):
+            if source != list(range(len(self.cache.lengths))):
+                rows = self.cache.with_rows(len(prompts))
+                rows.take_rows(list(range(len(prompts))), self.cache, source)
+                self.cache = rows
+        else:
+            self._position = mask.sum(dim=1)
+            self._mask = mask
+
+    @torch.inference_mode()
+    def feed(self, tokens: list[int]) -> None:
+        """One step with these tokens, [B]: `logits` are then of those that follow, `attentions` of the step."""
+        tokens = torch.tensor(tokens, device=self.model.device)[:, None]
+        if self._mask is None:
+            self.logits = self.model(tokens, past_key_values=self.cache).logits[:, -1]
+            return
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        outputs = self.model(
+            tokens,
+            attention_mask=self._mask,
+            position_ids=self._position[:, None],
+            past_key_values=self.cache,
+            output_attentions=self._wanted,
+        )
+        self._position = self._position + 1
+        self.logits, self.attentions = outputs.logits[:, -1], outputs.attentions if self._wanted else ()
+
+
+@dataclass
+class Fidelity:
+    """Sums over a text's tokens but the first, which prefill decides and no cache can change."""
+
+    tokens: int = 0
+    agreed: int = 0  # where the most probable token is the same
+    kl: float = 0.0  # Kullback-Leibler divergence from the full cache's distribution, nats
+    nll: float = 0.0  # negative log-likelihood of the text, nats; its mean's exponential is the perplexity
+    mass_lost: float = 0.0  # share of the full cache's attention that falls on evicted tokens, mean of layers and heads
+
+
+@dataclass
+class Retention:
+    """Which tokens of one row a bounded cache held, step by step."""
+
+    prompt_tokens: int
+    last_held: torch.Tensor  # int16 [layers, KV heads, tokens]: the last step at which it was there to attend to
+    mass_lost: list[list[float]] = field(default_factory=list)  # [steps][layers], as Fidelity's
+
+
+def compare(
+    stock, model, prompts: list[list[int]], texts: list[list[int]], pad_token_id: int = 0, follow: int | None = None
+) -> tuple[list[Fidelity], Retention | None]:
+    """Teacher-force texts through a bounded cache and the full cache, side by side.
+
+    The cache's step t, from 1, is fed text token t - 1 and says token t; step 0 is the prompt's, where all is held.
+
+    Args:
+        stock: a LlamaForCausalLM, whose own texts these are; its attention is eager during the steps.
+        model: an H2OLlamaForCausalLM of the same weights; or `stock` itself, compared with itself.
+        follow: a row whose tokens are followed.
+
+    Returns: one Fidelity a row, and the followed row's Retention: None for `stock`, which evicts nothing.
+    """
+    rows, steps = range(len(prompts)), max(map(len, texts))
+    ours = ForcedDecode(model, prompts, pad_token_id) if model is not stock else None
+    full = ForcedDecode(stock, prompts, pad_token_id, attentions=ours is not None)
+    device = full.logits.device
+    sums = torch.zeros(4, len(prompts), dtype=torch.float64, device=device)  # agreed, kl, nll, mass_lost
+    retention, held = None, None
+    if follow is not None and ours is not None:
+        layers, heads = len(ours.cache.layers), ours.cache.layers[0].keys.shape[1]
+        tokens = len(prompts[follow]) + len(texts[follow]) - 1
+        retention = Retention(len(prompts[follow]), torch.zeros(layers, heads, tokens, dtype=torch.int16))
+    implementation = stock.config._attn_implementation
+    try:
+        stock.set_attn_implementation("eager" if ours is not None else implementation)
+        for step in range(1, steps):
+            fed = [text[step - 1] if step <= len(text) else pad_token_id for text in texts]
+            if ours is not None:
+                held = [ours.cache.positions(layer) for layer in range(len(ours.cache.layers))]
+                ours.feed(fed)
+            full.feed(fed)
+            live = torch.tensor([step < len(text) for text in texts], device=device)
+            said = torch.tensor([text[step] if step < len(text) else 0 for text in texts], device=device)
+            wanted = full.logits.log_softmax(-1, dtype=torch.float32)
+            got = wanted if ours is None else ours.logits.log_softmax(-1, dtype=torch.float32)
+            figures = [
+                (wanted.argmax(-1) == got.argmax(-1)).double(),
+                (wanted.exp() * (wanted - got)).sum(-1).double(),
+                -got.gather(1, said[:, None])[:, 0].double(),
+                torch.zeros(len(prompts), dtype=torch.float64, device=device),
+            ]
+            if ours is not None:
+                lost = torch.stack([_mass_lost(*of, full.padding) for of in zip(full.attentions, held, strict=True)])
+                figures[3] = lost.mean(dim=0).double()
+                if retention is not None and step < len(texts[follow]):
+                    _follow(retention, held, follow, step, len(prompts[follow]) + step - 1)
+                    retention.mass_lost.append([round(share, 6) for share in lost[:, follow].tolist()])
+            sums += torch.stack(figures).masked_fill(~live, 0.0)
+    finally:
+        stock.set_attn_implementation(implementation)
+    table = sums.tolist()
+    fidelity = [
+        Fidelity(max(len(texts[row]) - 1, 0), round(table[0][row]), *(table[i][row] for i in (1, 2, 3))) for row in rows
+    ]
+    return fidelity, retention
+
+
+def _mass_lost(attention: torch.Tensor, held: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Share [B] of a step's attention that falls on tokens not held, the mean of heads.
+
+    attention: probabilities [B, Hq, 1, columns] of the full cache, the last column the step's own; held: positions
+    [B, Hkv, slots] there before the step, -1 for none; padding [B]: columns before position 0.
+    """
+    grouped = attention[:, :, 0].float().unflatten(1, (held.shape[1], -1)).mean(dim=2)  # [B, Hkv, columns]
+    columns = (held.long() + padding.to(held.device)[:, None, None]).clamp(min=0)
+    kept = grouped.gather(2, columns).masked_fill(held < 0, 0.0).sum(-1) + grouped[..., -1]
+    return (1 - kept / grouped.sum(-1)).clamp(min=0.0).mean(dim=1)
+
+
+def _follow(retention: Retention, held: list[torch.Tensor], row: int, step: int, own: int) -> None:
+    """Note that the held tokens, and the step's own, were there at this step."""
+    for layer, positions in enumerate(held):
+        of_row = positions[row].cpu().long()
+        was_there = torch.zeros(retention.last_held[layer].shape, dtype=torch.bool)
+        was_there[:, own] = True
+        for head, at in enumerate(of_row):
+            was_there[head, at[at >= 0]] = True
+        retention.last_held[layer][was_there] = step

@@ -1,0 +1,91 @@
+"""The file that `scripts/ablate.py` writes and others read: one jsonl line a cell, a cell being one cache setting.
+
+A line holds, in seconds, bytes and nats, and per request in the order of the file of requests:
+
+- `cell`: a hash of the next two; `setup`: what all cells of one comparison share (model, requests, dtype, batch size,
+  device, …); `h2o`: every field of H2OConfig, or null for the full cache.
+- `rouge`: by type, each request's F-measure. `texts`, of the full cache only: each request's tokens.
+- `fidelity`: by field of `h2optimizer.fidelity.Fidelity`, each request's sum.
+- `time`: `time_to_first_token`, `time_per_token` and `tokens_per_second` of `batch` prompts of `prompt_tokens` each.
+- `kv_bytes`, `slots_kept`: mean of a request; `peak_memory_bytes`: of the timed calls, null without a GPU.
+- `retention`, not of the full cache: for one request (`index`), `prompt_tokens`, `last_held` (`pack`ed int16 [layers,
+  KV heads, tokens]: the last decode step, from 1, at which a token was there to attend to; 0: not after prefill) and
+  `mass_lost` [steps][layers].
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from utils.requests import InputError
+from utils.rouge import ROUGE_TYPES, mean_with_interval
+
+FULL = "full cache"
+# What a policy's name says by itself; other fields that differ from their defaults are named behind it.
+NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters")
+
+
+def pack(array: np.ndarray) -> dict:
+    """An integer array as JSON: its shape, dtype and compressed bytes."""
+    data = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "zlib": data}
+
+
+def unpack(packed: dict) -> np.ndarray:
+    data = zlib.decompress(base64.b64decode(packed["zlib"]))
+    return np.frombuffer(data, dtype=packed["dtype"]).reshape(packed["shape"])
+
+
+def policy_name(h2o: dict | None, defaults: dict) -> str:
+    """What chooses the slots, in words; window and interval apart. `defaults`: H2OConfig's."""
+    if h2o is None:
+        return FULL
+    score = {"mass": "H2O", "sink": "sink + recent", "random": "random + recent"}[h2o["score"]]
+    heavy = h2o["num_heavy_hitters"]
+    name = "recent only" if heavy == 0 else score if heavy == -1 else f"{score}, {heavy} heavy"
+    others = [f"{key}={value}" for key, value in h2o.items() if key not in NAMED and value != defaults.get(key)]
+    return ", ".join([name, *others])
+
+
+def read_cells(path: Path) -> list[dict]:
+    """The cells of a file, in its order; a last line that a crash cut short is left out. Raises InputError."""
+    cells = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            cell = json.loads(line)
+            cells.append({key: cell[key] for key in ("cell", "setup", "h2o", "rouge", "fidelity", "time")} | cell)
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number}: no cell of scripts/ablate.py") from None
+    if not cells:
+        raise InputError(f"{path}: holds no cells; scripts/ablate.py makes them")
+    return cells
+
+
+def figures(cell: dict, full: dict, defaults: dict) -> dict:
+    """A row of the table: means over requests, each quality as {mean, low, high} (95 % bootstrap over requests).
+
+    ROUGE in points of 100, and `_delta`: its difference to the full cache, request by request. `top1` and `mass_lost`
+    are shares, `kl` nats a token.
+    """
+    h2o, sums = cell["h2o"], {name: np.asarray(values) for name, values in cell["fidelity"].items()}
+    row = {"policy": policy_name(h2o, defaults)}
+    row |= {key: h2o and h2o[key] for key in ("window_length", "update_interval")}
+    for name in ROUGE_TYPES:
+        ours, theirs = (100 * np.asarray(of["rouge"][name]) for of in (cell, full))
+        row[name], row[f"{name}_delta"] = mean_with_interval(ours), mean_with_interval(ours - theirs)
+    tokens = sums["tokens"]
+    if tokens.sum():
+        for name, of in (("top1", "agreed"), ("kl", "kl"), ("mass_lost", "mass_lost"), ("nll", "nll")):
+            row[name] = mean_with_interval(sums[of], tokens)
+        row["perplexity"] = {key: float(np.exp(value)) for key, value in row.pop("nll").items()}
+    row |= cell["time"]
+    return row | {key: cell[key] for key in ("kv_bytes", "slots_kept", "peak_memory_bytes")}
