@@ -161,6 +161,19 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def backend_on(device: torch.device, h2o: H2OConfig) -> str:
+    """The attention backend that these settings mean on a device. Raises InputError where they cannot work there."""
+    try:
+        backend = resolve_backend(h2o.backend, device.type)
+    except ValueError as error:
+        raise InputError(in_flags(str(error))) from None
+    if h2o.compile and backend != "triton":
+        raise InputError(
+            f"--compile: compiles the decode steps of --backend triton, this one is {backend}; leave it out"
+        )
+    return backend
+
+
 def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.device):
     """Model (eval mode) and left-padding tokenizer of a Llama checkpoint. Raises InputError."""
     name, on_gpu = args.model_name, device.type == "cuda"
@@ -200,12 +213,31 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
         raise InputError(f"--model-name {name}: does not fit into the memory of --device {device}") from None
 
 
+def quiet_libraries() -> None:
+    """What goes wrong with a model is said by this project's own lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+
+
 @dataclasses.dataclass
 class Prompt:
     """A request with its tokens."""
 
     request: Request
     tokens: list[int]
+
+
+def tokenize(requests: list[Request], tokenizer, model, model_name: str) -> list[Prompt]:
+    """Requests with their tokens. Raises InputError where tokenizer and model do not belong together."""
+    encoded = tokenizer([request.article for request in requests])["input_ids"]
+    known, largest = model.config.vocab_size, max(max(tokens, default=0) for tokens in encoded)
+    if largest >= known:
+        raise InputError(
+            f"--model-name {model_name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
+            "they do not belong together"
+        )
+    return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
 
 def in_order(prompts: list[Prompt], batch_size: int | str) -> list[Prompt]:
@@ -438,14 +470,7 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, rolling: bool) -
 def run(args: argparse.Namespace) -> int:
     h2o = h2o_config(args)
     device = select_device(args.device)
-    try:
-        backend = None if h2o is None else resolve_backend(h2o.backend, device.type)
-    except ValueError as error:
-        raise InputError(in_flags(str(error))) from None
-    if h2o is not None and h2o.compile and backend != "triton":
-        raise InputError(
-            f"--compile: compiles the decode steps of --backend triton, this one is {backend}; leave it out"
-        )
+    backend = None if h2o is None else backend_on(device, h2o)
     requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
     if skipped:
         print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)
@@ -470,18 +495,9 @@ def run(args: argparse.Namespace) -> int:
     if output.results:
         print(f"{len(output.results)} of {len(requests)} results are there already", file=sys.stderr)
     if todo:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        huggingface_hub.logging.set_verbosity_error()
+        quiet_libraries()
         model, tokenizer = load_model(args, h2o, device)
-        encoded = tokenizer([request.article for request in requests])["input_ids"]
-        prompts = [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
-        known, largest = model.config.vocab_size, max(max(tokens, default=0) for tokens in encoded)
-        if largest >= known:
-            raise InputError(
-                f"--model-name {args.model_name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
-                "they do not belong together"
-            )
+        prompts = tokenize(requests, tokenizer, model, args.model_name)
         rolling = h2o is not None and h2o.position_rolling
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling)
         prompts = [prompt for prompt in prompts if prompt.request.index not in output.results]

@@ -23,12 +23,12 @@ with slimmings --update_interval steps apart.
 """
 
 import argparse
-import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,6 +53,8 @@ from utils.bench import (
     make_models,
     peak_allocated,
     positive,
+    prefill_and_step_ms,
+    prefill_and_whole_ms,
     print_row,
     print_table,
     read_weights,
@@ -182,17 +184,14 @@ def measure_generate(systems: list[System], prompt: torch.Tensor, new_tokens: in
     for _ in range(args.repeats):
         for system in systems:
             if system.name in results:
-                first = system.ms(prompt, 1)
-                times[system.name].append((first, system.ms(prompt, new_tokens) if new_tokens > 1 else first))
+                times[system.name].append(prefill_and_whole_ms(partial(system.generate, prompt), new_tokens))
     for system in systems:
         if system.name not in results:
             continue
         result = results[system.name]
-        result["prefill_ms"] = statistics.median(first for first, _ in times[system.name])
+        result["prefill_ms"], decode_ms = prefill_and_step_ms(times[system.name], new_tokens)
         if new_tokens > 1:
-            steps = new_tokens - 1
-            decode_ms = statistics.median((whole - first) / steps for first, whole in times[system.name])
-            floor = floor_ms(system.model, *prompt.shape, steps, args.bandwidth, system.h2o)
+            floor = floor_ms(system.model, *prompt.shape, new_tokens - 1, args.bandwidth, system.h2o)
             result |= step_figures(decode_ms, len(prompt), floor)
     return results
 
@@ -378,13 +377,13 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
         row_bytes = slot_bytes(model.config, model.dtype.itemsize) * (context + args.new_tokens) + logits
         times = {}
         for name, in_place in ((IN_PLACE, True), (GROWING, False)):
-            run = functools.partial(stock_ms, args, stock, context, in_place)
+            run = partial(stock_ms, args, stock, context, in_place)
             times[name] = measure_batches(args, name, row_bytes, run)
         for name, config in h2o.items():
             source = prefilled_row(model, config, context)
             kept = 4 * model.config.num_key_value_heads * (args.window_length + 1)  # what slimming picks, a layer's
             row_bytes = source.nbytes + logits + kept
-            run = functools.partial(h2o_ms, args, model, source)
+            run = partial(h2o_ms, args, model, source)
             times[name] = measure_batches(args, name, row_bytes, run, largest=name == "H2O")
             del source, run
             free_memory()

@@ -1,6 +1,7 @@
 """What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, flags, a table, the exit."""
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -38,14 +39,16 @@ def make_models(ours: type[LlamaForCausalLM], shape: str, device: str) -> tuple[
         model = ours(config).eval()
         torch.set_default_dtype(torch.float32)
     model.merge_projections()
-    if shape == "tiny":
-        stock = LlamaForCausalLM(config)
-    else:  # nothing is allocated that would be thrown away
-        with torch.device("meta"):
-            stock = LlamaForCausalLM(config)
+    return model, stock_llama(model)
+
+
+def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Stock Llama over the very weights of a model of a class derived from it, which are not copied."""
+    with torch.device("meta"):  # nothing is allocated that would be thrown away
+        stock = LlamaForCausalLM(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict(), assign=True)
-    stock.model.rotary_emb = model.model.rotary_emb
-    return model, stock.eval()
+    stock.model.rotary_emb, stock.generation_config = model.model.rotary_emb, copy.deepcopy(model.generation_config)
+    return stock.eval()
 
 
 def device_report(device: str) -> dict[str, str]:
@@ -137,6 +140,18 @@ def host_us(run: Callable) -> float:
     run()
     synchronize()
     return (time.perf_counter() - begin) * 1e6
+
+
+def prefill_and_whole_ms(generate: Callable[[int], None], tokens: int) -> tuple[float, float]:
+    """Milliseconds of `generate(1)` and `generate(tokens)`, one after the other."""
+    first = host_ms(lambda: generate(1))
+    return first, host_ms(lambda: generate(tokens)) if tokens > 1 else first
+
+
+def prefill_and_step_ms(times: list[tuple[float, float]], tokens: int) -> tuple[float, float]:
+    """Medians over what `prefill_and_whole_ms` gave: of the prefill, and of what each further token adds to it."""
+    prefill = statistics.median(first for first, _ in times)
+    return prefill, statistics.median((whole - first) / max(tokens - 1, 1) for first, whole in times)
 
 
 def device_us(run: Callable, ahead: bool = False) -> float:

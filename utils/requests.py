@@ -150,12 +150,87 @@ def checkpoint_fingerprint(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-class ResultsFile:
-    """A jsonl of results that survives a crash at any moment, and the metrics JSON beside it.
+class JsonlFile:
+    """A jsonl of entries that grows by whole lines and survives a crash at any moment.
 
-    Results are appended and flushed as they come, each with its request's `index`; a line that a crash cut short is
-    dropped when the file is opened again. `finish` puts them into the order of the requests, in one rename. Settings
-    stand in the metrics file from `start` on, so that a run with other settings does not mix with these results.
+    Entries are appended and flushed as they come; a line that a crash cut short is dropped when the file is opened
+    again. One run at a time writes it.
+
+    Args:
+        path: the file, at --output-path; its folder is made.
+        key: the field that tells entries apart; `entries` holds the last line of each.
+        form: what an entry is called in messages.
+        source: the file of requests, which it may not be.
+        also: another file that is written beside it, under the same conditions.
+
+    Raises: InputError when a path cannot be written, is in use, or is something else.
+    """
+
+    def __init__(self, path: Path, key: str, form: str, source: Path | None = None, also: Path | None = None):
+        self.path, self.key, self.form = path, key, form
+        self.entries: dict = {}
+        with self._writing():
+            for written in (path, also):
+                self._must_be_ours(written, source)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError(13, "the folder is not writable")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--output-path {path}: another run is writing it; wait, or choose another path"
+                ) from None
+
+    @contextmanager
+    def _writing(self, note: str = ""):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"--output-path {self.path}: cannot be written ({error.strerror}){note}") from None
+
+    def _must_be_ours(self, path: Path | None, source: Path | None) -> None:
+        if path is None or not path.exists():
+            return
+        if not path.is_file():  # a device could not be replaced by a file
+            raise InputError(f"--output-path {self.path}: {path} is no regular file; choose another path")
+        if source is not None and source.exists() and path.samefile(source):
+            raise InputError(f"--output-path {self.path}: {path} is the --input-path; choose another path")
+
+    def resume(self, keep: str) -> None:
+        """Read the entries that are there. Raises InputError, which ends in `keep`, for another file."""
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                break  # cut short by a crash
+            try:
+                entry = json.loads(line)
+                self.entries[entry[self.key]] = entry
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.path}, line {number}: not a {self.form}; {keep}") from None
+            end += len(line)
+        self._file.truncate(end)
+
+    def append(self, entry: dict) -> None:
+        """Add one entry, in one write, and hand it to the operating system at once. Raises InputError."""
+        with self._writing(f"; {self.form}s so far are kept, the same command goes on"):
+            self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+        self.entries[entry[self.key]] = entry
+
+    def clear(self) -> None:
+        """Raises InputError."""
+        with self._writing():
+            self._file.truncate(0)
+
+
+class ResultsFile(JsonlFile):
+    """A jsonl of results, and the metrics JSON beside it.
+
+    `finish` puts the results into the order of the requests, by `index`, in one rename. Settings stand in the metrics
+    file from `start` on, so that a run with other settings does not mix with these results.
 
     Args:
         path: the results; the metrics go beside it, with `.metrics.json` in the place of `.jsonl`.
@@ -167,40 +242,16 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path, settings: dict, overwrite: bool = False, source: Path | None = None):
-        self.path, self.settings, self.overwrite = path, settings, overwrite
-        self.results: dict[int, dict] = {}
+        self.settings, self.overwrite = settings, overwrite
         self.metrics: dict = {}  # of a finished run
-        with self._writing():
-            self._must_be_ours(path, source)
-            self.metrics_path = path.with_name(path.name.removesuffix(".jsonl") + ".metrics.json")
-            self._must_be_ours(self.metrics_path, source)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-            if not os.access(path.parent, os.W_OK):
-                raise PermissionError(13, "the folder is not writable")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"--output-path {path}: another run is writing it; wait, or choose another path"
-                ) from None
-            if not overwrite and path.stat().st_size:
-                self._resume()
+        self.metrics_path = path.parent / (path.name.removesuffix(".jsonl") + ".metrics.json")
+        super().__init__(path, "index", "result", source, also=self.metrics_path)
+        if not overwrite and path.stat().st_size:
+            self._resume()
 
-    @contextmanager
-    def _writing(self, note: str = ""):
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"--output-path {self.path}: cannot be written ({error.strerror}){note}") from None
-
-    def _must_be_ours(self, path: Path, source: Path | None) -> None:
-        if not path.exists():
-            return
-        if not path.is_file():  # `finish` would put a file in the place of a device
-            raise InputError(f"--output-path {self.path}: {path} is no regular file; choose another path")
-        if source is not None and path.samefile(source):
-            raise InputError(f"--output-path {self.path}: {path} is the --input-path; choose another path")
+    @property
+    def results(self) -> dict[int, dict]:
+        return self.entries
 
     def _resume(self) -> None:
         keep = "choose another --output-path, or pass --overwrite"
@@ -217,33 +268,15 @@ class ResultsFile:
                 raise InputError(
                     f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same to go on, {keep}"
                 )
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break  # cut short by a crash
-            try:
-                result = json.loads(line)
-                self.results[result["index"]] = result
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}, line {number}: not a result; {keep}") from None
-            end += len(line)
-        self._file.truncate(end)
+        self.resume(keep)
         self.metrics = metrics
 
     def start(self) -> None:
         """Before the first result: `overwrite` takes effect, and the settings are written. Raises InputError."""
+        if self.overwrite:
+            self.clear()
         with self._writing():
-            if self.overwrite:
-                self._file.truncate(0)
             self.write_metrics({})
-
-    def append(self, result: dict) -> None:
-        """Add one result, in one write, and hand it to the operating system at once. Raises InputError."""
-        with self._writing("; results so far are kept, the same command goes on"):
-            self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-        self.results[result["index"]] = result
 
     def finish(self, metrics: dict) -> None:
         """Order the results as the requests are, and write the final metrics. Raises InputError."""

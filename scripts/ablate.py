@@ -1,0 +1,410 @@
+"""What a policy, a budget or an interval costs: a grid over the cache's settings beside the full cache, in one command.
+
+    python scripts/ablate.py --window_length 64 128 256 --update_interval 1 4 16 --score mass sink random
+
+Every field of H2OConfig takes several values; a YAML file (--grid) takes a mapping of fields to values, or a list of
+such mappings, whose cells are put together. Settings that mean the same are one cell. Of each cell:
+
+- ROUGE of its greedy texts against the references.
+- Fidelity, which needs no references: the full cache's own greedy texts are fed to both caches token by token, and
+  each next token's distribution is compared (top-1 agreement, KL divergence, perplexity of those texts); and the share
+  of the full cache's attention that falls on tokens which were evicted. In half precision the two differ in rounding,
+  too: a window as long as prompt and text shows how much.
+- Time and memory of `generate`, by itself: --batch_size prompts cut to one length, --timed_tokens tokens, compiled and
+  recorded before, the device drained, median of --repeats; time per token is (n tokens - 1 token) / (n - 1).
+
+A cell that has ended is one line of --output-path (utils/ablation.py says what it holds), and is not run again: a sweep
+goes on where it was interrupted, and another grid over the same model, requests and device adds to it.
+"""
+
+import argparse
+import dataclasses
+import gc
+import hashlib
+import itertools
+import json
+import platform
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from h2optimizer import H2OConfig
+from h2optimizer.fidelity import Fidelity, Retention, compare
+from run_summarization import (
+    DEMO_MODEL,
+    DEMO_REQUESTS,
+    FLAG_OF_FIELD,
+    Prompt,
+    Summarizer,
+    backend_on,
+    in_order,
+    is_out_of_memory,
+    load_model,
+    quiet_libraries,
+    select_device,
+    tokenize,
+    warn_of_long_prompts,
+)
+from utils.ablation import FULL, figures, pack, policy_name
+from utils.bench import (
+    device_report,
+    peak_allocated,
+    prefill_and_step_ms,
+    prefill_and_whole_ms,
+    print_table,
+    stock_llama,
+)
+from utils.requests import (
+    InputError,
+    JsonlFile,
+    OneLineParser,
+    checkpoint_fingerprint,
+    count,
+    fingerprint,
+    read_requests,
+)
+from utils.rouge import ROUGE_TYPES
+
+FIELDS = {field.name: field for field in dataclasses.fields(H2OConfig)}
+DEFAULTS = dataclasses.asdict(H2OConfig())
+SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
+WORDS = {"true": True, "false": False, "none": None, "all": None}
+FORM = 1  # of a cell's line: another one is measured anew
+
+
+def value(text: str) -> bool | int | float | str | None:
+    """An argparse type: a field's value as one writes it in Python or on run_summarization's command line."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return WORDS.get(text.lower(), text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
+    add("--output-path", type=Path, default=Path("out/ablation.jsonl"), help="cells, jsonl (%(default)s)")
+    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
+    add("--sample_num", type=count, help="only so many requests, from the top of the file")
+    add("--batch_size", type=count, default=8, help="sequences decoded together, and prompts timed (%(default)s)")
+    add("--timed_tokens", type=count, default=65, help="tokens of a timed call, the first by prefill (%(default)s)")
+    add("--repeats", type=count, default=3, help="timed calls, of which the median counts (%(default)s)")
+    add("--retention_request", type=int, default=0, help="index of the request whose tokens are followed (%(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
+    add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
+    add("--grid", type=Path, help="the grid as YAML, in place of the flags below")
+    grid = parser.add_argument_group("grid", "one or more values of each field of H2OConfig; its defaults otherwise")
+    for name in FIELDS:
+        flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
+        grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
+    args = parser.parse_args(argv)
+    args.greedy, args.seed = True, 0  # what a Summarizer asks for
+    return args
+
+
+# The grid
+
+
+def grids(args: argparse.Namespace) -> list[dict[str, list]]:
+    """Field to values, of each grid. Raises InputError."""
+    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    if args.grid is None:
+        return [given]
+    if given:
+        raise InputError(f"--{next(iter(given))}: the grid is that of --grid {args.grid}; give one or the other")
+    try:
+        parsed = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--grid {args.grid}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise InputError(f"--grid {args.grid}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    parsed = parsed if isinstance(parsed, list) else [parsed]
+    if not parsed or not all(isinstance(grid, dict) for grid in parsed):
+        raise InputError(f"--grid {args.grid}: must map fields of H2OConfig to values, or list such mappings")
+    return [{name: of if isinstance(of, list) else [of] for name, of in grid.items()} for grid in parsed]
+
+
+def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
+    """The settings to measure, those that mean the same once. Raises InputError where none can work."""
+    where = "" if args.grid is None else f"--grid {args.grid}: "
+    cells, faults = {}, []
+    for grid in grids(args):
+        if unknown := [name for name in grid if name not in FIELDS]:
+            raise InputError(f"{where}no field {unknown[0]!r} in H2OConfig; it has {', '.join(FIELDS)}")
+        # policies first, then windows, then intervals
+        names = sorted(grid, key=lambda name: (name == "window_length") + 2 * (name == "update_interval"))
+        for values in itertools.product(*(grid[name] for name in names)):
+            settings = dict(zip(names, values, strict=True))
+            try:
+                h2o = H2OConfig(**settings)
+                backend_on(device, h2o)
+            except (ValueError, InputError) as error:
+                said = str(error).removeprefix("--")
+                faults.append(f"{', '.join(f'{name}={of}' for name, of in settings.items())}: {said}")
+            else:
+                cells[canonical(h2o)] = None
+    if not cells:
+        raise InputError(f"{where}{faults[0] if faults else 'no values: nothing to measure'}")
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    return list(cells)
+
+
+def canonical(h2o: H2OConfig) -> H2OConfig:
+    """The same cache with its defaults wherever a field has no effect."""
+    idle = set() if h2o.needs_mass else set(SCORING)
+    if h2o.score != "random" or not h2o.heavy:
+        idle.add("score_seed")
+    if not h2o.heavy:
+        idle.add("score")
+    settings = {name: DEFAULTS[name] for name in idle}
+    if h2o.heavy == h2o.window_length // 2:
+        settings["num_heavy_hitters"] = -1
+    return dataclasses.replace(h2o, **settings)
+
+
+# One cell
+
+
+class Lab:
+    """A model and stock Llama over the same weights, and the requests that they are compared on."""
+
+    def __init__(self, args: argparse.Namespace, model, tokenizer, prompts: list[Prompt]):
+        self.args, self.model, self.tokenizer, self.prompts = args, model, tokenizer, prompts
+        model.merge_projections()  # moves the weights, which stock Llama then shares
+        self.stock = stock_llama(model)
+        self.pad = tokenizer.pad_token_id
+        # alike lengths together, as in a run; the timed prompts are the first of the file
+        self.order = in_order(prompts, args.batch_size)
+        timed = prompts[: args.batch_size]
+        self.timed_length = min(len(prompt.tokens) for prompt in timed)
+        rows = [prompt.tokens[: self.timed_length] for prompt in timed]
+        rows = [rows[i % len(rows)] for i in range(args.batch_size)]  # a file of fewer requests
+        self.timed = torch.tensor(rows, device=model.device)
+
+    def measure(self, h2o: H2OConfig | None, texts: list[list[int]] | None) -> dict:
+        """One cell's figures: of H2OConfig, or None for the full cache, whose `texts` the others are compared on."""
+        model = self.stock
+        if h2o is not None:
+            model, model.h2o = self.model, h2o
+        measured = self._texts(model)
+        if h2o is None:
+            texts = measured["texts"]
+        else:
+            del measured["texts"]
+        measured |= self._fidelity(model, texts) | self._time(model)
+        self.model.kept_caches.clear()
+        return measured
+
+    def _texts(self, model) -> dict:
+        """Greedy texts, their ROUGE, and what the cache held."""
+        summarizer = Summarizer(model, self.tokenizer, self.args)
+        sequences = {}
+        for job in summarizer.decode(self.order):
+            sequences[job.prompt.request.index] = job.sequences[0]
+        rouge = {name: [] for name in ROUGE_TYPES}
+        for prompt in self.prompts:
+            request = prompt.request
+            text = summarizer.choice(request, sequences[request.index])["text"]
+            for name, score in summarizer.rouge.score(request.summary_gt, text).items():
+                rouge[name].append(round(score, 6))
+        held = [sequence.cache for sequence in sequences.values()]
+        return {
+            "rouge": rouge,
+            "kv_bytes": sum(cache["kv_bytes"] for cache in held) / len(held),
+            "slots_kept": sum(cache["slots_kept"] for cache in held) / len(held),
+            "texts": [sequences[prompt.request.index].tokens for prompt in self.prompts],
+        }
+
+    def _fidelity(self, model, texts: list[list[int]]) -> dict:
+        sums: list[Fidelity | None] = [None] * len(self.prompts)
+        followed, at_once, todo = None, self.args.batch_size, list(self.order)
+        while todo:
+            batch = [prompt.request.index for prompt in todo[:at_once]]
+            follow = batch.index(self.args.retention_request) if self.args.retention_request in batch else None
+            prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
+            try:
+                fidelity, retention = compare(self.stock, model, prompts, said, self.pad, follow)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or at_once == 1:
+                    raise
+                fidelity = None
+            if fidelity is None:  # outside, where the traceback no longer holds the tensors
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                at_once = (at_once + 1) // 2
+                continue
+            for i, of_row in zip(batch, fidelity, strict=True):
+                sums[i] = of_row
+            followed = retention or followed
+            todo = todo[at_once:]
+        names = [field.name for field in dataclasses.fields(Fidelity)]
+        result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in names}}
+        return result if followed is None else result | {"retention": self._retention(followed)}
+
+    def _retention(self, followed: Retention) -> dict:
+        return {
+            "index": self.args.retention_request,
+            "prompt_tokens": followed.prompt_tokens,
+            "last_held": pack(followed.last_held.numpy()),
+            "mass_lost": followed.mass_lost,
+        }
+
+    def _time(self, model) -> dict:
+        """Seconds and bytes of `generate` on the timed prompts."""
+        tokens, (batch, length) = self.args.timed_tokens, self.timed.shape
+        mask = torch.ones_like(self.timed)
+
+        def generate(tokens: int) -> None:
+            model.generate(self.timed, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+
+        with never_ending(model):
+            warm = 2 if self.timed.is_cuda else 1  # graphs are recorded at the second step of each kind
+            for _ in range(warm):
+                generate(tokens)
+            peak = peak_allocated(partial(generate, tokens)) if self.timed.is_cuda else None
+            times = [prefill_and_whole_ms(generate, tokens) for _ in range(self.args.repeats)]
+        first, step = prefill_and_step_ms(times, tokens)
+        timing = {
+            "batch": batch,
+            "prompt_tokens": length,
+            "time_to_first_token": first / 1e3,
+            "time_per_token": step / 1e3,
+            "tokens_per_second": batch / step * 1e3,
+        }
+        return {"time": timing, "peak_memory_bytes": peak}
+
+
+@contextmanager
+def never_ending(model):
+    """No token ends a sequence: all calls have the same steps."""
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        yield
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+# The script
+
+TABLE = {
+    "policy": "", "window_length": "", "update_interval": "", "ROUGE-2": "", "difference": "", "top-1 %": ".2f",
+    "KL": ".4f", "perplexity": ".3f", "mass lost %": ".2f", "KV MiB": ".2f", "first ms": ".1f", "ms/token": ".2f",
+    "tokens/s": ".0f", "peak GiB": ".1f",
+}  # fmt: skip
+
+
+def table_row(cell: dict, full: dict) -> dict:
+    """A cell in the table's units, quality with 95 % intervals."""
+    row = figures(cell, full, DEFAULTS)
+    delta = row["rouge2_delta"]
+    shown = {
+        "ROUGE-2": f"{row['rouge2']['mean']:.2f}",
+        "difference": f"{delta['mean']:+.2f} [{delta['low']:+.2f}, {delta['high']:+.2f}]" if cell["h2o"] else None,
+        "KV MiB": row["kv_bytes"] / 2**20,
+        "first ms": 1e3 * row["time_to_first_token"],
+        "ms/token": 1e3 * row["time_per_token"],
+        "tokens/s": row["tokens_per_second"],
+        "peak GiB": row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**30,
+    }
+    for name, key, scale in (
+        ("top-1 %", "top1", 100), ("KL", "kl", 1), ("perplexity", "perplexity", 1), ("mass lost %", "mass_lost", 100),
+    ):  # fmt: skip
+        shown[name] = scale * row[key]["mean"] if key in row else None
+    return row | shown
+
+
+def run(args: argparse.Namespace) -> int:
+    device = select_device(args.device)
+    cells = [None, *cells_of(args, device)]
+    requests, _ = read_requests(args.input_path, limit=args.sample_num)
+    if not 0 <= args.retention_request < len(requests):
+        raise InputError(f"--retention_request {args.retention_request}: the requests are 0 to {len(requests) - 1}")
+    if args.timed_tokens < 2:
+        raise InputError("--timed_tokens: the first is by prefill; give at least 2")
+    weights = checkpoint_fingerprint(Path(args.model_name))
+    setup = {
+        "form": FORM,
+        "model": args.model_name,
+        "weights": weights and weights[:16],
+        "requests": fingerprint(requests)[:16],
+        "number of requests": len(requests),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "timed_tokens": args.timed_tokens,
+        "retention_request": args.retention_request,
+        "device": device_report(device.type)["device"] if device.type == "cuda" else platform.machine(),
+    }
+    names = [cell_name(setup, h2o) for h2o in cells]
+    file = JsonlFile(args.output_path, "cell", "cell", args.input_path)
+    file.resume("choose another --output-path")
+    todo = [(name, h2o) for name, h2o in zip(names, cells, strict=True) if name not in file.entries]
+    if len(todo) < len(cells):
+        print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
+    if todo:
+        quiet_libraries()
+        model, tokenizer = load_model(args, H2OConfig(), device)
+        prompts = tokenize(requests, tokenizer, model, args.model_name)
+        warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling=False)
+        sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
+    full = file.entries[names[0]]
+    print_table([table_row(file.entries[name], full) for name in names], TABLE)
+    return 0
+
+
+def cell_name(setup: dict, h2o: H2OConfig | None) -> str:
+    """A hash of all that a cell's figures depend on."""
+    settings = None if h2o is None else dataclasses.asdict(h2o)
+    return hashlib.sha256(json.dumps([setup, settings]).encode()).hexdigest()[:16]
+
+
+def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full: str, file: JsonlFile) -> None:
+    """Measure cells, writing each as soon as it is there. Raises InputError."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    for name, h2o in (bar := tqdm(todo, unit="cell", dynamic_ncols=True)):
+        settings = None if h2o is None else dataclasses.asdict(h2o)
+        words = (
+            FULL if h2o is None else f"{policy_name(settings, DEFAULTS)}, {h2o.window_length}, {h2o.update_interval}"
+        )
+        bar.set_postfix_str(words)
+        try:
+            measured = lab.measure(h2o, file.entries.get(full, {}).get("texts"))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"--batch_size {lab.args.batch_size}: too much for the memory ({words}); give a smaller one (cells so "
+                "far are kept)"
+            ) from None
+        file.append({"cell": name, "setup": setup, "h2o": settings, **measured, "versions": versions})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 2 after one line about what the caller can put right, or 130 after Ctrl-C."""
+    args = None
+    try:
+        args = parse_args(argv)
+        return run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"cells so far are in {args.output_path}; the same command goes on" if args else "nothing was begun"
+        print(f"interrupted: {kept}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
