@@ -32,7 +32,7 @@ except ImportError:  # `run` says so
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
-from utils.ablation import FULL, figures, held_shares, read_cells, setup_id
+from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
 from utils.ablation_report import report
 from utils.bench import exit_status
 from utils.requests import InputError, OneLineParser, replace_file
@@ -43,14 +43,16 @@ STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 150, "svg.hashsalt": "H2Optimizer", "font.size": 10,
     "axes.titlesize": 10, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E2E2E2", "lines.linewidth": 1.6,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9,
-    "legend.handlelength": 3.2, "figure.titlesize": 11, "text.parse_math": False,
+    "legend.handlelength": 3.2, "figure.titlesize": 11, "hatch.linewidth": 0.5, "text.parse_math": False,
 }  # fmt: skip
 COLOURS = ("#0B3C6F", "#D55E00", "#009E73", "#A6611A", "#56A0D3", "#7B3294", "#B8860B")  # of policies, dark and light
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: 56 pairs
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
-FILLS = ("full", "none", "left", "bottom", "top", "right")  # of intervals
+FILLS = ("full", "left", "bottom", "right", "top")  # of intervals; the largest is not filled
 HEAVY_RGB, RECENT_RGB = np.array([0.02, 0.12, 0.30]), np.array([0.96, 0.72, 0.36])
+RECENT_LOOK = {"facecolor": "none", "edgecolor": "#6B3E00", "hatch": "////", "linewidth": 0.8}  # hatched over its RGB
 BAND = "#D0D0D0"
+APART = 0.35  # of lines of one panel, in powers of two of the budget
 MOST_LINES = 6  # in one panel; more get a panel for each interval
 MOST_RETENTIONS = 3  # drawn unasked
 
@@ -84,7 +86,7 @@ class Sweep:
             "color": COLOURS[policy % len(COLOURS)],
             "marker": MARKERS[policy % len(MARKERS)],
             "linestyle": DASHES[policy % len(DASHES)],
-            "fillstyle": FILLS[interval % len(FILLS)],
+            "fillstyle": "none" if 0 < interval == len(self.intervals) - 1 else FILLS[interval % len(FILLS)],
             "markerfacecoloralt": "white",
             "markersize": 6 + 1.2 * interval,
         }
@@ -94,7 +96,7 @@ class Sweep:
         if len({self.line(row) for row in self.rows}) <= MOST_LINES:
             return [("", self.rows)]
         by_interval = {n: [row for row in self.rows if row["update_interval"] == n] for n in self.intervals}
-        return [(f"N = {n}: ", rows) for n, rows in by_interval.items()]
+        return [(f"N = {n}", rows) for n, rows in by_interval.items()]
 
 
 def plural(number: int, noun: str) -> str:
@@ -103,19 +105,11 @@ def plural(number: int, noun: str) -> str:
 
 def load(path: Path, prefix: str | None) -> Sweep:
     """The cells of one setup of a file. Raises InputError where that is not one, or has no full cache."""
-    setups: dict[str, list[dict]] = {}
-    for cell in {cell["cell"]: cell for cell in read_cells(path)}.values():  # the later of two measurements counts
-        setups.setdefault(setup_id(cell["setup"]), []).append(cell)
-    found = {name: cells for name, cells in setups.items() if name.startswith(prefix or "")}
-    if len(found) != 1:
-        named = "; ".join(f"{name[:6]}: {what}" for name, what in differing(setups).items())
-        problem = f"holds {len(setups)} setups" if prefix is None else f"--setup {prefix} is {len(found)} of its setups"
-        raise InputError(f"{path}: {problem} ({named}); choose one with --setup")
-    ((name, cells),) = found.items()
+    cells = of_one_setup(path, read_cells(path), prefix)
     full = next((cell for cell in cells if cell["h2o"] is None), None)
     if full is None or len(cells) == 1:
         missing = "full cache, which all else is compared with" if full is None else "bounded cache"
-        raise InputError(f"{path}: setup {name[:6]} has no cell of a {missing}; scripts/ablate.py measures it")
+        raise InputError(f"{path}: the setup has no cell of a {missing}; scripts/ablate.py measures it")
     defaults, rows = dataclasses.asdict(H2OConfig()), []
     for cell in cells:
         try:
@@ -128,14 +122,6 @@ def load(path: Path, prefix: str | None) -> Sweep:
     return Sweep(full["source"]["setup"], full, [row for row in rows if row["config"]])
 
 
-def differing(setups: dict[str, list[dict]]) -> dict[str, str]:
-    """By setup, the settings that not all have the same."""
-    of = {name: cells[0]["setup"] for name, cells in setups.items()}
-    keys = [key for key in dict.fromkeys(key for setup in of.values() for key in setup)]
-    keys = [key for key in keys if len({repr(setup.get(key)) for setup in of.values()}) > 1]
-    return {name: ", ".join(f"{key} {setup.get(key)}" for key in keys) or "all there is" for name, setup in of.items()}
-
-
 # Figures of all cells
 
 
@@ -146,9 +132,10 @@ def full_band(ax, full: dict | None, scale: float = 1.0) -> None:
         ax.axhline(scale * full["mean"], color="black", linewidth=1.2, zorder=1)
 
 
-def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = ()) -> None:
+def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = (), marker: str = "") -> None:
     """Below the figure: the full cache, policies, and the intervals' fills where there are several."""
-    handles = [Line2D([], [], color="black", linewidth=1.2, label=f"{FULL} and its 95 % interval")]
+    full = {"color": "black", "linewidth": 1.2, "marker": marker, "markersize": 9}
+    handles = [(Patch(color=BAND, alpha=0.6), Line2D([], [], label=f"{FULL}, 95 % interval", **full))]
     for i, policy in enumerate(sweep.policies):
         look = sweep.look(i) | ({} if lines else {"linestyle": "none"})
         handles.append(Line2D([], [], label=policy, **look))
@@ -156,8 +143,9 @@ def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = ()) -> None:
         for i, n in enumerate(sweep.intervals):
             look = sweep.look(0, i) | {"color": "#555555", "marker": "o", "linestyle": "none"}
             handles.append(Line2D([], [], label=f"N = {n}", **look))
-    columns = 2 if max(len(handle.get_label()) for handle in handles) > 36 else 4
-    fig.legend(handles=[*handles, *extra], loc="outside lower center", ncols=columns)
+    labels = [handle.get_label() for handle in (handles[0][1], *handles[1:], *extra)]
+    columns = 2 if max(map(len, labels)) > 36 else 4
+    fig.legend([*handles, *extra], labels, loc="outside lower center", ncols=columns)
 
 
 def draw_quality(sweep: Sweep) -> Figure:
@@ -169,7 +157,7 @@ def draw_quality(sweep: Sweep) -> Figure:
     fig.suptitle(f"Quality against KV budget: {sweep.title}")
     for (title, rows), axes in zip(panels, grid, strict=True):
         for (name, unit, scale), ax in zip(measures, axes, strict=True):
-            ax.set_title(title + unit.split(",")[0], loc="left")
+            ax.set_title(title, loc="left", fontsize=9)
             ax.set_ylabel(unit)
             full_band(ax, sweep.full[name], scale)
             lines = sorted({sweep.line(row) for row in rows})
@@ -179,7 +167,8 @@ def draw_quality(sweep: Sweep) -> Figure:
                     scale * np.array([row[name][key] for row in of_line]) for key in ("mean", "low", "high")
                 )
                 # Lines stand a little beside each other, so that intervals do not cover one another.
-                budgets = [row["window_length"] * 2 ** (0.08 * (i - (len(lines) - 1) / 2)) for row in of_line]
+                aside = 2 ** (APART * (i - (len(lines) - 1) / 2) / len(lines))
+                budgets = [aside * row["window_length"] for row in of_line]
                 errors = np.maximum([mean - low, high - mean], 0)
                 ax.errorbar(budgets, mean, errors, elinewidth=0.9, capsize=2, **sweep.look(*line))
     for ax in grid.flat:
@@ -189,80 +178,83 @@ def draw_quality(sweep: Sweep) -> Figure:
         ax.minorticks_off()
         ax.set_xlim(sweep.windows[0] / 1.4, sweep.windows[-1] * 1.4)
     for ax in grid[-1]:
-        ax.set_xlabel("window_length, slots kept a request", fontsize=9)
+        ax.set_xlabel("KV budget: window_length, slots", fontsize=9)
     if len(measures) > 1:
         grid[0, -1].set_yscale("symlog", linthresh=0.01)  # it spans decades, and is 0 where nothing was evicted
+        grid[0, -1].yaxis.set_major_formatter("{x:g}")
         grid[0, -1].set_ylim(bottom=-0.001)
     legend(fig, sweep)
     return fig
 
 
+def spot(row: dict) -> tuple[float, float]:
+    return row["tokens_per_second"], row["rouge2"]["mean"]
+
+
 def frontier(rows: list[dict]) -> list[dict]:
-    """The rows that no other equals or beats in both tokens/s and ROUGE-2, the fastest last."""
-    points = [(row["tokens_per_second"], row["rouge2"]["mean"]) for row in rows]
+    """The rows that no other beats in tokens/s or ROUGE-2 without being beaten in the other, the fastest last."""
+    spots = [spot(row) for row in rows]
     best = [
         row
-        for row, at in zip(rows, points, strict=True)
-        if not any(other != at and other[0] >= at[0] and other[1] >= at[1] for other in points)
+        for row, (speed, quality) in zip(rows, spots, strict=True)
+        if not any(s >= speed and q >= quality and (s, q) != (speed, quality) for s, q in spots)
     ]
     return sorted(best, key=lambda row: row["tokens_per_second"])
 
 
 def draw_frontier(sweep: Sweep) -> Figure:
     panels, best = sweep.panels(), frontier([sweep.full, *sweep.rows])
-    time = sweep.full
     fig = Figure(figsize=(WIDTH, 1.6 + (3.9 if len(panels) == 1 else 3.0) * len(panels)))
     grid = fig.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     fig.suptitle(f"Quality against speed: {sweep.title}")
-    at = [[row["tokens_per_second"] for row in best], [row["rouge2"]["mean"] for row in best]]
     for (title, rows), ax in zip(panels, grid, strict=True):
-        ax.set_title(f"{title}numbers are window lengths", loc="left", fontsize=9)
+        ax.set_title(title, loc="left", fontsize=9)
         ax.set_ylabel("ROUGE-2 F, points")
         full_band(ax, sweep.full["rouge2"])
-        ax.plot(*at, color="#777777", linewidth=1, linestyle=":", drawstyle="steps-pre", label="frontier", zorder=1.5)
+        ax.plot(*zip(*map(spot, best), strict=True), color="#777777", linewidth=1, linestyle=":", drawstyle="steps-pre")
         for row in [sweep.full, *rows]:
             look = {"color": "black", "marker": "h", "markersize": 10}
             look = look if row is sweep.full else sweep.look(*sweep.line(row)) | {"linestyle": "none"}
-            ax.plot(row["tokens_per_second"], row["rouge2"]["mean"], zorder=3, label=row["label"], **look)
-        ringed = [row for row in best if row is sweep.full or row in rows]
-        at_ringed = [[row["tokens_per_second"] for row in ringed], [row["rouge2"]["mean"] for row in ringed]]
-        ax.plot(*at_ringed, "o", color="black", fillstyle="none", markersize=15, label="ringed", zorder=2)
-        ax.margins(0.06, 0.08)
-    grid[-1].set_xlabel(f"tokens/s (batch {time['batch']}, prompts of {plural(time['prompt_tokens'], 'token')})")
+            ax.plot(*spot(row), zorder=3, label=row["label"], **look)
+            if any(row is other for other in best):
+                ax.plot(*spot(row), "o", color="black", fillstyle="none", markersize=15, label="ring", zorder=2)
+    speeds = [row["tokens_per_second"] for row in (sweep.full, *sweep.rows)]
+    grid[0].set_xlim(0.95 * min(speeds), 1.05 * max(speeds))
+    timed = f"batch {sweep.full['batch']}, prompts of {plural(sweep.full['prompt_tokens'], 'token')}"
+    grid[-1].set_xlabel(f"tokens/s ({timed}); numbers in the figure: window_length")
     ring = Line2D([], [], color="black", marker="o", fillstyle="none", markersize=12, linestyle=":", label="frontier")
-    full = Line2D([], [], color="black", marker="h", markersize=9, linestyle="none", label=FULL)
-    legend(fig, sweep, lines=False, extra=(full, ring))
+    legend(fig, sweep, lines=False, extra=(ring,), marker="h")
     fig.draw_without_rendering()  # texts are placed by pixels, which the layout decides
     for (_, rows), ax in zip(panels, grid, strict=True):
-        annotate(ax, sorted(rows, key=lambda row: row not in best), best)
+        annotate(ax, sorted(rows, key=lambda row: row not in best), [sweep.full, *rows], best)
     return fig
 
 
-def annotate(ax, rows: list[dict], always: list[dict]) -> None:
+def annotate(ax, rows: list[dict], drawn: list[dict], always: list[dict]) -> None:
     """Each row's window at the first place by its marker where it covers nothing; without one only `always`."""
-    pixel = ax.figure.dpi / 72
-    marks = ax.transData.transform([(row["tokens_per_second"], row["rouge2"]["mean"]) for row in rows]) / pixel
-    texts: list[tuple] = []
-    for row, (x, y) in zip(rows, marks, strict=True):
-        text = str(row["window_length"])
+
+    def to_points(row: dict) -> np.ndarray:
+        return ax.transData.transform(spot(row)) * 72 / ax.figure.dpi
+
+    marks, texts = [to_points(row) for row in drawn], []
+    places = [(dx, dy) for r in (11, 15) for dx, dy in ((r, 0), (0, r), (0, -r), (-r, 0), (r, r), (r, -r), (-r, r))]
+    for row in rows:
+        text, (x, y) = str(row["window_length"]), to_points(row)
         width, height = 0.66 * SMALL * len(text), SMALL
-        places = [(dx, dy) for r in (9, 14) for dx, dy in ((r, 0), (0, r), (0, -r), (-r, 0), (r, r), (r, -r), (-r, r))]
         for dx, dy in places:
-            left = x + dx - width * (dx < 0) - width / 2 * (dx == 0)
-            box = (left, y + dy - height / 2, left + width, y + dy + height / 2)
-            free = not any(box[0] - 4 < a < box[2] + 4 and box[1] - 4 < b < box[3] + 4 for a, b in marks)
-            if free and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in texts):
+            left, low = x + dx - width * (1 - np.sign(dx)) / 2, y + dy - height / 2
+            right, high = left + width, low + height
+            on_mark = any(left - 4 < a < right + 4 and low - 4 < b < high + 4 for a, b in marks)
+            if not on_mark and not any(left < r and a < right and low < h and b < high for a, b, r, h in texts):
                 break
         else:
             if row not in always:
                 continue
             dx, dy = places[0]
-        texts.append(box)
+        texts.append((left, low, right, high))
         side = "left" if dx > 0 else "right" if dx < 0 else "center"
-        at = (row["tokens_per_second"], row["rouge2"]["mean"])
-        ax.annotate(
-            text, at, (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=SMALL, zorder=4
-        )  # fmt: skip
+        where = {"textcoords": "offset points", "ha": side, "va": "center"}
+        ax.annotate(text, spot(row), (dx, dy), **where, fontsize=SMALL, zorder=4).set_in_layout(False)
 
 
 # Figures of one request
@@ -274,23 +266,18 @@ def followed(sweep: Sweep, chosen: list[str]) -> list[dict]:
     Of a budget below the prompt, where there is one: others evict little. All are of the first row's request.
     """
     rows = [row for row in sweep.rows if (row["source"].get("retention") or {}).get("mass_lost")]
-    if chosen:
-        cells = [row["source"]["cell"] for row in rows]
-        for prefix in chosen:
-            matches = sum(cell.startswith(prefix) for cell in cells)
-            if matches != 1:
-                which = "no cell" if not matches else f"{matches} cells"
-                raise InputError(
-                    f"--cells {prefix}: is {which} with a retention of this setup; the report's table names them"
-                )
-        rows = [row for prefix in chosen for row in rows if row["source"]["cell"].startswith(prefix)]
-    if not rows:
-        return []
-    of = rows[0]["source"]["retention"]
-    rows = [row for row in rows if row["source"]["retention"]["index"] == of["index"]]
-    if chosen:
-        return rows
-    windows = [window for window in sweep.windows if window < of["prompt_tokens"]] or sweep.windows
+    rows = [row for row in rows if row["source"]["retention"]["index"] == rows[0]["source"]["retention"]["index"]]
+    for prefix in chosen:
+        matches = sum(row["source"]["cell"].startswith(prefix) for row in rows)
+        if matches != 1:
+            meant = f"{matches} cells" if matches else "no cell whose tokens were followed"
+            raise InputError(
+                f"--cells {prefix}: means {meant}; the table of report.md names them, leave it out to see it"
+            )
+    if chosen or not rows:
+        return [row for row in rows if row["source"]["cell"].startswith(tuple(chosen))]
+    prompt = rows[0]["source"]["retention"]["prompt_tokens"]
+    windows = [window for window in sweep.windows if window < prompt] or sweep.windows
     window, interval = (values[(len(values) - 1) // 2] for values in (windows, sweep.intervals))
 
     def distance(row: dict) -> tuple[float, float]:
@@ -298,6 +285,11 @@ def followed(sweep: Sweep, chosen: list[str]) -> list[dict]:
 
     by_policy = [[row for row in rows if row["policy"] == policy] for policy in sweep.policies]
     return [min(of_policy, key=distance) for of_policy in by_policy if of_policy]
+
+
+def heavy_shade(share) -> np.ndarray:
+    """RGB of a share of heads: its root, so that the few of a long prompt can be seen."""
+    return 1 - np.sqrt(share)[..., None] * (1 - HEAVY_RGB)
 
 
 def draw_retention(sweep: Sweep, row: dict) -> Figure:
@@ -309,7 +301,7 @@ def draw_retention(sweep: Sweep, row: dict) -> Figure:
     begins = np.arange(0, tokens, per_bin)
     fig = Figure(figsize=(WIDTH, 1.6 + (1.1 if columns == 1 else 1.25) * math.ceil(layers / columns)))
     grid = fig.subplots(math.ceil(layers / columns), columns, squeeze=False, sharex=True, sharey=True)
-    fig.suptitle(f"Tokens held: {row['label']}\n{sweep.title}, of them request {retention['index']}")
+    fig.suptitle(f"Tokens held: {row['label']}\n{sweep.title}, here request {retention['index']} (from 0)")
     for ax in grid.flat[layers:]:
         ax.set_axis_off()
     slimmed = np.arange(steps) // row["update_interval"] * row["update_interval"]
@@ -318,28 +310,25 @@ def draw_retention(sweep: Sweep, row: dict) -> Figure:
             np.add.reduceat(share, begins, axis=1) / np.diff([*begins, tokens])
             for share in held_shares(retention, layer, row["config"])
         )
-        rgb = 1 - heavy[..., None] * (1 - HEAVY_RGB) - recent[..., None] * (1 - RECENT_RGB)
+        rgb = heavy_shade(heavy) - recent[..., None] * (1 - RECENT_RGB)
         extent = (-0.5, len(begins) * per_bin - 0.5, steps + 0.5, 0.5)
         ax.imshow(rgb.clip(0, 1), extent=extent, aspect="auto", interpolation="nearest")
         edges = np.repeat(np.arange(steps + 1) + 0.5, 2)[1:-1]
-        for first in (prompt + slimmed - row["config"].recent, prompt + 1 + np.arange(steps)):
-            ax.plot(np.repeat(first, 2) - 0.5, edges, color="black", linewidth=0.6)
+        bounds = (prompt + slimmed - row["config"].recent, prompt + 1 + np.arange(steps))
+        ax.fill_betweenx(edges, *(np.repeat(bound, 2) - 0.5 for bound in bounds), **RECENT_LOOK)
         ax.axvline(prompt - 0.5, color="black", linewidth=1, linestyle=(0, (4, 2)))
         ax.set_xlim(-0.5, tokens - 0.5)
         ax.grid(False)
         ax.set_title(f"layer {layer}", loc="left", fontsize=9, pad=2)
-    for ax in grid[:, 0]:
-        ax.set_ylabel("decode step", fontsize=9)
+    fig.supylabel("decode step", fontsize=10)
     for ax in grid[-1]:
         ax.set_xlabel("token position", fontsize=9)
-    patches = [
-        Patch(facecolor=1 - share * (1 - HEAVY_RGB), edgecolor="black", label=f"{name} hold it")
-        for name, share in (("heavy hitter, all KV heads", 1.0), ("half of them", 0.5))
-    ]
-    patches.append(Patch(facecolor=RECENT_RGB, edgecolor="black", label="recent"))
+    shades = (("heavy hitter of all KV heads", 1.0), ("of 1/2", 0.5), ("of 1/8", 0.125))
+    patches = [Patch(facecolor=heavy_shade(share), edgecolor="black", label=name) for name, share in shades]
+    patches.append(Patch(**RECENT_LOOK | {"facecolor": RECENT_RGB}, label="recent"))
     patches.append(Patch(facecolor="white", edgecolor="black", label="evicted"))
     patches.append(Line2D([], [], color="black", linewidth=1, linestyle=(0, (4, 2)), label="end of the prompt"))
-    fig.legend(handles=patches, loc="outside lower center", ncols=5, handlelength=1.6)
+    fig.legend(handles=patches, loc="outside lower center", ncols=6, handlelength=1.4)
     return fig
 
 
@@ -347,11 +336,11 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
     """All means in the first panel; then each with its layers."""
     several = len(rows) > 1
     panels = [None, *rows] if several else rows
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     fig = Figure(figsize=(WIDTH, 1.4 + 2.2 * math.ceil(len(panels) / columns)))
     grid = fig.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, sharex=True, sharey=True)
     index = rows[0]["source"]["retention"]["index"]
-    fig.suptitle(f"Attention that falls on evicted tokens: {sweep.title}, of them request {index}")
+    fig.suptitle(f"Attention that falls on evicted tokens: {sweep.title}, here request {index} (from 0)")
     lost = [100 * np.array(row["source"]["retention"]["mass_lost"]) for row in rows]
     looks = [sweep.look(sweep.policies.index(row["policy"])) | {"label": row["label"]} for row in rows]
     steps = np.arange(1, max(map(len, lost)) + 1)
@@ -362,7 +351,8 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
             at = steps[: len(shares)]
             if panel is row:
                 ax.fill_between(at, shares.min(axis=1), shares.max(axis=1), color=BAND, linewidth=0)
-                ax.plot(at, shares, color="#888888", linewidth=0.4)
+                if shares.shape[1] <= 8:  # more would be a thicket
+                    ax.plot(at, shares, color="#888888", linewidth=0.4)
             ax.plot(at, shares.mean(axis=1), markevery=max(1, len(at) // 8), **look)
         title = row_title(panel) if panel else "all, mean of layers"
         ax.set_title(title, loc="left", fontsize=SMALL if panel else 9)
@@ -371,9 +361,9 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
     grid[0, 0].set_ylim(bottom=0)
     for ax in grid[:, 0]:
         ax.set_ylabel("attention lost, %")
-    for ax in grid.flat[max(0, len(panels) - columns) : len(panels)]:
-        ax.set_xlabel("decode step")
+    for ax in grid.flat[: len(panels)]:
         ax.xaxis.set_tick_params(labelbottom=True)
+        ax.set_xlabel("decode step", fontsize=9)
     handles = [Line2D([], [], **look) for look in looks]
     handles.append(Patch(color=BAND, label="from the lowest to the highest layer"))
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
@@ -394,16 +384,16 @@ READING = {
     "judge small differences by the paired ones of the table.",
     "frontier": "Up is better, right is faster; a ringed cell is one that no other equals or beats in both, and a cell "
     "inside the full cache's band need not be better than another there.",
-    "retention": "Each row of pixels is a decode step: dark is an older token that KV heads still hold, the strip "
-    "between the two slanted lines is the recent part, white is gone (or not there yet, to its right).",
+    "retention": "Each row of pixels is a decode step; the darker an older token, the more KV heads still hold it (the "
+    "mean of neighbours where a pixel has several tokens); hatched are the newest tokens, which are kept whatever "
+    "their mass, and those that wait for the next slimming; white is evicted or, to the right, not there yet.",
     "mass_lost": "What the full cache attends to, at the same step of the same text, among tokens that this cache has "
     "dropped; 0 means that nothing which mattered is missing.",
 }
 
 
-def draw(sweep: Sweep, chosen: list[str]) -> tuple[dict[str, tuple[Figure, str, str]], list[str]]:
+def draw(sweep: Sweep, rows: list[dict], all_retentions: bool) -> tuple[dict[str, tuple[Figure, str, str]], list[str]]:
     """By name of its files, each figure, its title and how to read it; and notes on what is not drawn."""
-    rows = followed(sweep, chosen)
     drawn = {
         "quality": (draw_quality(sweep), "Quality against KV budget", READING["quality"]),
         "frontier": (draw_frontier(sweep), "Quality against speed", READING["frontier"]),
@@ -411,8 +401,7 @@ def draw(sweep: Sweep, chosen: list[str]) -> tuple[dict[str, tuple[Figure, str, 
     if not rows:
         return drawn, ["No cell followed a request's tokens: its text was of one token, which evicts nothing."]
     drawn["mass_lost"] = draw_mass_lost(sweep, rows), "Attention on evicted tokens", READING["mass_lost"]
-    shown = rows if chosen else rows[:MOST_RETENTIONS]
-    for row in shown:
+    for row in rows if all_retentions else rows[:MOST_RETENTIONS]:
         name = f"retention_{row['source']['cell'][:12]}"
         drawn[name] = draw_retention(sweep, row), f"Tokens held: {row['label']}", READING["retention"]
     return drawn, ["Other cells' tokens: `--cells` with what the table's last column says, comma-separated."]
@@ -441,11 +430,12 @@ def run(args: argparse.Namespace) -> None:
     if style is None:
         raise InputError("matplotlib is not installed: pip install matplotlib")
     sweep = load(args.input_path, args.setup)
+    rows = followed(sweep, args.cells)
     folder = args.output_path or args.input_path.with_name(args.input_path.stem + "_figures")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with style.context(["default", STYLE]):
-            drawn, notes = draw(sweep, args.cells)
+            drawn, notes = draw(sweep, rows, bool(args.cells))
             said = {name: (title, reading) for name, (_, title, reading) in drawn.items()}
             write(folder, drawn, report(sweep, args.input_path.name, said, notes))
     except OSError as error:

@@ -43,8 +43,15 @@ def last_held(rng, config: H2OConfig, layers: int, heads: int, prompt: int, step
 
 
 def made_cells(
-    policies=("H2O", "recent only", "sink + recent"), windows=(64, 128, 256), intervals=(1, 16), requests=20, layers=5,
-    heads=4, prompt=400, steps=40, setup=SETUP,
+    policies=("H2O", "recent only", "sink + recent"),
+    windows=(64, 128, 256),
+    intervals=(1, 16),
+    requests=20,
+    layers=5,
+    heads=4,
+    prompt=400,
+    steps=40,
+    setup=SETUP,
 ) -> list[dict]:
     """The full cache's cell, then bounded ones; `steps` = 0 stands for texts of one token."""  # fmt: skip
     rng = np.random.default_rng(0)

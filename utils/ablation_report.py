@@ -12,10 +12,13 @@ from utils.rouge import ROUGE_TYPES
 
 
 def signed(of: dict[str, float]) -> str:
-    return f"{of['mean']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]"
+    mean, low, high = (f"{round(of[key], 2) + 0.0:+.2f}" for key in ("mean", "low", "high"))  # no -0.00
+    return f"{mean} [{low}, {high}]"
 
 
 def with_interval(of: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:
+    if of["low"] == of["high"]:
+        return f"{scale * of['mean']:.{digits}f}"
     mean, low, high = (f"{scale * of[key]:.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -62,7 +65,7 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable]) -> list[str]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def listing(items: list[str], most: int = 6) -> str:
+def listing(items: list[str], most: int = 4) -> str:
     rest = [f"and {len(items) - most} more"] if len(items) > most else []
     return "; ".join([*items[:most], *rest])
 
@@ -99,7 +102,10 @@ def smallest_budgets(rows: list[dict]) -> list[str]:
             if not good(row["rouge2_delta"]):
                 break
             found = row
-        return "none" if found is None else f"{found['window_length']}: {signed(found['rouge2_delta'])}"
+        if found is None:
+            largest = max(of, key=lambda row: row["window_length"])
+            return f"none up to {largest['window_length']}: {signed(largest['rouge2_delta'])}"
+        return f"{found['window_length']}: {signed(found['rouge2_delta'])}"
 
     header = ["policy", "N", "interval reaches 0 from window", "surely less than 1 point lost from window"]
     body = [
@@ -110,10 +116,10 @@ def smallest_budgets(rows: list[dict]) -> list[str]:
 
 
 def against(pairs: list[tuple[dict, dict]]) -> tuple[list[str], list[str]]:
-    """Rows that are worse, and better, in ROUGE-2 than what each is paired with: intervals that leave 0 out."""
+    """Rows worse, and better, in ROUGE-2 than those they are paired with (intervals leave 0 out), the worst first."""
     worse, better = [], []
-    for row, other in pairs:
-        delta = difference(row["source"], other["source"], "rouge2")
+    deltas = [(row, difference(row["source"], other["source"], "rouge2")) for row, other in pairs]
+    for row, delta in sorted(deltas, key=lambda pair: pair[1]["mean"]):
         where = worse if delta["high"] < 0 else better if delta["low"] > 0 else []
         where.append(f"{row['label']}: {signed(delta)}")
     return worse, better
@@ -145,16 +151,15 @@ def findings(sweep) -> list[str]:
         )
     speed = full["tokens_per_second"]
     fastest = max(rows, key=lambda row: row["tokens_per_second"])
-    slower = [
-        f"{row['label']}: {row['tokens_per_second'] / speed:.2f}x" for row in rows if row["tokens_per_second"] < speed
-    ]
+    slower = sorted((row for row in rows if row["tokens_per_second"] < speed), key=lambda row: row["tokens_per_second"])
+    slower = [f"{row['label']}: {row['tokens_per_second'] / speed:.2f}x" for row in slower]
     found.append(
         f"Fastest: {fastest['label']}, {fastest['tokens_per_second'] / speed:.2f}x the full cache's tokens/s. Slower "
         f"than the full cache: {len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}."
     )
-    idle = [row["label"] for row in rows if "mass_lost" in row and row["mass_lost"]["mean"] == 0]
+    idle = [row["label"] for row in rows if "mass_lost" in row and row["mass_lost"]["mean"] < 1e-5]
     if idle:
-        found.append(f"Evicted nothing that mattered to attention, and so say nothing: {listing(idle)}.")
+        found.append(f"Less than 0.001 % of attention lost, so that a policy had nothing to choose: {listing(idle)}.")
     return found
 
 
