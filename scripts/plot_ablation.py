@@ -88,7 +88,7 @@ class Sweep:
             "linestyle": DASHES[policy % len(DASHES)],
             "fillstyle": "none" if 0 < interval == len(self.intervals) - 1 else FILLS[interval % len(FILLS)],
             "markerfacecoloralt": "white",
-            "markersize": 6 + 1.2 * interval,
+            "markersize": 6 + 0.8 * interval,
         }
 
     def panels(self) -> list[tuple[str, list[dict]]]:
@@ -323,7 +323,7 @@ def draw_retention(sweep: Sweep, row: dict) -> Figure:
     fig.supylabel("decode step", fontsize=10)
     for ax in grid[-1]:
         ax.set_xlabel("token position", fontsize=9)
-    shades = (("heavy hitter of all KV heads", 1.0), ("of 1/2", 0.5), ("of 1/8", 0.125))
+    shades = (("older token, in all KV heads", 1.0), ("in 1/2", 0.5), ("in 1/8", 0.125))
     patches = [Patch(facecolor=heavy_shade(share), edgecolor="black", label=name) for name, share in shades]
     patches.append(Patch(**RECENT_LOOK | {"facecolor": RECENT_RGB}, label="recent"))
     patches.append(Patch(facecolor="white", edgecolor="black", label="evicted"))

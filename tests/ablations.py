@@ -59,7 +59,9 @@ def made_cells(
 
     def cell(config: H2OConfig | None, missed: float) -> dict:
         window = config.window_length if config else 0
-        lost = missed * (1 - window / prompt) ** 1.5 * (1 + 0.1 * np.log2(config.update_interval)) if config else 0.0
+        lost = (
+            missed * max(0, 1 - window / prompt) ** 1.5 * (1 + 0.1 * np.log2(config.update_interval)) if config else 0.0
+        )
         of_request = lost * hard
         h2o = config and dataclasses.asdict(config)
         rouge = np.clip(best * (1 - of_request) + (rng.normal(0, 0.01, requests) if config else 0), 0, 1)

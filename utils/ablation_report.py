@@ -135,8 +135,8 @@ def findings(sweep) -> list[str]:
     if pairs:
         worse, better = against(pairs)
         found.append(
-            f'Against "{RECENT}" of the same window and N, {len(pairs)} comparisons: better in {len(better)}, '
-            f"worse in {len(worse)}{': ' * bool(worse)}{listing(worse)}."
+            f'Against "{RECENT}" of the same window and N: better in {len(better)} of {len(pairs)}, worse in '
+            f"{len(worse)}{': ' * bool(worse)}{listing(worse)}."
         )
     pairs = []
     for (policy, window, n), row in at.items():
@@ -146,8 +146,8 @@ def findings(sweep) -> list[str]:
     if pairs:
         worse, better = against(pairs)
         found.append(
-            f"Larger N against the smallest of the same policy and window, {len(pairs)} comparisons: worse in "
-            f"{len(worse)}{': ' * bool(worse)}{listing(worse)}; better in {len(better)}."
+            f"Larger N against the smallest of the same policy and window: worse in {len(worse)} of "
+            f"{len(pairs)}{': ' * bool(worse)}{listing(worse)}; better in {len(better)}."
         )
     speed = full["tokens_per_second"]
     fastest = max(rows, key=lambda row: row["tokens_per_second"])
