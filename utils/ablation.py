@@ -16,16 +16,21 @@ A line holds, in seconds, bytes and nats, and per request in the order of the fi
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.requests import InputError
 from utils.rouge import ROUGE_TYPES, mean_with_interval
 
-FULL = "full cache"
+if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way
+    from h2optimizer import H2OConfig
+
+FULL, RECENT = "full cache", "recent only"
 # What a policy's name says by itself; other fields that differ from their defaults are named behind it.
 NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters")
 
@@ -41,13 +46,49 @@ def unpack(packed: dict) -> np.ndarray:
     return np.frombuffer(data, dtype=packed["dtype"]).reshape(packed["shape"])
 
 
+def held_shares(retention: dict, layer: int, h2o: H2OConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Shares [steps, tokens] of a layer's KV heads that hold a token, at steps from 1: heavy hitters, recent tokens.
+
+    Recent are the `recent` newest of the last slimming before the step, and those that came after it: of these none
+    has had to be a heavy hitter yet.
+    """
+    last_held, prompt = unpack(retention["last_held"])[layer], retention["prompt_tokens"]
+    step, token = np.arange(1, len(retention["mass_lost"]) + 1)[:, None], np.arange(last_held.shape[-1])
+    held = np.mean([(last >= step) & (token < prompt + step) for last in last_held], axis=0)
+    slimmed = (step - 1) // h2o.update_interval * h2o.update_interval
+    recent = token >= prompt + slimmed - h2o.recent
+    return held * ~recent, held * recent
+
+
+def setup_id(setup: dict) -> str:
+    """What tells setups apart in messages and flags."""
+    return hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def of_one_setup(path: Path, cells: list[dict], prefix: str | None, flag: str = "--setup") -> list[dict]:
+    """The cells of the setup whose id begins with `prefix`, or of the only one; of two of one cell the later.
+
+    Raises: InputError that names the setups by id and by what is not the same in all, unless exactly one is meant.
+    """
+    setups = {setup_id(cell["setup"]): cell["setup"] for cell in cells}
+    chosen = [name for name in setups if name.startswith(prefix or "")]
+    if len(chosen) != 1:
+        keys = dict.fromkeys(key for setup in setups.values() for key in setup)
+        keys = [key for key in keys if len({repr(setup.get(key)) for setup in setups.values()}) > 1]
+        named = {name: ", ".join(f"{key}={setup.get(key)}" for key in keys) for name, setup in setups.items()}
+        listed = "; ".join(f"{name}: {what}" if what else name for name, what in named.items())
+        problem = f"{flag} {prefix} means {len(chosen)} of the setups in it" if prefix else "holds several setups"
+        raise InputError(f"{path}: {problem} ({listed}); choose one with {flag}")
+    return list({cell["cell"]: cell for cell in cells if setup_id(cell["setup"]) == chosen[0]}.values())
+
+
 def policy_name(h2o: dict | None, defaults: dict) -> str:
     """What chooses the slots, in words; window and interval apart. `defaults`: H2OConfig's."""
     if h2o is None:
         return FULL
     score = {"mass": "H2O", "sink": "sink + recent", "random": "random + recent"}[h2o["score"]]
     heavy = h2o["num_heavy_hitters"]
-    name = "recent only" if heavy == 0 else score if heavy == -1 else f"{score}, {heavy} heavy"
+    name = RECENT if heavy == 0 else score if heavy == -1 else f"{score}, {heavy} heavy"
     others = [f"{key}={value}" for key, value in h2o.items() if key not in NAMED and value != defaults.get(key)]
     return ", ".join([name, *others])
 
@@ -70,6 +111,12 @@ def read_cells(path: Path) -> list[dict]:
     return cells
 
 
+def difference(cell: dict, other: dict, name: str) -> dict[str, float]:
+    """ROUGE points of a cell less another's, request by request: the mean and its interval."""
+    ours, theirs = (100 * np.asarray(of["rouge"][name]) for of in (cell, other))
+    return mean_with_interval(ours - theirs)
+
+
 def figures(cell: dict, full: dict, defaults: dict) -> dict:
     """A row of the table: means over requests, each quality as {mean, low, high} (95 % bootstrap over requests).
 
@@ -80,8 +127,8 @@ def figures(cell: dict, full: dict, defaults: dict) -> dict:
     row = {"policy": policy_name(h2o, defaults)}
     row |= {key: h2o and h2o[key] for key in ("window_length", "update_interval")}
     for name in ROUGE_TYPES:
-        ours, theirs = (100 * np.asarray(of["rouge"][name]) for of in (cell, full))
-        row[name], row[f"{name}_delta"] = mean_with_interval(ours), mean_with_interval(ours - theirs)
+        row[name] = mean_with_interval(100 * np.asarray(cell["rouge"][name]))
+        row[f"{name}_delta"] = difference(cell, full, name)
     tokens = sums["tokens"]
     if tokens.sum():
         for name, of in (("top1", "agreed"), ("kl", "kl"), ("mass_lost", "mass_lost"), ("nll", "nll")):

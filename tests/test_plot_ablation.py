@@ -1,0 +1,267 @@
+"""Figures and report of an ablation: they show what the cells say, and say in one line what they cannot be made of."""
+
+import copy
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ablations import SETUP, made_cells, write_cells
+from conftest import prompt
+from h2optimizer import H2OConfig
+from h2optimizer.fidelity import compare
+from utils.ablation import figures, held_shares, pack
+from utils.ablation_report import findings, smallest_budgets
+
+pytest.importorskip("matplotlib")
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "plot_ablation.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("plot_ablation", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plot_ablation"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+plot = load_script()
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return made_cells(windows=(64, 128), requests=12, prompt=200, steps=20)
+
+
+@pytest.fixture
+def sweep(cells, tmp_path):
+    return plot.load(write_cells(tmp_path / "cells.jsonl", cells), None)
+
+
+def means(row, name, scale=1.0):
+    return [scale * row[name][key] for key in ("mean", "low", "high")]
+
+
+def test_quality_shows_the_figures(sweep, cells):
+    """Values of another cell, measure or scale; half an interval; a band that is not the full cache's."""
+    axes = plot.draw_quality(sweep).axes
+    assert [ax.get_ylabel() for ax in axes] == ["ROUGE-2 F, points", "top-1 agreement, %", "KL, nats a token"]
+    rows = {row["label"]: row for row in (figures(cell, cells[0], {}) | {"label": cell["cell"]} for cell in cells[1:])}
+    for ax, (name, scale) in zip(axes, (("rouge2", 1), ("top1", 100), ("kl", 1)), strict=True):
+        drawn = []
+        for container in ax.containers:
+            line, _, (bars,) = container
+            for x, y, bar in zip(*line.get_data(), bars.get_segments(), strict=True):
+                drawn.append([round(2 ** round(np.log2(x))), y, *sorted(bar[:, 1])])
+        wanted = [[row["window_length"], *means(row, name, scale)] for row in rows.values()]
+        np.testing.assert_allclose(sorted(drawn), sorted(wanted), atol=1e-9)
+        mean, low, high = means(sweep.full, name, scale)
+        (band,) = ax.patches
+        assert band.get_y() == pytest.approx(low) and band.get_height() == pytest.approx(high - low, abs=1e-9)
+        assert any(np.allclose(line.get_ydata(), mean) and len(line.get_ydata()) == 2 for line in ax.lines)
+        assert list(ax.get_xticks()) == sweep.windows
+    looks = {(line.get_marker(), line.get_fillstyle()) for line, *_ in axes[0].containers}
+    assert len(looks) == 6, "two lines that only colour tells apart"
+
+
+def test_frontier_is_what_nothing_beats():
+    """A dominated cell on the frontier, or one off it because another is as good in one respect or in both."""
+    spots = {"slow": (1, 9), "beaten": (1, 8), "twin": (2, 7), "twin too": (2, 7), "level": (3, 5), "below": (3, 4)}
+    spots |= {"fast": (5, 1), "as good, slower": (4, 1)}
+    rows = [{"name": n, "tokens_per_second": s, "rouge2": {"mean": q}} for n, (s, q) in spots.items()]
+    assert [row["name"] for row in plot.frontier(rows)] == ["slow", "twin", "twin too", "level", "fast"]
+
+
+def test_frontier_figure(sweep):
+    """Rings around other cells than the frontier's; a cell without marker or window."""
+    best = plot.frontier([sweep.full, *sweep.rows])
+    (ax,) = plot.draw_frontier(sweep).axes
+    at = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines}
+    assert all(at[row["label"]] == plot.spot(row) for row in (sweep.full, *sweep.rows))
+    rings = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_label() == "ring"]
+    assert sorted(rings) == sorted(list(plot.spot(row)) for row in best)
+    texts = {text.xy: text.get_text() for text in ax.texts}
+    assert all(texts[plot.spot(row)] == str(row["window_length"]) for row in best if row is not sweep.full)
+    assert ax.patches[0].get_y() == pytest.approx(sweep.full["rouge2"]["low"])
+
+
+def test_many_lines_get_a_panel_for_each_interval(cells, tmp_path):
+    """Eight policies in three intervals, 24 lines in one panel; policies that look the same."""
+    template, many = cells[1], [cells[0]]
+    for decay in range(8):
+        for n in (1, 4, 16):
+            h2o = template["h2o"] | {"score_decay": decay / 10, "update_interval": n}
+            many.append(template | {"cell": f"{decay}-{n}", "h2o": h2o})
+    sweep = plot.load(write_cells(tmp_path / "many.jsonl", many), None)
+    panels = sweep.panels()
+    assert [title for title, _ in panels] == ["N = 1", "N = 4", "N = 16"]
+    assert [len(rows) for _, rows in panels] == [8, 8, 8]
+    looks = [sweep.look(policy) for policy in range(8)]
+    assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == 8
+    assert len({sweep.look(0, n)["fillstyle"] for n in range(3)}) == 3
+
+
+def test_heavy_hitters_and_recent_tokens_by_hand():
+    """A token that is its own step's, waits for the next slimming or is not there yet, taken for a heavy hitter."""
+    h2o = H2OConfig(window_length=3, num_heavy_hitters=1, update_interval=2)
+    # Prompt of 4, 3 steps; slimmed after prefill to {1, 2, 3} and {0, 2, 3}, after step 2 to {3, 4, 5} and {0, 4, 5}.
+    last_held = np.array([[[0, 2, 2, 3, 3, 3, 3], [3, 0, 2, 2, 3, 3, 3]]], np.int16)
+    retention = {"prompt_tokens": 4, "last_held": pack(last_held), "mass_lost": [[0.0]] * 3}
+    heavy, recent = held_shares(retention, 0, h2o)
+    assert heavy.tolist() == [[0.5, 0.5, 0, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0, 0], [0.5, 0, 0, 0.5, 0, 0, 0]]
+    assert recent.tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_heavy_hitters_of_a_cache(gqa, interval):
+    """More or fewer heavy hitters than a real cache keeps, or a recent token that is not held."""
+    gqa.h2o.h2o = H2OConfig(window_length=12, num_heavy_hitters=5, update_interval=interval)
+    _, of = compare(gqa.stock, gqa.h2o, [prompt(20)], [prompt(12, seed=1)], follow=0)
+    retention = {"prompt_tokens": 20, "last_held": pack(of.last_held.numpy()), "mass_lost": of.mass_lost}
+    for layer in range(2):
+        heavy, recent = held_shares(retention, layer, gqa.h2o.h2o)
+        assert np.allclose(heavy.sum(axis=1), 5) and set(np.unique(recent)) == {0, 1}
+        assert recent.sum(axis=1).tolist() == [7 + (step - 1) % interval + 1 for step in range(1, 12)]
+
+
+def test_retention_figure(sweep):
+    """A layer's tokens in another layer's panel, an image upside down or shifted, the prompt's end elsewhere."""
+    row = sweep.rows[0]
+    axes = plot.draw_retention(sweep, row).axes
+    assert [ax.get_title(loc="left") for ax in axes] == [f"layer {layer}" for layer in range(5)]
+    for layer, ax in enumerate(axes):
+        heavy, recent = held_shares(row["source"]["retention"], layer, row["config"])
+        (image,) = ax.images
+        assert image.get_extent() == [-0.5, 219.5, 20.5, 0.5] and image.origin == "upper"
+        rgb = np.asarray(image.get_array())
+        assert np.allclose(rgb[recent == 1], plot.RECENT_RGB) and np.allclose(rgb[heavy + recent == 0], 1)
+        lightness = rgb.mean(axis=-1)[heavy > 0]
+        assert (np.diff(lightness[np.argsort(heavy[heavy > 0], kind="stable")]) <= 1e-9).all() and lightness.max() < 0.7
+        assert any(list(line.get_xdata()) == [199.5, 199.5] for line in ax.lines)
+
+
+def test_mass_lost_figure(sweep):
+    """A line that is not the mean of layers, or a band that leaves layers out; policies at different settings."""
+    rows = plot.followed(sweep, [])
+    assert [row["policy"] for row in rows] == sweep.policies
+    assert len({(row["window_length"], row["update_interval"]) for row in rows}) == 1
+    together, *axes = plot.draw_mass_lost(sweep, rows).axes
+    assert len(together.lines) == 3
+    for row, line, ax in zip(rows, together.lines, axes, strict=True):
+        shares = 100 * np.array(row["source"]["retention"]["mass_lost"])
+        assert np.allclose(line.get_ydata(), shares.mean(axis=1)) and line.get_xdata()[0] == 1
+        edges = ax.collections[0].get_paths()[0].vertices[:, 1]
+        assert edges.min() == pytest.approx(shares.min()) and edges.max() == pytest.approx(shares.max())
+
+
+def test_files_and_report(cells, tmp_path, capsys, monkeypatch):
+    """A figure or format that is not written, a link to nothing, a cell that the table lacks, NaN; a file that differs
+    from run to run."""
+    monkeypatch.setitem(plot.STYLE, "savefig.dpi", 50)  # it takes long enough
+    path = write_cells(tmp_path / "cells.jsonl", cells)
+    chosen = cells[3]["cell"][:8]
+    assert plot.main(["--input-path", str(path), "--cells", chosen]) == 0
+    folder = tmp_path / "cells_figures"
+    assert capsys.readouterr().out == f"{folder / 'report.md'}\n"
+    text = (folder / "report.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    names = {"quality", "frontier", "mass_lost", f"retention_{cells[3]['cell'][:12]}"}
+    assert set(links) == {f"{name}.{form}" for name in names for form in ("png", "svg")}
+    assert {file.name for file in folder.iterdir()} == {*links, "report.md"}
+    assert all((folder / link).stat().st_size > 1000 for link in links)
+    assert text.startswith("# Ablation: demo_model · 12 requests\n") and "nan" not in text.lower().split()
+    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line.endswith("` |")]
+    assert [line[-1] for line in table] and {line[-1].strip("`| ") for line in table} == {c["cell"][:12] for c in cells}
+    row = figures(cells[3], cells[0], {})
+    (line,) = (line for line in table if line[-1].strip("`| ") == cells[3]["cell"][:12])
+    assert f"{row['rouge2']['mean']:.2f}, {row['rouge2_delta']['mean']:+.2f} [" in line[4]
+    assert line[6].startswith(f"{100 * row['top1']['mean']:.2f} [") and f"{row['tokens_per_second']:.1f}" in line
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert plot.main(["--input-path", str(path), "--cells", chosen]) == 0
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_texts_of_one_token(tmp_path):
+    """A figure of nothing, or a division by it, where no step was compared and nothing followed; a single setting."""
+    path = write_cells(tmp_path / "cells.jsonl", made_cells(("H2O",), (64,), (1,), requests=1, steps=0))
+    assert plot.main(["--input-path", str(path), "--output-path", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "top-1, %" not in text and "text was of one token" in text and "mass_lost" not in text
+
+
+def scored(policy, window, n, scores, speed=1.0):
+    source = {"h2o": {}, "rouge": {"rouge2": [score / 100 for score in scores]}}
+    row = {"policy": policy, "window_length": window, "update_interval": n, "source": source}
+    return row | {"label": f"{policy} {window} {n}", "tokens_per_second": speed}
+
+
+def test_findings_by_hand():
+    """A budget that a larger one contradicts, a comparison between other settings, worse told as better."""
+    full = scored("full cache", None, None, [10, 20, 30], speed=2.0)
+    lost = {("H2O", 32, 1): 0, ("H2O", 64, 1): 5, ("H2O", 128, 1): 0.5, ("H2O", 256, 1): 0, ("H2O", 32, 16): 9}
+    lost |= {("recent only", 64, 1): 2, ("recent only", 128, 1): 7}
+    rows = [scored(*key, [10 - by, 20 - by, 30 - by], speed=3.0 - key[2] / 8) for key, by in lost.items()]
+    for row, by in zip(rows, lost.values(), strict=True):
+        row["rouge2_delta"] = {"mean": -by, "low": -by, "high": -by}
+    table = smallest_budgets(rows)
+    assert table[2] == "| H2O | 1 | 256: +0.00 [+0.00, +0.00] | 128: -0.50 [-0.50, -0.50] |"
+    assert table[4].startswith("| recent only | 1 | none up to 128: -7.00")
+    recent, larger, fastest = findings(SimpleNamespace(rows=rows, full=full))
+    assert "better in 1 of 2, worse in 1: H2O 64 1: -3.00" in recent
+    assert "worse in 1 of 1: H2O 32 16: -9.00" in larger and "better in 0" in larger
+    assert "1.44x" in fastest and "Slower than the full cache: 1 of 7: H2O 32 16: 0.50x" in fastest
+
+
+def other_setup(cells):
+    other = copy.deepcopy(cells)
+    for cell in other:
+        cell["setup"], cell["cell"] = SETUP | {"batch_size": 16}, cell["cell"][::-1]
+    return other
+
+
+def test_setups_are_not_mixed(cells, tmp_path, capsys):
+    """Cells of two batch sizes in one figure."""
+    path = write_cells(tmp_path / "cells.jsonl", cells + other_setup(cells))
+    assert plot.main(["--input-path", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "batch_size=8" in said and "batch_size=16" in said and "dtype" not in said and said.count("\n") == 1
+    (name,) = re.findall(r"(\w+): batch_size=16", said)
+    sweep = plot.load(path, name)
+    assert len(sweep.rows) == len(cells) - 1 and sweep.setup["batch_size"] == 16
+    assert plot.main(["--input-path", str(path), "--setup", "nothing"]) == 2
+    assert "--setup nothing means 0 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines, flags, said", [
+    (lambda cells: [], (), "holds no cells"),
+    (lambda cells: [{"article": "a", "summary_gt": "b"}], (), "line 1: no cell of scripts/ablate.py"),
+    (lambda cells: cells[1:], (), "no cell of a full cache"),
+    (lambda cells: cells[:1], (), "no cell of a bounded cache"),
+    (lambda cells: [cells[0], cells[1] | {"h2o": {"window": 3}}], (), "cannot be read"),
+    (lambda cells: [cells[0], cells[1] | {"rouge": {"rouge1": []}}], (), "cannot be read"),
+    (lambda cells: cells, ("--cells", "nothing"), "--cells nothing: means no cell"),
+    (lambda cells: cells, ("--setup", "nothing"), "--setup nothing means 0 of"),
+    (lambda cells: cells, ("--output-path", "cells.jsonl/below"), "cannot be written"),
+    (lambda cells: cells, ("--output-path", "cells.jsonl"), "cannot be written"),
+    (lambda cells: cells, ("--input-path", "gone.jsonl"), "gone.jsonl: cannot be read"),
+    (lambda cells: cells, ("--cell", "a"), "--help"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_gets_one_line(cells, tmp_path, monkeypatch, capsys, lines, flags, said):
+    """A traceback, a picture of something else, or an exit status that says that all went well."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in lines(cells)))
+    assert plot.main(["--input-path", "cells.jsonl", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and said in captured.err and captured.err.count("\n") == 1
+
+
+def test_without_matplotlib(monkeypatch, capsys):
+    """A traceback on a machine that measures only."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert load_script().main(["--input-path", "cells.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: matplotlib is not installed: pip install matplotlib\n"
