@@ -10,7 +10,8 @@ the full cache does not fit at all. For the full cache, appended to in place, an
 - `ms`: the same at --share of it, which a device copy reaches, the weights at MATMUL_SHARE of the datasheet's TFLOP/s
   where multiplying by them takes longer than reading them: that is so in batches of a few hundred rows. Slimming,
   launches and what waits for the host are not in it, nor is prefill.
-- `held_GiB`: weights, caches and logits; `largest`: the rows that fit into USABLE of the memory, prefilled one by one.
+- `held_GiB`: weights, caches and logits; `largest`: the rows that fit into USABLE of the memory; a
+  prefill takes memory of its own, for a moment and for the rows that are prefilled together.
 
 The last line is JSON. What eviction costs in quality is not predicted: scripts/ablate.py measures it.
 """
@@ -76,8 +77,8 @@ COPY_SHARE = 0.89  # of the bandwidth: a device copy took 4.27 of 4.8 TB/s on an
 MATMUL_SHARE = 0.8  # of the TFLOP/s: a large bf16 product took about 790 of 989 on an H200
 USABLE = 0.95  # of the memory, as run_summarization.py --batch_size auto fills it
 LIMIT = 10**9  # tokens and rows beyond which nothing is looked for
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings""".split()
 FULL, H2O = "full cache", "H2O"
 
 
@@ -122,15 +123,12 @@ class Prediction:
         if cached <= window:
             return (
                 "no gain",
-                f"nothing is evicted: {cached:,} tokens are cached at most, the window has {window:,} slots",
+                f"nothing is evicted: the window of {window:,} slots holds all of {cached:,} cached tokens",
             )
         if fits[H2O] < batch:
             return "no gain", f"{batch:,} rows fit with the full cache, not with H2O: give a smaller --window_length"
         if fits[FULL] < batch:
-            return (
-                "gain",
-                f"{batch:,} rows do not fit with the full cache ({fits[FULL]:,} do), with H2O {fits[H2O]:,} do",
-            )
+            return "gain", f"{batch:,} rows do not fit with the full cache ({fits[FULL]:,} do), with H2O they do"
         full, h2o = (self.ms(cache, batch, context) for cache in (FULL, H2O))
         shorter = 1 - h2o / full
         change = f"{abs(shorter):.1%} {'shorter' if shorter >= 0 else 'longer'} ({full:.4g} -> {h2o:.4g} ms)"
@@ -194,9 +192,8 @@ def read_card(text: str) -> tuple[str, Card]:
     found = [name for name in CARDS if plain(name).startswith(plain(text))]
     exact = [name for name in found if plain(name) == plain(text)]
     if len(exact or found) != 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: give one of {', '.join(found or CARDS)}" + ("" if found else "; or --bandwidth and --memory")
-        )
+        others = "" if found else "; or --bandwidth and --memory"
+        raise argparse.ArgumentTypeError(f"{text!r}: give one of {', '.join(found or CARDS)}{others}")
     (name,) = exact or found
     return name, CARDS[name]
 
@@ -289,23 +286,19 @@ def run(args) -> None:
 
     print(f"{verdict}: {reason}")
     name, dtype = args.model_name or args.shape, str(model.dtype).removeprefix("torch.")
-    print(
-        f"{name}, {dtype}, on {args.gpu}: {args.batch:,} x {args.context:,} tokens, each with {args.new_tokens:,} new"
-    )
+    print(f"{name}, {dtype}, {args.gpu}: {args.batch:,} x {args.context:,} tokens, and {args.new_tokens:,} new each")
     positions = model.config.max_position_embeddings
     beyond = f" (the model has {positions:,} positions)" if context and context + args.new_tokens > positions else ""
     print(f"pays from batch: {f'{batch:,}' if batch else 'none that fits'}, at this context")
     print(f"pays from context: {f'{context:,} tokens{beyond}' if context else 'none'}, at this batch\n")
     print_table(rows, TABLE)
-    print(
-        f"\nfloor_ms at {card.bandwidth:g} TB/s, ms at {args.share:.0%} of it. On an H200 measured steps took 1.1 times"
-    )
-    print("ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
+    print(f"\nfloor_ms at {card.bandwidth:g} TB/s, ms at {args.share:.0%} of it. On an H200 measured steps took")
+    print("1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
     if card.tflops == float("inf"):
         print("The time that multiplying takes is not counted: large batches take longer.")
     if (needed := args.context + args.new_tokens) > positions:
         print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
-    print("What eviction costs in quality is not predicted: scripts/ablate.py measures it.")
+    print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
     flags = ("context", "batch", "new_tokens", "window_length", "update_interval", "weight_bits", "share", "gain")
     report = {"verdict": verdict, "reason": reason, "model": name, "dtype": dtype, "gpu": args.gpu}
     report |= {flag: getattr(args, flag) for flag in flags} | {"bandwidth_TBps": card.bandwidth}
