@@ -26,7 +26,7 @@ import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
@@ -174,13 +174,27 @@ def backend_on(device: torch.device, h2o: H2OConfig) -> str:
     return backend
 
 
+def load_config(name: str) -> LlamaConfig:
+    """The configuration of a Llama checkpoint, without its weights. Raises InputError."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise unusable(name, error) from None
+    if config.model_type != "llama":
+        raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
+    return config
+
+
+def unusable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"--model-name {name}: cannot be loaded here or from the hub ({reason})")
+
+
 def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.device):
     """Model (eval mode) and left-padding tokenizer of a Llama checkpoint. Raises InputError."""
     name, on_gpu = args.model_name, device.type == "cuda"
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "llama":
-            raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
+        load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         kwargs = {
             "dtype": getattr(torch, args.dtype) if args.dtype != "auto" else "auto" if on_gpu else torch.float32,
@@ -194,8 +208,7 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
     except InputError:
         raise
     except Exception as error:  # a damaged checkpoint fails in any of four libraries
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--model-name {name}: cannot be loaded here or from the hub ({reason})") from None
+        raise unusable(name, error) from None
     # transformers would fill these at random, and the summaries would be noise.
     if absent := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
         raise InputError(f"--model-name {name}: {len(absent)} weights miss or have another shape, first {absent[0]}")

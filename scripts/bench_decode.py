@@ -58,8 +58,8 @@ from utils.bench import (
     print_row,
     print_table,
     read_weights,
+    row_held,
     sizes,
-    slot_bytes,
     synchronize,
 )
 from utils.cache import HHCache
@@ -267,7 +267,7 @@ def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> float:
     """
     config, steps = stock.config, args.new_tokens
     room = steps if in_place else 0
-    shape = (batch, config.num_key_value_heads, context + room, config.hidden_size // config.num_attention_heads)
+    shape = (batch, config.num_key_value_heads, context + room, config.head_dim)
     buffers = [
         [torch.empty(shape, dtype=stock.dtype, device=stock.device).normal_() for _ in range(2)]
         for _ in range(config.num_hidden_layers)
@@ -372,17 +372,14 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
     if args.update_interval > 1:
         h2o["H2O N=1"] = H2OConfig(window_length=args.window_length, update_interval=1)
     for context in args.contexts:
-        # with room for each row's logits, beside what the cache holds of it
-        logits = 8 * model.config.vocab_size
-        row_bytes = slot_bytes(model.config, model.dtype.itemsize) * (context + args.new_tokens) + logits
+        row_bytes = row_held(model.config, model.dtype.itemsize, context + args.new_tokens)
         times = {}
         for name, in_place in ((IN_PLACE, True), (GROWING, False)):
             run = partial(stock_ms, args, stock, context, in_place)
             times[name] = measure_batches(args, name, row_bytes, run)
         for name, config in h2o.items():
             source = prefilled_row(model, config, context)
-            kept = 4 * model.config.num_key_value_heads * (args.window_length + 1)  # what slimming picks, a layer's
-            row_bytes = source.nbytes + logits + kept
+            row_bytes = row_held(model.config, model.dtype.itemsize, context, config)
             run = partial(h2o_ms, args, model, source)
             times[name] = measure_batches(args, name, row_bytes, run, largest=name == "H2O")
             del source, run

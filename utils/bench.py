@@ -55,9 +55,33 @@ def device_report(device: str) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
 
 
-def read_weights(model: LlamaForCausalLM) -> int:
-    """Bytes of the weights that every decode step reads: all but the embedding, of which it reads a row a token."""
-    return sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+def held_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
+    """Bytes of all weights. With `bits`, those of the layers' projections take so many each, their scales not counted.
+
+    Quantisers leave the rest as it is: embedding, head and norms.
+    """
+    return sum(
+        p.nbytes if bits is None or not name.endswith("_proj.weight") else p.numel() * bits // 8
+        for name, p in model.named_parameters()
+    )
+
+
+def unread_embedding(model: LlamaForCausalLM) -> torch.Tensor | None:
+    """An embedding of which a step reads a row a token; None where it is the head as well, which is read whole."""
+    embedding = model.get_input_embeddings().weight
+    return None if embedding is model.get_output_embeddings().weight else embedding
+
+
+def read_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
+    """Bytes of the weights that every decode step reads; `bits` as in `held_weights`."""
+    unread = unread_embedding(model)
+    return held_weights(model, bits) - (0 if unread is None else unread.nbytes)
+
+
+def weight_flops(model: LlamaForCausalLM) -> int:
+    """Operations that the matrices take for a token in a decode step; attention's, a few a byte it reads, left out."""
+    unread = unread_embedding(model)
+    return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not unread)
 
 
 def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float:
@@ -65,30 +89,60 @@ def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float
 
     `scored` is the share of steps that add mass, float32.
     """
-    head_dim = config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * config.num_key_value_heads * (2 * head_dim * itemsize + scored * 2 * 4)
+    return config.num_hidden_layers * config.num_key_value_heads * (2 * config.head_dim * itemsize + scored * 2 * 4)
 
 
 def slots_read(prompt: int, steps: int, h2o=None) -> float:
     """Slots of a row that a decode step attends to, the mean of `steps` steps: a full cache's, or H2O's."""
     if h2o is None:
         return prompt + (steps + 1) / 2
-    total, length = 0, min(prompt, h2o.window_length)
-    for step in range(1, steps + 1):
-        length += 1
-        total += length
-        if step % h2o.update_interval == 0:
-            length = min(length, h2o.window_length)
-    return total / steps
+    window, interval = h2o.window_length, h2o.update_interval
+    start = min(prompt, window)
+    growing = min(steps, -(-(window - start) // interval) * interval)  # steps up to the first that leaves a full window
+    cycles, rest = divmod(steps - growing, interval)
+
+    def total(start: int, steps: int) -> int:
+        return steps * start + steps * (steps + 1) // 2
+
+    return (total(start, growing) + cycles * total(window, interval) + total(window, rest)) / steps
 
 
-def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
-    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming."""
+def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:
+    """Bytes of a row's cache that a mean decode step moves: keys, values and mass; no slimming."""
     scored = 0.0
     if h2o is not None and h2o.needs_mass:
         scored = 1.0 if h2o.score_every_step else 1 / h2o.update_interval
-    per_slot = slot_bytes(model.config, model.dtype.itemsize, scored)
-    return (read_weights(model) + batch * slots_read(prompt, steps, h2o) * per_slot) / bandwidth / 1e9
+    return slots_read(prompt, steps, h2o) * slot_bytes(config, itemsize, scored)
+
+
+def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
+    """Bytes of memory that a row takes: a full cache of `tokens`, or H2O's slots of any number, and a step's logits.
+
+    H2O's slots have mass and position beside them (float32, int32), and one layer at a time what slimming picks.
+    """
+    logits = 8 * config.vocab_size
+    if h2o is None:
+        return int(tokens * slot_bytes(config, itemsize)) + logits
+    heads, picked = config.num_key_value_heads, 4 * config.num_key_value_heads * (h2o.window_length + 1)
+    return int(h2o.capacity * (slot_bytes(config, itemsize) + config.num_hidden_layers * heads * 8)) + logits + picked
+
+
+def floor_ms(
+    model: LlamaForCausalLM,
+    batch: int,
+    prompt: int,
+    steps: int,
+    bandwidth: float,
+    h2o=None,
+    bits: int | None = None,
+    tflops: float = float("inf"),
+) -> float:
+    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming.
+
+    Weights take as long as multiplying by them does at `tflops` TFLOP/s, where that is longer.
+    """
+    weights = max(read_weights(model, bits) / bandwidth, batch * weight_flops(model) / tflops)
+    return (weights + batch * row_read(model.config, model.dtype.itemsize, prompt, steps, h2o) / bandwidth) / 1e9
 
 
 def free_memory(compiled: bool = True) -> None:

@@ -1,0 +1,315 @@
+"""Whether eviction pays for a model on a GPU, from counted bytes: no model is run, and no GPU is needed.
+
+    python scripts/advise.py --model-name meta-llama/Meta-Llama-3-8B --gpu h100-sxm --context 32768 --batch 16
+
+A decode step reads all weights and each row's cache. H2O bounds the second part alone, so that it pays where that is
+large beside the first: in large batches after long prompts. It *pays* where a step becomes shorter by --gain, or where
+the full cache does not fit at all. For the full cache, appended to in place, and for H2O, this prints
+
+- `floor_ms`: the bytes of a mean step at the datasheet's bandwidth; no step is shorter.
+- `ms`: the same at --share of it, which a device copy reaches, the weights at MATMUL_SHARE of the datasheet's TFLOP/s
+  where multiplying by them takes longer than reading them: that is so in batches of a few hundred rows. Slimming,
+  launches and what waits for the host are not in it, nor is prefill.
+- `held_GiB`: weights, caches and logits; `largest`: the rows that fit into USABLE of the memory; a
+  prefill takes memory of its own, for a moment and for the rows that are prefilled together.
+
+The last line is JSON. What eviction costs in quality is not predicted: scripts/ablate.py measures it.
+"""
+
+import argparse
+import bisect
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from h2optimizer import H2OConfig
+from run_summarization import load_config
+from utils.bench import (
+    SHAPES,
+    exit_status,
+    floor_ms,
+    held_weights,
+    positive,
+    print_table,
+    read_weights,
+    row_held,
+    row_read,
+)
+from utils.requests import InputError, OneLineParser, count
+
+
+class Card(NamedTuple):
+    bandwidth: float  # TB/s
+    memory: float  # GiB: what datasheets call GB is nearer to that
+    tflops: float  # bf16, dense, summed in float32
+
+
+ECC = 15 / 16  # of GDDR6 memory is left where error correction keeps its bits in it, as these cards do by default
+# NVIDIA's datasheets of H100, H200, DGX B200 (an eighth of it), A100, L40S, L4 and A10, which from H100 on give TFLOP/s
+# with sparsity, twice the dense ones; for RTX the architecture whitepapers (Ampere GA102, Ada, Blackwell).
+CARDS = {
+    "H100 SXM": Card(3.35, 80, 989),
+    "H100 PCIe": Card(2.0, 80, 756),
+    "H100 NVL": Card(3.9, 94, 835),
+    "H200": Card(4.8, 141, 989),
+    "B200": Card(8.0, 180, 2250),
+    "A100 40GB": Card(1.555, 40, 312),
+    "A100 80GB PCIe": Card(1.935, 80, 312),
+    "A100 80GB SXM": Card(2.039, 80, 312),
+    "L40S": Card(0.864, 48 * ECC, 362),
+    "L4": Card(0.3, 24 * ECC, 121),
+    "A10": Card(0.6, 24 * ECC, 125),
+    "RTX 3090": Card(0.936, 24, 71),
+    "RTX 4090": Card(1.008, 24, 165),
+    "RTX 5090": Card(1.792, 32, 209),
+}
+COPY_SHARE = 0.89  # of the bandwidth: a device copy took 4.27 of 4.8 TB/s on an H200, about 3.0 of 3.35 on an H100
+MATMUL_SHARE = 0.8  # of the TFLOP/s: a large bf16 product took about 790 of 989 on an H200
+USABLE = 0.95  # of the memory, as run_summarization.py --batch_size auto fills it
+LIMIT = 10**9  # tokens and rows beyond which nothing is looked for
+SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings""".split()
+FULL, H2O = "full cache", "H2O"
+
+
+@dataclass
+class Prediction:
+    """A model on a GPU under both caches, for any batch and context (tokens of a prompt)."""
+
+    model: LlamaForCausalLM  # on the meta device
+    caches: dict[str, H2OConfig | None]
+    steps: int  # decode steps, of which times are the mean
+    bits: int | None  # of the projections' weights
+    card: Card
+    share: float
+    gain: float
+
+    def ms(self, cache: str, batch: int, context: int, attainable: bool = True) -> float:
+        """Milliseconds of a step at rates that can be reached, or else of its bytes at the datasheet's bandwidth."""
+        share, tflops = (self.share, MATMUL_SHARE * self.card.tflops) if attainable else (1.0, float("inf"))
+        bandwidth = share * self.card.bandwidth
+        return floor_ms(self.model, batch, context, self.steps, bandwidth, self.caches[cache], self.bits, tflops)
+
+    def row_read(self, cache: str, context: int) -> float:
+        """Bytes of a row's cache that a step reads and writes."""
+        return row_read(self.model.config, self.model.dtype.itemsize, context, self.steps, self.caches[cache])
+
+    def row_bytes(self, cache: str, context: int) -> int:
+        # the last token is chosen, not fed back: a cache never holds it
+        return row_held(self.model.config, self.model.dtype.itemsize, context + self.steps, self.caches[cache])
+
+    def largest(self, cache: str, context: int) -> int:
+        """Rows that fit beside the weights."""
+        free = USABLE * self.card.memory * 2**30 - held_weights(self.model, self.bits)
+        return int(min(LIMIT, max(0.0, free / self.row_bytes(cache, context))))
+
+    def verdict(self, batch: int, context: int) -> tuple[str, str]:
+        """ "gain", "no gain" or "does not fit", and why."""
+        fits = {cache: self.largest(cache, context) for cache in self.caches}
+        window, cached = self.caches[H2O].window_length, context + self.steps
+        if max(fits.values()) < batch:
+            rows = " and ".join(f"{n:,} with {'the ' * (cache == FULL)}{cache}" for cache, n in fits.items())
+            return "does not fit", f"{batch:,} rows are too many, {rows} fit; give a smaller --batch"
+        if cached <= window:
+            return (
+                "no gain",
+                f"nothing is evicted: the window of {window:,} slots holds all of {cached:,} cached tokens",
+            )
+        if fits[H2O] < batch:
+            return "no gain", f"{batch:,} rows fit with the full cache, not with H2O: give a smaller --window_length"
+        if fits[FULL] < batch:
+            return "gain", f"{batch:,} rows do not fit with the full cache ({fits[FULL]:,} do), with H2O they do"
+        full, h2o = (self.ms(cache, batch, context) for cache in (FULL, H2O))
+        shorter = 1 - h2o / full
+        change = f"{abs(shorter):.1%} {'shorter' if shorter >= 0 else 'longer'} ({full:.4g} -> {h2o:.4g} ms)"
+        if shorter >= self.gain:
+            return "gain", f"H2O's steps are {change}"
+        if context <= window:
+            return "no gain", f"the window holds the whole prompt, little is evicted: H2O's steps are {change}"
+        weights, row = read_weights(self.model, self.bits), self.row_read(FULL, context)
+        return "no gain", (
+            f"H2O's steps are {change}, not by {self.gain:.0%}: weights are {weights / (weights + batch * row):.0%} of "
+            f"what a step reads, and H2O reads {self.row_read(H2O, context) / row:.0%} of the cache"
+        )
+
+    def pays(self, batch: int, context: int) -> bool:
+        return self.verdict(batch, context)[0] == "gain"
+
+    def pays_from_batch(self, context: int) -> int | None:
+        """The smallest batch that eviction pays for; None where there is none that fits."""
+        # below it rows only add to what is saved, above the largest nothing fits
+        most = self.largest(H2O, context)
+        first = bisect.bisect_left(range(1, most + 1), True, key=lambda batch: self.pays(batch, context)) + 1
+        return first if first <= most else None
+
+    def pays_from_context(self, batch: int) -> int | None:
+        """The shortest prompt that eviction pays for; None where there is none."""
+        # H2O's steps stop growing at the window, the full cache's never do
+        first = bisect.bisect_left(range(1, LIMIT + 1), True, key=lambda context: self.pays(batch, context)) + 1
+        return first if first <= LIMIT else None
+
+    def row(self, cache: str, batch: int, context: int) -> dict:
+        """What the table says of a cache at a batch size."""
+        floor, ms = self.ms(cache, batch, context, attainable=False), self.ms(cache, batch, context)
+        weights, largest = read_weights(self.model, self.bits), self.largest(cache, context)
+        return {
+            "cache": cache,
+            "batch": batch,
+            "fits": "yes" if batch <= largest else "no",
+            "weights_GB": weights / 1e9,
+            "cache_GB": batch * self.row_read(cache, context) / 1e9,
+            "held_GiB": (held_weights(self.model, self.bits) + batch * self.row_bytes(cache, context)) / 2**30,
+            "floor_ms": floor,
+            "floor_tokens_per_s": batch / floor * 1e3,
+            "ms": ms,
+            "tokens_per_s": batch / ms * 1e3,
+            "largest": largest,
+        }
+
+
+TABLE = {
+    "cache": "", "batch": ",", "fits": "", "weights_GB": ".4g", "cache_GB": ".4g", "held_GiB": ".4g",
+    "floor_ms": ".4g", "floor_tokens_per_s": ",.0f", "ms": ".4g", "tokens_per_s": ",.0f", "largest": ",",
+}  # fmt: skip
+
+
+def read_card(text: str) -> tuple[str, Card]:
+    """An argparse type: a card by its name, or by as much of it as tells it from the others."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]|nvidia|geforce|rtx", "", name.lower())
+
+    found = [name for name in CARDS if plain(name).startswith(plain(text))]
+    exact = [name for name in found if plain(name) == plain(text)]
+    if len(exact or found) != 1:
+        others = "" if found else "; or --bandwidth and --memory"
+        raise argparse.ArgumentTypeError(f"{text!r}: give one of {', '.join(found or CARDS)}{others}")
+    (name,) = exact or found
+    return name, CARDS[name]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; its config alone is read"
+    )
+    model.add_argument("--shape", choices=SHAPES, help="or a model shape (8b, of Llama-3-8B)")
+    add = parser.add_argument
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: the config's")
+    add("--weight_bits", type=int, choices=(8, 4), help="the layers' projections are quantised; the cache is not")
+    add("--context", type=count, default=32768, help="tokens of each prompt (%(default)s)")
+    add("--batch", type=count, default=1, help="sequences decoded together (%(default)s)")
+    add("--new_tokens", type=count, default=64, help="tokens to generate, the first of them by prefill (%(default)s)")
+    add("--window_length", type=count, default=1024, help="slots kept after slimming (%(default)s)")
+    add("--update_interval", type=count, default=16, help="steps between slimmings (%(default)s)")
+    add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (H200)")
+    add("--bandwidth", type=positive, help="TB/s of its memory, by the datasheet, instead of the card's")
+    add("--memory", type=positive, help="GiB of its memory, instead of the card's")
+    add("--tflops", type=positive, help="bf16 TFLOP/s, dense, instead of the card's; without a card not counted")
+    add("--share", type=positive, default=COPY_SHARE, help="of the bandwidth that can be reached (%(default)s)")
+    add("--gain", type=positive, default=0.1, help="eviction pays where it makes steps shorter by this (%(default)s)")
+    args = parser.parse_args(argv)
+    args.shape = args.shape or "8b"  # no default: argparse would not see both flags in --shape 8b --model-name …
+    for name in ("context", "batch", "new_tokens", "window_length", "update_interval"):
+        if getattr(args, name) > LIMIT:
+            parser.error(f"--{name}: must be at most {LIMIT:,}")
+    if args.new_tokens < 2:
+        parser.error("--new_tokens 1: prefill alone gives the first token, no step decodes; give at least 2")
+    # a bandwidth in GB/s would be taken for one that no card has
+    for name, most in ("share", 1.0), ("gain", 0.99), ("bandwidth", 100), ("memory", 10_000), ("tflops", 100_000):
+        if (number := getattr(args, name)) is not None and not 1e-3 <= number <= most:
+            parser.error(f"--{name} {number:g}: must be between 0.001 and {most}")
+    try:
+        args.h2o = H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    given = {name: value for name in Card._fields if (value := getattr(args, name)) is not None}
+    if args.gpu is None and {"bandwidth", "memory"} <= given.keys():
+        args.gpu = f"a GPU of {args.bandwidth:g} TB/s and {args.memory:g} GiB", Card(0, 0, float("inf"))
+    elif args.gpu is None and given:
+        parser.error(f"--{next(iter(given))}: give --bandwidth and --memory together, or a --gpu to take the rest from")
+    args.gpu, card = args.gpu or ("H200", CARDS["H200"])
+    args.card = card._replace(**given)
+    return args
+
+
+def make_model(args) -> LlamaForCausalLM:
+    """The model on the meta device: shapes without weights. Raises InputError."""
+    given = args.model_name is not None
+    name = f"--model-name {args.model_name}" if given else f"--shape {args.shape}"
+    config = load_config(args.model_name) if given else LlamaConfig(**SHAPES[args.shape])
+    if getattr(config, "quantization_config", None) and not args.weight_bits:
+        raise InputError(f"{name}: its weights are quantised; give --weight_bits 8 or 4, and --dtype of the cache")
+    for size in SIZES:
+        if type(number := getattr(config, size)) is not int or number < 1:
+            raise InputError(f"{name}: its config has {size}={number!r}; mend it, it must be a whole number above 0")
+    dtype = config.dtype or torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise InputError(f"{name}: its weights are {dtype}; give --dtype bfloat16, float16 or float32")
+    try:
+        with torch.device("meta"):
+            return LlamaForCausalLM(config).to(dtype)
+    except Exception as error:  # sizes that do not go together fail anywhere
+        raise InputError(f"{name}: its config makes no model ({' '.join(str(error).split())[:200]})") from None
+
+
+def run(args) -> None:
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    model, card = make_model(args), args.card
+    if model.dtype == torch.float32:
+        card = card._replace(tflops=float("inf"))  # datasheets' are of bf16
+    caches = {FULL: None, H2O: args.h2o}
+    prediction = Prediction(model, caches, args.new_tokens - 1, args.weight_bits, card, args.share, args.gain)
+    largest = {cache: prediction.largest(cache, args.context) for cache in caches}
+    if not any(largest.values()):
+        held, usable = held_weights(model, args.weight_bits) / 2**30, USABLE * card.memory
+        way_out = "a GPU with more --memory" + (" or --weight_bits 4" if args.weight_bits != 4 else "")
+        if held < usable:
+            way_out = f"a smaller --window_length (a row of H2O is too large for the rest), or {way_out}"
+        raise InputError(f"{args.gpu}: weights alone need {held:.1f} of {usable:.1f} usable GiB; give {way_out}")
+    verdict, reason = prediction.verdict(args.batch, args.context)
+    batch, context = prediction.pays_from_batch(args.context), prediction.pays_from_context(args.batch)
+    rows = [prediction.row(cache, args.batch, args.context) for cache in caches]
+    rows += [prediction.row(cache, n, args.context) for cache, n in largest.items() if n not in (0, args.batch)]
+
+    print(f"{verdict}: {reason}")
+    name, dtype = args.model_name or args.shape, str(model.dtype).removeprefix("torch.")
+    print(f"{name}, {dtype}, {args.gpu}: {args.batch:,} x {args.context:,} tokens, and {args.new_tokens:,} new each")
+    positions = model.config.max_position_embeddings
+    beyond = f" (the model has {positions:,} positions)" if context and context + args.new_tokens > positions else ""
+    print(f"pays from batch: {f'{batch:,}' if batch else 'none that fits'}, at this context")
+    print(f"pays from context: {f'{context:,} tokens{beyond}' if context else 'none'}, at this batch\n")
+    print_table(rows, TABLE)
+    print(f"\nfloor_ms at {card.bandwidth:g} TB/s, ms at {args.share:.0%} of it. On an H200 measured steps took")
+    print("1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
+    if card.tflops == float("inf"):
+        print("The time that multiplying takes is not counted: large batches take longer.")
+    if (needed := args.context + args.new_tokens) > positions:
+        print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
+    print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
+    flags = ("context", "batch", "new_tokens", "window_length", "update_interval", "weight_bits", "share", "gain")
+    report = {"verdict": verdict, "reason": reason, "model": name, "dtype": dtype, "gpu": args.gpu}
+    report |= {flag: getattr(args, flag) for flag in flags} | {"bandwidth_TBps": card.bandwidth}
+    report |= {"memory_GiB": card.memory, "tflops": None if card.tflops == float("inf") else card.tflops}
+    print(json.dumps(report | {"pays_from_batch": batch, "pays_from_context": context, "rows": rows}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what the caller can put right."""
+    return exit_status(lambda: run(parse_args(argv)), "the config describes a model too large to count")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
