@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCa
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from h2optimizer.batching import Batcher, Sequence, rows_that_fit
+from h2optimizer.batching import Batcher, Sequence, is_out_of_memory, rows_that_fit
 from utils.requests import (
     InputError,
     OneLineParser,
@@ -40,6 +40,7 @@ from utils.requests import (
     count,
     count_or_auto,
     fingerprint,
+    must_know,
     read_requests,
 )
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--output-path", type=Path, default=Path("out/summaries.jsonl"), help="results; metrics beside it (%(default)s)"
     )
-    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
+    add_model_flags(parser)
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
     add(
         "--batch_size",
@@ -83,6 +84,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
     add("--seed", type=seed, default=42, help="seed of sampling")
+    add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
+    add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
+    add_cache_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What `select_device` and `load_model` read."""
+    add = parser.add_argument
+    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -90,9 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto: the checkpoint's; on a CPU float32",
     )
     add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
-    add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
-    add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
 
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """What `h2o_config` reads."""
     h2o = parser.add_argument_group("heavy-hitter cache", "a flag not given takes the value in h2optimizer/llama.py")
     add = h2o.add_argument
     add("--enable_h2o_generation", action="store_true", help="use it; without it, the full cache of stock Llama")
@@ -115,7 +127,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="and compile their steps, about 45 s a batch size")
     add("--group_reduce", choices=("sum", "first"), help="mass over the query heads of a KV head")
-    return parser.parse_args(argv)
 
 
 def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
@@ -159,6 +170,21 @@ def select_device(name: str) -> torch.device:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--device {name}: cannot be used ({reason}); pass cuda, cuda:1 or cpu") from None
     return device
+
+
+def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None:
+    """What attention runs on there; None for the full cache, which stock Llama attends to. Raises InputError."""
+    if h2o is None:
+        return None
+    try:
+        backend = resolve_backend(h2o.backend, device.type)
+    except ValueError as error:
+        raise InputError(in_flags(str(error))) from None
+    if h2o.compile and backend != "triton":
+        raise InputError(
+            f"--compile: compiles the decode steps of --backend triton, this one is {backend}; leave it out"
+        )
+    return backend
 
 
 def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.device):
@@ -224,11 +250,6 @@ def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     """Where the earliest stop string begins in a text; None where there is none."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclasses.dataclass
@@ -438,14 +459,7 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, rolling: bool) -
 def run(args: argparse.Namespace) -> int:
     h2o = h2o_config(args)
     device = select_device(args.device)
-    try:
-        backend = None if h2o is None else resolve_backend(h2o.backend, device.type)
-    except ValueError as error:
-        raise InputError(in_flags(str(error))) from None
-    if h2o is not None and h2o.compile and backend != "triton":
-        raise InputError(
-            f"--compile: compiles the decode steps of --backend triton, this one is {backend}; leave it out"
-        )
+    backend = attention_backend(h2o, device)
     requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
     if skipped:
         print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)
@@ -476,12 +490,7 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = load_model(args, h2o, device)
         encoded = tokenizer([request.article for request in requests])["input_ids"]
         prompts = [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
-        known, largest = model.config.vocab_size, max(max(tokens, default=0) for tokens in encoded)
-        if largest >= known:
-            raise InputError(
-                f"--model-name {args.model_name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
-                "they do not belong together"
-            )
+        must_know(model, args.model_name, max(max(tokens, default=0) for tokens in encoded))
         rolling = h2o is not None and h2o.position_rolling
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling)
         prompts = [prompt for prompt in prompts if prompt.request.index not in output.results]
