@@ -111,6 +111,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace results that are there")
     summarization.add_cache_flags(parser)
     args = parser.parse_args(argv)
+    if not args.tasks:
+        parser.error("--tasks: names none; `lm_eval ls tasks` lists them")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         parser.error(f"--num_fewshot {args.num_fewshot}: must be at least 0")
     if not isinstance(args.metadata, dict):
@@ -173,6 +175,8 @@ def run(args: argparse.Namespace) -> int:
     positions = {} if args.max_length is None else {"max_length": args.max_length}
     model = {"pretrained": args.model_name, "dtype": args.dtype, **positions, **flags}
     lm = H2OLlamaLM(device=args.device, batch_size=args.batch_size, **model)
+    if args.apply_chat_template and not lm.tokenizer.chat_template:
+        raise InputError(f"--apply_chat_template: the tokenizer of {args.model_name} has none; leave the flag out")
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     versions |= {"python": platform.python_version(), "lm_eval": lm_eval.__version__}
     weights = checkpoint_fingerprint(Path(args.model_name))

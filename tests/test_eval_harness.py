@@ -307,6 +307,8 @@ def test_scores_that_no_window_can_change_are_named(evaluate):
 
 @pytest.mark.parametrize("names, flags, message", [
     ("no_such_task", (), "--tasks no_such_task: no such task; `lm_eval ls tasks` lists them"),
+    ("", (), "--tasks: names none"),
+    ("tiny_text", ("--apply_chat_template",), "--apply_chat_template: the tokenizer of"),
     ("tiny_broken", (), "--tasks tiny_broken: cannot be loaded (UndefinedError"),
     ("tiny_choice", ("--include_path", "/nowhere"), "--include_path /nowhere: no such folder"),
     ("tiny_choice", ("--limit", "1.5"), "--limit: '1.5': must be a whole number of documents"),
