@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import platform
 import re
 import resource
@@ -30,7 +29,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfi
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from h2optimizer.batching import Batcher, Sequence, rows_that_fit
+from h2optimizer.batching import Batcher, Sequence, is_out_of_memory, rows_that_fit
+from utils.bench import free_memory
 from utils.requests import (
     InputError,
     OneLineParser,
@@ -40,6 +40,7 @@ from utils.requests import (
     count,
     count_or_auto,
     fingerprint,
+    must_know,
     read_requests,
 )
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--output-path", type=Path, default=Path("out/summaries.jsonl"), help="results; metrics beside it (%(default)s)"
     )
-    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
+    add_model_flags(parser)
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
     add(
         "--batch_size",
@@ -83,6 +84,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
     add("--seed", type=seed, default=42, help="seed of sampling")
+    add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
+    add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
+    add_cache_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What `select_device` and `load_model` read."""
+    add = parser.add_argument
+    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -90,9 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto: the checkpoint's; on a CPU float32",
     )
     add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
-    add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
-    add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
 
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """What `h2o_config` reads."""
     h2o = parser.add_argument_group("heavy-hitter cache", "a flag not given takes the value in h2optimizer/llama.py")
     add = h2o.add_argument
     add("--enable_h2o_generation", action="store_true", help="use it; without it, the full cache of stock Llama")
@@ -115,7 +127,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="and compile their steps, about 45 s a batch size")
     add("--group_reduce", choices=("sum", "first"), help="mass over the query heads of a KV head")
-    return parser.parse_args(argv)
 
 
 def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
@@ -161,8 +172,10 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def backend_on(device: torch.device, h2o: H2OConfig) -> str:
-    """The attention backend that these settings mean on a device. Raises InputError where they cannot work there."""
+def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None:
+    """What attention runs on there; None for the full cache, which stock Llama attends to. Raises InputError."""
+    if h2o is None:
+        return None
     try:
         backend = resolve_backend(h2o.backend, device.type)
     except ValueError as error:
@@ -244,12 +257,7 @@ class Prompt:
 def tokenize(requests: list[Request], tokenizer, model, model_name: str) -> list[Prompt]:
     """Requests with their tokens. Raises InputError where tokenizer and model do not belong together."""
     encoded = tokenizer([request.article for request in requests])["input_ids"]
-    known, largest = model.config.vocab_size, max(max(tokens, default=0) for tokens in encoded)
-    if largest >= known:
-        raise InputError(
-            f"--model-name {model_name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
-            "they do not belong together"
-        )
+    must_know(model, model_name, max(max(tokens, default=0) for tokens in encoded))
     return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
 
@@ -269,11 +277,6 @@ def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     """Where the earliest stop string begins in a text; None where there is none."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclasses.dataclass
@@ -323,9 +326,7 @@ class Summarizer:
                 out_of_memory = True
             jobs = [job for job in jobs if not all(sequence.finish_reason for sequence in job.sequences)]
             if out_of_memory:  # handled here, where the traceback no longer holds the tensors
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_memory(compiled=False)
                 rows = self._fewer(rows, jobs)
 
     def _fewer(self, rows: int, jobs: list[Job]) -> int:
@@ -483,7 +484,7 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, rolling: bool) -
 def run(args: argparse.Namespace) -> int:
     h2o = h2o_config(args)
     device = select_device(args.device)
-    backend = None if h2o is None else backend_on(device, h2o)
+    backend = attention_backend(h2o, device)
     requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
     if skipped:
         print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)

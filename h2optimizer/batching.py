@@ -375,6 +375,11 @@ class Batcher:
         return {"tokens_seen": seen, "slots_kept": kept, "slimmings": slimmings, "kv_bytes": kv_bytes}
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @torch.inference_mode()
 def rows_that_fit(model, longest: int, max_tokens: int) -> int:
     """How many sequences a Batcher can decode at once in the memory that is free, its prefills beside them.

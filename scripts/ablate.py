@@ -19,7 +19,6 @@ goes on where it was interrupted, and another grid over the same model, requests
 
 import argparse
 import dataclasses
-import gc
 import hashlib
 import itertools
 import json
@@ -37,16 +36,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
+from h2optimizer.batching import is_out_of_memory
 from h2optimizer.fidelity import Fidelity, Retention, compare
 from run_summarization import (
-    DEMO_MODEL,
     DEMO_REQUESTS,
     FLAG_OF_FIELD,
     Prompt,
     Summarizer,
-    backend_on,
+    add_model_flags,
+    attention_backend,
     in_order,
-    is_out_of_memory,
     load_model,
     quiet_libraries,
     select_device,
@@ -56,6 +55,7 @@ from run_summarization import (
 from utils.ablation import FULL, figures, pack, policy_name
 from utils.bench import (
     device_report,
+    free_memory,
     peak_allocated,
     prefill_and_step_ms,
     prefill_and_whole_ms,
@@ -95,14 +95,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
     add("--output-path", type=Path, default=Path("out/ablation.jsonl"), help="cells, jsonl (%(default)s)")
-    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
+    add_model_flags(parser)
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
     add("--batch_size", type=count, default=8, help="sequences decoded together, and prompts timed (%(default)s)")
     add("--timed_tokens", type=count, default=65, help="tokens of a timed call, the first by prefill (%(default)s)")
     add("--repeats", type=count, default=3, help="timed calls, of which the median counts (%(default)s)")
     add("--retention_request", type=int, default=0, help="index of the request whose tokens are followed (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
-    add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
     add("--grid", type=Path, help="the grid as YAML, in place of the flags below")
     grid = parser.add_argument_group("grid", "one or more values of each field of H2OConfig; its defaults otherwise")
     for name in FIELDS:
@@ -148,7 +146,7 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
             settings = dict(zip(names, values, strict=True))
             try:
                 h2o = H2OConfig(**settings)
-                backend_on(device, h2o)
+                attention_backend(h2o, device)
             except (ValueError, InputError) as error:
                 said = str(error).removeprefix("--")
                 faults.append(f"{', '.join(f'{name}={of}' for name, of in settings.items())}: {said}")
@@ -241,9 +239,7 @@ class Lab:
                     raise
                 fidelity = None
             if fidelity is None:  # outside, where the traceback no longer holds the tensors
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_memory(compiled=False)
                 at_once = (at_once + 1) // 2
                 continue
             for i, of_row in zip(batch, fidelity, strict=True):

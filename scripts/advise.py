@@ -25,15 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
-from run_summarization import load_config
+from run_summarization import load_config, quiet_libraries
 from utils.bench import (
     SHAPES,
     exit_status,
@@ -265,8 +263,7 @@ def make_model(args) -> LlamaForCausalLM:
 
 
 def run(args) -> None:
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
+    quiet_libraries()
     model, card = make_model(args), args.card
     if model.dtype == torch.float32:
         card = card._replace(tflops=float("inf"))  # datasheets' are of bf16

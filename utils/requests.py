@@ -129,6 +129,15 @@ def read_requests(
     return requests, skipped
 
 
+def must_know(model, name: str, largest: int) -> None:
+    """Raises InputError where the checkpoint's tokenizer makes a token that the model does not know."""
+    if largest >= (known := model.config.vocab_size):
+        raise InputError(
+            f"--model-name {name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
+            "they do not belong together"
+        )
+
+
 def fingerprint(requests: list[Request]) -> str:
     """SHA-256 over requests, to tell whether a file of results belongs to them."""
     digest = hashlib.sha256()

@@ -1,0 +1,154 @@
+"""lm-evaluation-harness's view of a model with the heavy-hitter cache. Needs lm_eval, which nothing else here does."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from h2optimizer.batching import rows_that_fit
+from h2optimizer.scoring import score_in_batches
+from utils.requests import InputError, must_know
+
+
+class CacheLM(HFLM):
+    """HFLM over a model that is loaded, each of whose answers comes through the cache that it is evaluated with.
+
+    HFLM scores context and continuation in one forward, which attends to everything: each window would get the full
+    cache's score. Here the context is prefilled, exactly, and slimmed as in generation, and the continuation is fed
+    token by token. Its first token is prefill's, the same for every window. Texts are `generate`'s, in HFLM's batches.
+
+    Args:
+        model: an H2OLlamaForCausalLM; or a LlamaForCausalLM, the baseline, which is left to HFLM.
+        tokenizer: one that pads on the left.
+        batch_size: contexts computed together, or "auto"; continuations may take up to 16 rows whatever it is.
+        kwargs: HFLM's. Log-probabilities are float32 unless softmax_dtype says otherwise.
+
+    `evictions`, by task: `tokens` scored and `texts` generated, how many of them `_after_eviction` of a slot,
+    `contexts_cut` to the model's positions and `documents_split` there.
+    """
+
+    def __init__(self, model, tokenizer, **kwargs):
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{model.name_or_path}: its tokenizer has no end-of-sequence token; lm_eval needs one")
+        logger = logging.getLogger(HFLM.__module__)
+        logger.setLevel(logging.ERROR)  # not of interest: that it has not loaded the model itself
+        super().__init__(model, "causal", tokenizer=tokenizer, **({"softmax_dtype": "float32"} | kwargs))
+        logger.setLevel(logging.NOTSET)
+        self.pretrained = model.name_or_path  # what results name
+        self.h2o = getattr(model, "h2o", None)
+        self.evictions: dict[str, Counter] = {}
+        self._task, self._counts = "", Counter()  # of the requests at hand
+
+    def _by_task(self, answer: Callable, requests: list, **kwargs) -> list:
+        """What `answer` gives for the requests, called with one task's at a time."""
+        tasks, answers = {}, [None] * len(requests)
+        for i, request in enumerate(requests):
+            tasks.setdefault(request.task_name or "", []).append(i)
+        for self._task, indices in tasks.items():
+            self._counts = self.evictions.setdefault(self._task, Counter())
+            for i, got in zip(indices, answer([requests[i] for i in indices], **kwargs), strict=True):
+                answers[i] = got
+        return answers
+
+    def _refuse(self, why: str, task: str | None = None):
+        raise InputError(f"task {task or self._task or '(without a name)'}: {why}")
+
+    def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
+        if self.device.type == "cuda":
+            return super()._detect_batch_size(requests, pos)
+        return min(self.max_batch_size, rows_that_fit(self.model, self.max_length, self.max_gen_toks))
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """As HFLM's, through the cache. Raises InputError for contexts of no token or without room behind them."""
+        for request in requests:
+            context, settings = request.args
+            wanted = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            if wanted >= self.max_length:
+                positions = f"{wanted} tokens are to follow a context, and the model has {self.max_length} positions"
+                self._refuse(f"{positions}; lower its max_gen_toks, or raise --max_length", request.task_name)
+            if not context.strip() and not self.tok_encode(context):
+                self._refuse("a context has no token; nothing can be generated after it", request.task_name)
+        return self._by_task(super().generate_until, requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
+        must_know(self.model, self.pretrained, int(context.max()))
+        tokens = super()._model_generate(context, max_length, stop, **kwargs)
+        if self.h2o is not None:
+            fed = tokens.shape[1] - context.shape[1] - 1
+            due = (fed - 1) // self.h2o.update_interval * self.h2o.update_interval  # the last slimming before a token
+            lengths = kwargs["attention_mask"].sum(dim=1).tolist()
+            evicted = sum(fed > 0 and length + due > self.h2o.window_length for length in lengths)
+            self._counts.update(texts=len(lengths), texts_after_eviction=evicted)
+        return tokens
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As HFLM's, through the cache: a continuation's log-probability, and whether greedy decoding would say it."""
+        for request in requests:
+            if not request.args[1]:
+                self._refuse("a continuation is empty; there is nothing to score", request.task_name)
+        return self._by_task(super().loglikelihood, requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of whole documents, each token after what the cache holds of those before it.
+
+        A document streams through one cache after the prefix token (BOS), each of its tokens fed by a decode step. One
+        longer than the model's positions is split as HFLM splits it, each part with a cache of its own and the token
+        before it as context, the last part with as many as there is room for; with position_rolling, whose positions
+        stay within the cache, it streams whole.
+        """
+        answer = super().loglikelihood_rolling if self.h2o is None else self._stream
+        return self._by_task(answer, requests, disable_tqdm=disable_tqdm)
+
+    def _stream(self, requests: list, disable_tqdm: bool) -> list[float]:
+        owners, parts, totals = [], [], [0.0] * len(requests)
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            longest = max(len(tokens), 1) if self.h2o.position_rolling else self.max_length
+            self._counts["documents_split"] += len(tokens) > longest
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, longest, context_len=1):
+                owners.append(i)
+                parts.append((None, *make_disjoint_window(window)))
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(parts, disable_tqdm), strict=True):
+            totals[i] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None) -> list:
+        largest = max(chain.from_iterable(context + continuation for _, context, continuation in requests), default=0)
+        must_know(self.model, self.pretrained, largest)
+        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        if self.h2o is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        contexts, answers = self.batch_size, [None] * len(pairs)
+        if contexts == "auto" and pairs:
+            contexts = rows_that_fit(self.model, *(max(map(len, part)) for part in zip(*pairs, strict=True)))
+        scores = score_in_batches(self.model, pairs, contexts, self.tokenizer.pad_token_id, self.softmax_dtype)
+        for i, score in tqdm(scores, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
+            answers[i] = score.logprob, score.greedy
+            self._counts.update(tokens=len(pairs[i][1]), tokens_after_eviction=score.after_eviction)
+            if requests[i][0] is not None:  # a part of a document has no answer of its own
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Both, the context cut on the left to the model's positions as HFLM does it. Raises InputError."""
+        if not context or not continuation:
+            self._refuse(f"a {'continuation' if context else 'context'} has no token of its own; it cannot be scored")
+        rolling = self.h2o is not None and self.h2o.position_rolling  # what is decoded then needs no positions
+        room = self.max_length if rolling else self.max_length + 1 - len(continuation)
+        if room < 1:
+            self._refuse(
+                f"a continuation has {len(continuation)} tokens, the model {self.max_length} positions; "
+                "with --enable_position_rolling the heavy-hitter cache takes it"
+            )
+        self._counts["contexts_cut"] += len(context) > room
+        return context[-room:], continuation

@@ -1,0 +1,254 @@
+"""lm-evaluation-harness tasks on Llama with the heavy-hitter cache, or with the full cache as the baseline.
+
+    python scripts/eval_harness.py --model-name meta-llama/Meta-Llama-3-8B --tasks hellaswag,gsm8k \\
+        --enable_h2o_generation --num_window_length 512 --output-path out/h2o.json
+
+The flags of model and cache are run_summarization.py's. The results file is lm_eval's own with one more key, `h2o`:
+settings, versions, and how much of each task came after slots had been dropped. Answers are kept beside it as they
+come, so that an interrupted command goes on; what was answered before is then not counted under `h2o` again.
+
+Imported (`import scripts.eval_harness`), it registers the model for lm_eval's own API:
+
+    lm_eval.simple_evaluate("h2o_llama", model_args="pretrained=folder,window_length=512", tasks=["hellaswag"])
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+try:
+    import lm_eval
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from h2optimizer.harness import CacheLM
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    missing = error.name.split(".")[0]
+    print(f"error: {missing} is not installed: pip install {missing}", file=sys.stderr)
+    sys.exit(2)
+
+import run_summarization as summarization
+from h2optimizer import H2OConfig
+from h2optimizer.batching import is_out_of_memory
+from utils.bench import print_table
+from utils.requests import InputError, OneLineParser, checkpoint_fingerprint, count, count_or_auto, replace_file
+
+# What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.
+PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"
+
+
+@register_model("h2o_llama")
+class H2OLlamaLM(CacheLM):
+    """A CacheLM by the names that lm_eval's API gives: `pretrained`, and fields of H2OConfig.
+
+    Args:
+        pretrained: a folder, or a name on the hub.
+        full_cache: stock Llama, the baseline.
+        device, dtype: as run_summarization.py's flags.
+        kwargs: fields of H2OConfig (`backend` is that one's), and of HFLM's arguments those in PASSED_ON.
+    """
+
+    def __init__(
+        self, pretrained, full_cache=False, device="auto", dtype="auto", batch_size=1, max_batch_size=64, **kwargs
+    ):
+        fields = {field.name for field in dataclasses.fields(H2OConfig)}
+        flags = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        if unknown := set(kwargs) - set(PASSED_ON.split()):
+            raise InputError(f"{min(unknown)}: h2o_llama takes H2OConfig's fields, {', '.join(PASSED_ON.split())}")
+        if full_cache and flags:
+            raise InputError(f"{min(flags)}: does nothing with full_cache; leave one of them out")
+        args = argparse.Namespace(model_name=str(pretrained), dtype=dtype, device=device)
+        h2o = None if full_cache else H2OConfig(**flags)
+        model, tokenizer = summarization.load_model(args, h2o, summarization.select_device(device))
+        super().__init__(model, tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **kwargs)
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def limit(text: str) -> int | float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not (0 < number < 1 or (number >= 1 and number.is_integer())):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of documents, or a share below 1")
+    return number if number < 1 else int(number)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    summarization.add_model_flags(parser)
+    add("--tasks", type=names, required=True, help="comma-separated: lm_eval's names (or patterns), or YAML files")
+    add("--include_path", type=Path, help="a folder with tasks of your own")
+    add("--num_fewshot", type=int, help="examples before each document; the task's own number unless given")
+    add("--limit", type=limit, help="only so many documents of each task, or that share of them")
+    add("--batch_size", type=count_or_auto, default=1, help="contexts computed together; auto: as many as fit")
+    add("--max_length", type=count, help="positions to use; the model's unless given")
+    add("--apply_chat_template", action="store_true", help="put contexts into the tokenizer's chat template")
+    add("--metadata", type=json.loads, default={}, help="JSON for tasks that need it, as RULER's max_seq_lengths")
+    add("--confirm_run_unsafe_code", action="store_true", help="let tasks run code that the model writes")
+    add("--log_samples", action="store_true", help="keep each document with its answers in the results")
+    add("--output-path", type=Path, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
+    add("--overwrite", action="store_true", help="replace results that are there")
+    summarization.add_cache_flags(parser)
+    args = parser.parse_args(argv)
+    if not args.tasks:
+        parser.error("--tasks: names none; `lm_eval ls tasks` lists them")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        parser.error(f"--num_fewshot {args.num_fewshot}: must be at least 0")
+    if not isinstance(args.metadata, dict):
+        parser.error("--metadata: must be a JSON object")
+    if args.include_path is not None and not args.include_path.is_dir():
+        parser.error(f"--include_path {args.include_path}: no such folder")
+    return args
+
+
+def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
+    """Tasks and groups that --tasks names, each seen to make a request of its first document. Raises InputError."""
+    for built_in in (False, True):  # lm_eval's own, some 14,000, take a while to index
+        metadata = {"pretrained": args.model_name} | args.metadata
+        manager = TaskManager(include_path=args.include_path, include_defaults=built_in, metadata=metadata)
+        found = {name: [name] if Path(name).is_file() else manager.match_tasks([name]) for name in args.tasks}
+        if all(found.values()) and not set(manager.all_groups + manager.all_tags) & set(chain(*found.values())):
+            break  # a group's members may be built in
+    if unknown := [name for name, matches in found.items() if not matches]:
+        raise InputError(
+            f"--tasks {unknown[0]}: no such task; `lm_eval ls tasks` lists them, --include_path adds yours"
+        )
+    loaded = []
+    for name in dict.fromkeys(chain(*found.values())):
+        try:
+            got = manager.load([name])
+            for task in got["tasks"].values():
+                document = next(iter(task.eval_docs))
+                if task.OUTPUT_TYPE != "loglikelihood_rolling":
+                    task.doc_to_text(document)
+                task.doc_to_target(document)
+        except Exception as error:  # YAML, data sets and templates fail in libraries of their own
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+            raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from None
+        for task in got["tasks"].values():
+            if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
+                raise InputError(f"--tasks {name}: runs code that the model writes; pass --confirm_run_unsafe_code")
+        loaded += list(got["groups"].values())[:1] or got["tasks"].values()  # a group stands before its members
+    return manager, loaded
+
+
+def run(args: argparse.Namespace) -> int:
+    h2o = summarization.h2o_config(args)
+    device = summarization.select_device(args.device)
+    backend = summarization.attention_backend(h2o, device)
+    output = args.output_path
+    if output.exists() and not (output.is_file() and args.overwrite):
+        raise InputError(f"--output-path {output}: exists; pass --overwrite to replace a file, or choose another path")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(13, "the folder is not writable")
+    except OSError as error:
+        raise InputError(f"--output-path {output}: cannot be written ({error.strerror})") from None
+    manager, tasks = load_tasks(args)
+
+    summarization.quiet_libraries()
+    flags = {"full_cache": True} if h2o is None else dataclasses.asdict(h2o)
+    positions = {} if args.max_length is None else {"max_length": args.max_length}
+    model = {"pretrained": args.model_name, "dtype": args.dtype, **positions, **flags}
+    lm = H2OLlamaLM(device=args.device, batch_size=args.batch_size, **model)
+    if args.apply_chat_template and not lm.tokenizer.chat_template:
+        raise InputError(f"--apply_chat_template: the tokenizer of {args.model_name} has none; leave the flag out")
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    versions |= {"python": platform.python_version(), "lm_eval": lm_eval.__version__}
+    weights = checkpoint_fingerprint(Path(args.model_name))
+    key = hashlib.sha256(json.dumps([model, versions, weights, backend]).encode()).hexdigest()[:16]
+    answers = output.with_name(f"{output.name}.{key}")  # of this model and cache alone
+    begin = time.perf_counter()
+    results = lm_eval.simple_evaluate(
+        lm, tasks=tasks, task_manager=manager, num_fewshot=args.num_fewshot, limit=args.limit,
+        batch_size=args.batch_size, device=str(device), apply_chat_template=args.apply_chat_template,
+        log_samples=args.log_samples, confirm_run_unsafe_code=args.confirm_run_unsafe_code, use_cache=str(answers),
+    )  # fmt: skip
+    results["h2o"] = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "h2o": None if h2o is None else dataclasses.asdict(h2o),
+        "attention_backend": backend,
+        "model_fingerprint": weights,
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "seconds": time.perf_counter() - begin,
+        "evictions": lm.evictions,
+    }
+    print(make_table(results))
+    if "groups" in results:
+        print(make_table(results, "groups"))
+    report_evictions(lm)
+    try:
+        replace_file(output, [json.dumps(results, indent=2, default=handle_non_serializable) + "\n"])
+    except OSError as error:
+        raise InputError(
+            f"--output-path {output}: cannot be written ({error.strerror}); answers are kept, the same command goes on"
+        ) from None
+    answers.with_name(f"{answers.name}_rank0.db").unlink(missing_ok=True)
+    print(f"results are in {output}")
+    return 0
+
+
+def report_evictions(lm: CacheLM) -> None:
+    """What the cache had to do with the scores, by task; warnings where that may surprise."""
+    for task, counts in lm.evictions.items():
+        for name in ("contexts_cut", "documents_split"):
+            if counts[name]:
+                what = name.replace("_", " ")
+                print(
+                    f"warning: {task}: {counts[name]} {what} to the model's {lm.max_length} positions", file=sys.stderr
+                )
+        answers = counts["tokens"] + counts["texts"]
+        if answers and not counts["tokens_after_eviction"] + counts["texts_after_eviction"]:
+            print(
+                f"warning: {task}: nothing came after an eviction, so these are the full cache's scores; contexts are "
+                f"not longer than the window of {lm.h2o.window_length}, or continuations are single tokens",
+                file=sys.stderr,
+            )
+    columns = ("tokens", "tokens_after_eviction", "texts", "texts_after_eviction")
+    if lm.h2o is not None:
+        print_table(
+            [{"task": task} | counts for task, counts in lm.evictions.items()],
+            {"task": ""} | dict.fromkeys(columns, ""),
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or after one line 2 for what the caller can put right, 130 on Ctrl-C."""
+    try:
+        return run(parse_args(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: answers so far are kept; the same command goes on", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: too little memory on the device: lower --batch_size; the same command goes on", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
