@@ -182,7 +182,7 @@ def draw_quality(sweep: Sweep) -> Figure:
     if len(measures) > 1:
         grid[0, -1].set_yscale("symlog", linthresh=0.01)  # it spans decades, and is 0 where nothing was evicted
         grid[0, -1].yaxis.set_major_formatter("{x:g}")
-        grid[0, -1].set_ylim(bottom=-0.001)
+        grid[0, -1].set_ylim(-0.001, 1.5 * grid[0, -1].get_ylim()[1])
     legend(fig, sweep)
     return fig
 
@@ -219,7 +219,10 @@ def draw_frontier(sweep: Sweep) -> Figure:
             if any(row is other for other in best):
                 ax.plot(*spot(row), "o", color="black", fillstyle="none", markersize=15, label="ring", zorder=2)
     speeds = [row["tokens_per_second"] for row in (sweep.full, *sweep.rows)]
-    grid[0].set_xlim(0.95 * min(speeds), 1.05 * max(speeds))
+    if max(speeds) > 5 * min(speeds):
+        grid[0].set_xscale("log")
+        grid[0].xaxis.set_major_formatter("{x:,.0f}")
+    grid[0].set_xlim(0.9 * min(speeds), 1.1 * max(speeds))
     timed = f"batch {sweep.full['batch']}, prompts of {plural(sweep.full['prompt_tokens'], 'token')}"
     grid[-1].set_xlabel(f"tokens/s ({timed}); numbers in the figure: window_length")
     ring = Line2D([], [], color="black", marker="o", fillstyle="none", markersize=12, linestyle=":", label="frontier")

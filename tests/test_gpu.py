@@ -30,6 +30,8 @@ from conftest import (
 )
 from h2optimizer import H2OConfig, attention, generation
 from h2optimizer.batching import Batcher, Sequence
+from h2optimizer.fidelity import compare
+from h2optimizer.scoring import score_in_batches
 from utils.cache import HHCache
 
 pytestmark = [
@@ -707,3 +709,41 @@ def test_unscored_steps_run_flash_attn_on_the_slots(monkeypatch, flash, flash_on
 def test_a_step_with_flash_attn_never_waits(flash, flash_on_gpu, lengths, flags):
     """Lengths that are fetched for flash-attn or copied to it from pageable memory."""
     assert_no_step_waits(flash_on_gpu.h2o, lengths, {"update_interval": 4, "backend": "flash_attn", **flags})
+
+
+# Fidelity and scores through the cache
+
+
+@pytest.mark.parametrize("flags", [{}, {"position_rolling": True}, {"score": "random"}], ids=str)
+def test_fidelity_is_the_cpus(gqa, gqa_on_gpu, flags):
+    """Kernels that keep other tokens than torch does, or figures and positions that mix up devices."""
+    rows, texts = [prompt(40), prompt(23, 1)], [prompt(9, 3), prompt(24, 4)]
+    found = []
+    for llamas in (gqa, gqa_on_gpu):
+        llamas.h2o.h2o = H2OConfig(window_length=12, update_interval=4, **flags)
+        found.append(compare(llamas.stock, llamas.h2o, rows, texts, follow=1))
+    (cpu, kept), (gpu, kept_there) = found
+    for ours, theirs in zip(gpu, cpu, strict=True):
+        assert vars(ours) == pytest.approx(vars(theirs), rel=1e-3, abs=1e-3)
+    assert torch.equal(kept_there.last_held, kept.last_held)
+
+
+def test_half_precision_fidelity_is_near_exact_at_a_wide_window(half_on_gpu):
+    """A full cache and a cache that evicts nothing that differ by more than rounding."""
+    half_on_gpu.h2o.h2o = H2OConfig(window_length=128, update_interval=4)
+    fidelity, _ = compare(half_on_gpu.stock, half_on_gpu.h2o, [prompt(40), prompt(23, 1)], [prompt(24, 4)] * 2)
+    for row in fidelity:
+        assert row.kl / row.tokens < 0.01 and row.mass_lost / row.tokens < 1e-2
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_scores_are_the_cpus(gqa, gqa_on_gpu, batch):
+    """Log-likelihoods of rows that share a context, through kernels."""
+    pairs = [(prompt(30), prompt(n, n)) for n in (1, 6, 9)] + [(prompt(17, 1), prompt(5, 2))]
+    found = []
+    for llamas in (gqa, gqa_on_gpu):
+        llamas.h2o.h2o = H2OConfig(window_length=12, update_interval=2)
+        found.append(dict(score_in_batches(llamas.h2o, pairs, batch, dtype=torch.float32)))
+    for i in range(len(pairs)):
+        assert found[1][i].logprob == pytest.approx(found[0][i].logprob, rel=1e-3, abs=1e-3)
+        assert found[1][i][1:] == found[0][i][1:]

@@ -1,0 +1,384 @@
+"""The ablation lab: fidelity against the oracle, and scripts/ablate.py as its user runs it."""
+
+import dataclasses
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+
+import run_summarization
+from checkpoints import make_checkpoint, make_requests, write_requests
+from conftest import make_llamas, new_oracle, prompt
+from h2optimizer import H2OConfig
+from h2optimizer.fidelity import ForcedDecode, compare
+from test_benchmarks import load
+from utils.ablation import figures, read_cells, unpack
+from utils.bench import prefill_and_step_ms, stock_llama
+from utils.requests import InputError
+from utils.rouge import mean_with_interval
+
+ROWS = [prompt(40), prompt(23, 1), prompt(31, 2)]
+TEXTS = [prompt(9, 3), prompt(14, 4), prompt(1, 5)]
+FLAGS = {
+    "H2O": {"update_interval": 1},
+    "rotation": {"update_interval": 4},
+    "rolling": {"update_interval": 3, "position_rolling": True},
+    "sink": {"update_interval": 1, "score": "sink"},
+    "recent only": {"update_interval": 4, "num_heavy_hitters": 0},
+    "nothing is evicted": {"update_interval": 4, "window_length": 80},
+}
+
+
+# Fidelity
+
+
+def full_attention(stock, tokens: list[int]) -> list[torch.Tensor]:
+    """The whole matrix of each layer, [Hq, n, n]."""
+    stock.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = stock(torch.tensor([tokens]), output_attentions=True, use_cache=False).attentions
+    stock.set_attn_implementation("sdpa")
+    return [attention[0].double() for attention in attentions]
+
+
+def by_oracle(llamas, row: list[int], text: list[int], flags: dict):
+    """Fidelity's sums, mass lost [steps][layers] and positions held before each step, by loops over oracles."""
+    ours = new_oracle(llamas, **flags)
+    full = new_oracle(llamas, window_length=len(row) + len(text))
+    matrices = full_attention(llamas.stock, row + text)
+    ours.forward(row), full.forward(row)
+    sums, lost, held = {"agreed": 0, "kl": 0.0, "nll": 0.0, "mass_lost": 0.0}, [], []
+    for step, token in enumerate(text[:-1]):
+        held.append([ours.positions(layer) for layer in range(len(matrices))])
+        at = len(row) + step
+        lost.append([])
+        for matrix, heads in zip(matrices, held[-1], strict=True):
+            group = matrix.shape[0] // len(heads)
+            gone = [1 - matrix[h, at, [*heads[h // group], at]].sum().item() for h in range(matrix.shape[0])]
+            lost[-1].append(sum(gone) / len(gone))
+        p, q = (oracle.forward([token])[-1].log_softmax(-1) for oracle in (full, ours))
+        sums["agreed"] += int(p.argmax() == q.argmax())
+        sums["kl"] += (p.exp() * (p - q)).sum().item()
+        sums["nll"] -= q[text[step + 1]].item()
+        sums["mass_lost"] += sum(lost[-1]) / len(lost[-1])
+    return sums, lost, held
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_fidelity_is_the_oracles(gqa, flags):
+    """A step or a row compared with another one's, a divergence the wrong way round, attention on padding or on the
+    step's own token counted as lost, the tokens held after a step taken for those before it."""
+    flags = {"window_length": 12} | flags
+    gqa.h2o.h2o = H2OConfig(**flags)
+    fidelity, retention = compare(gqa.stock, gqa.h2o, ROWS, TEXTS, follow=1)
+    for row, (tokens, text) in enumerate(zip(ROWS, TEXTS, strict=True)):
+        sums, lost, held = by_oracle(gqa, tokens, text, flags)
+        ours = dataclasses.asdict(fidelity[row])
+        assert ours.pop("tokens") == len(text) - 1
+        assert ours == pytest.approx(sums, rel=1e-4, abs=2e-4)
+        if row == 1:
+            np.testing.assert_allclose(retention.mass_lost, lost, atol=1e-5)
+            assert retention.prompt_tokens == len(tokens)
+            assert retention.last_held.shape == (2, 2, len(tokens) + len(text) - 1)
+            for step, layers in enumerate(held, start=1):
+                for layer, heads in enumerate(layers):
+                    for head, positions in enumerate(heads):
+                        there = (retention.last_held[layer, head] >= step).nonzero()[:, 0].tolist()
+                        own = len(tokens) + step - 1
+                        assert [at for at in there if at <= own] == [*positions, own]
+
+
+def test_full_cache_beside_itself(gqa):
+    """A baseline whose own row is not exact, or that is run twice for it."""
+    fidelity, retention = compare(gqa.stock, gqa.stock, ROWS, TEXTS, follow=0)
+    assert retention is None
+    for row, text in zip(fidelity, TEXTS, strict=True):
+        assert (row.tokens, row.agreed, row.kl, row.mass_lost) == (len(text) - 1, len(text) - 1, 0.0, 0.0)
+    assert gqa.stock.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("which", ["stock", "h2o"])
+def test_equal_prompts_are_each_their_own_row(gqa, which):
+    """Rows that share a prefill and then a cache as well: each goes on with its own tokens."""
+    model = getattr(gqa, which)
+    if which == "h2o":
+        model.h2o = H2OConfig(window_length=12, update_interval=2)
+    together = ForcedDecode(model, [ROWS[0], ROWS[1], ROWS[0]])
+    alone = [ForcedDecode(model, [row]) for row in (ROWS[0], ROWS[1], ROWS[0])]
+    for step in range(6):
+        for row, other in enumerate(alone):
+            torch.testing.assert_close(together.logits[row], other.logits[0], rtol=1e-4, atol=1e-4)
+        tokens = [10 + step, 20 + step, 30 + step]
+        together.feed(tokens)
+        for other, token in zip(alone, tokens, strict=True):
+            other.feed([token])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stock_llama_shares_the_weights(tied):
+    """A second copy of the weights in memory; embeddings that come apart; another model."""
+    model = make_llamas(tie_word_embeddings=tied).h2o
+    stock = stock_llama(model)
+    ours = {name: weight.data_ptr() for name, weight in model.named_parameters(remove_duplicate=False)}
+    assert {name: weight.data_ptr() for name, weight in stock.named_parameters(remove_duplicate=False)} == ours
+    assert type(stock).__name__ == "LlamaForCausalLM" and stock.config is not model.config
+    ids = torch.tensor([prompt(12)])
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, model(ids, use_cache=False).logits)
+
+
+# What figures are
+
+
+def test_mean_of_tokens_is_weighted_by_them():
+    """Texts that count alike whatever their length, or an interval of other means than the mean is."""
+    of = mean_with_interval([9, 0, 0], weights=[9, 1, 0])
+    assert of["mean"] == 0.9 and of["low"] == 0.0 and of["high"] == 1.0
+    same = mean_with_interval([2.0] * 5)
+    assert same == {"mean": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_step_time_is_what_a_token_adds():
+    """Prefill that is counted into the steps, or a mean in the place of the median."""
+    assert prefill_and_step_ms([(10, 74), (11, 139), (500, 564)], 65) == (11, 1.0)
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def ablate():
+    return load("ablate")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A tiny checkpoint and five requests of 10 tokens."""
+    folder = tmp_path_factory.mktemp("lab")
+    checkpoint = make_checkpoint(folder / "model")
+    requests = make_requests(5, max_tokens=10)
+    requests[3]["stop"] = ["a"]  # a text that ends before the others
+    return SimpleNamespace(model=checkpoint, requests=write_requests(folder / "requests.jsonl", requests))
+
+
+@pytest.fixture
+def sweep(ablate, lab, tmp_path, capsys, monkeypatch):
+    """Runs the script on the lab; returns its status, lines on stderr, table and cells."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def run(*flags, output="cells.jsonl", code=0):
+        path = tmp_path / output
+        common = ["--model-name", str(lab.model), "--input-path", str(lab.requests), "--output-path", str(path)]
+        common += ["--batch_size", "3", "--timed_tokens", "3", "--repeats", "1", "--device", "cpu"]
+        assert ablate.main([*common, *flags]) == code
+        said = capsys.readouterr()
+        errors = [line for line in said.err.splitlines() if line.startswith(("error", "left out", "interrupted"))]
+        cells = read_cells(path) if path.exists() and path.stat().st_size else []
+        return SimpleNamespace(errors=errors, err=said.err, table=said.out.splitlines(), cells=cells, path=path)
+
+    return run
+
+
+GRID = ("--window_length", "8", "16", "24", "--update_interval", "1", "4", "--score", "mass", "sink", "random")
+
+
+def quality(cells: list[dict]) -> list[dict]:
+    """What does not depend on the clock."""
+    return [{key: value for key, value in cell.items() if key not in ("time", "versions")} for cell in cells]
+
+
+def test_killed_sweep_goes_on_to_the_same_cells(sweep, ablate, monkeypatch):
+    """A cell that is lost, done twice or measured against other texts when the sweep was killed while writing it."""
+    grid = (*GRID, "--num_heavy_hitters", "-1", "0")
+    whole = sweep(*grid)
+    assert len(whole.cells) == 25 and len(whole.table) == 26  # 3 policies and recent only, 3 windows, 2 intervals
+    append, done = ablate.JsonlFile.append, []
+
+    def torn(self, entry):
+        if len(done) == 9:
+            self._file.write(json.dumps(entry).encode()[:200])
+            self._file.flush()
+            raise KeyboardInterrupt
+        append(self, entry)
+        done.append(entry["cell"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate.JsonlFile, "append", torn)
+        killed = sweep(*grid, output="killed.jsonl", code=130)
+    (said,) = killed.errors
+    assert "the same command goes on" in said and [cell["cell"] for cell in killed.cells] == done
+    measured, measure = [], ablate.Lab.measure
+    monkeypatch.setattr(
+        ablate.Lab, "measure", lambda self, h2o, texts: measured.append(h2o) or measure(self, h2o, texts)
+    )
+    again = sweep(*grid, output="killed.jsonl")
+    assert len(measured) == 16 and "9 of 25 cells are there already" in again.err
+    assert quality(again.cells) == quality(whole.cells)
+    columns = whole.table[0].index("first ms")  # before the clock's
+    assert [line[:columns] for line in again.table] == [line[:columns] for line in whole.table]
+    assert sweep(*grid, output="killed.jsonl").table == again.table and len(measured) == 16
+
+
+def test_cells_are_what_run_summarization_gives(sweep, lab, tmp_path):
+    """Another way to decode, to cut texts or to score them than the command that users run; requests out of order."""
+    cells = sweep("--window_length", "12", "--update_interval", "4").cells
+    for cell, flags in zip(cells, ([], ["--enable_h2o_generation", "--num_window_length", "12"]), strict=True):
+        flags += ["--update_interval", "4"] * bool(flags)
+        path = tmp_path / f"{len(flags)}.jsonl"
+        common = ["--model-name", str(lab.model), "--input-path", str(lab.requests), "--output-path", str(path)]
+        assert run_summarization.main([*common, "--greedy", "--device", "cpu", *flags]) == 0
+        results = [json.loads(line) for line in path.read_text().splitlines()]
+        for name, values in cell["rouge"].items():
+            assert values == pytest.approx([result["rouge"][name] for result in results], abs=1e-6)
+        assert cell["slots_kept"] == sum(result["cache"]["slots_kept"] for result in results) / len(results)
+        if cell["h2o"] is None:
+            assert list(map(len, cell["texts"])) == [result["tokens_generated"] for result in results]
+            assert len(cell["texts"][3]) < 10
+
+
+def test_figures_follow_the_cells(sweep):
+    """A table whose numbers are another cell's, in other units, or not those of the file."""
+    outcome = sweep("--window_length", "8", "200")
+    full, narrow, wide = outcome.cells
+    defaults = dataclasses.asdict(H2OConfig())
+    row = figures(narrow, full, defaults)
+    tokens = sum(narrow["fidelity"]["tokens"])
+    assert tokens == sum(map(len, full["texts"])) - 5
+    assert row["kl"]["mean"] == pytest.approx(sum(narrow["fidelity"]["kl"]) / tokens)
+    assert row["perplexity"]["mean"] == pytest.approx(math.exp(sum(narrow["fidelity"]["nll"]) / tokens))
+    assert 0 < row["top1"]["mean"] < 1 and 0 < row["mass_lost"]["mean"] < 1
+    assert narrow["time"]["batch"] == 3 and narrow["time"]["tokens_per_second"] > 0
+    timing = narrow["time"]
+    assert timing["tokens_per_second"] == pytest.approx(timing["batch"] / timing["time_per_token"])
+    same = figures(wide, full, defaults)
+    assert same["top1"]["mean"] == 1 and same["kl"]["mean"] < 1e-5 and same["rouge2_delta"]["mean"] == 0
+    assert same["perplexity"]["mean"] == pytest.approx(figures(full, full, defaults)["perplexity"]["mean"], rel=1e-5)
+    held = unpack(narrow["retention"]["last_held"])
+    assert held.shape == (2, 2, narrow["retention"]["prompt_tokens"] + len(full["texts"][0]) - 1)
+    assert (held == 0).any() and held.max() == len(narrow["retention"]["mass_lost"]) == len(full["texts"][0]) - 1
+    assert "retention" not in full
+    shown = dict(zip(outcome.table[0].split("  "), outcome.table[2].split("  "), strict=False))
+    assert shown["policy"].strip() == "H2O" and outcome.table[1].startswith("full cache")
+
+
+def test_other_conditions_are_other_cells(sweep):
+    """Times of another batch size, or fewer requests, that pass for those that were asked for."""
+    sweep("--window_length", "8")
+    assert len(sweep("--window_length", "8", "--batch_size", "2").cells) == 4
+    assert len(sweep("--window_length", "8", "--sample_num", "2").cells) == 6
+    assert len(sweep("--window_length", "8", "--num_window_length", "8").cells) == 6
+
+
+@pytest.mark.parametrize(
+    ("grid", "cells"),
+    [
+        ("window_length: [8, 16]\nscore: sink\n", [(8, "sink"), (16, "sink")]),
+        ("- window_length: 8\n- {score: [mass, random], window_length: 8}\n", [(8, "mass"), (8, "random")]),
+        ("- {num_heavy_hitters: 0, score: [mass, sink], score_decay: [0.5, 1.0]}\n", [(256, "mass")]),
+        ("{window_length: 8, num_heavy_hitters: [-1, 4], score_seed: [0, 1]}\n", [(8, "mass")]),
+        ("{window_length: 8, score: random, score_seed: [0, 1]}\n", [(8, "random"), (8, "random")]),
+    ],
+)
+def test_grid_as_yaml(ablate, tmp_path, grid, cells):
+    """A field that is lost, a product that is not taken, settings that mean the same and are measured twice."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(grid)
+    made = ablate.cells_of(ablate.parse_args(["--grid", str(path)]), torch.device("cpu"))
+    assert [(h2o.window_length, h2o.score) for h2o in made] == cells
+
+
+def test_values_are_of_the_fields_types(ablate):
+    """A window of "64", a score_every_step of "false" that is true."""
+    flags = "--window_length 64 --score_decay 0.5 --score_queries 8 all --score_every_step false True"
+    made = ablate.cells_of(ablate.parse_args(flags.split()), torch.device("cpu"))
+    seen = {(h2o.window_length, h2o.score_decay, h2o.score_queries, h2o.score_every_step) for h2o in made}
+    assert seen == {(64, 0.5, queries, every) for queries in (8, None) for every in (True, False)}
+
+
+def test_cells_that_cannot_work_are_left_out(sweep):
+    """One bad pair in a grid that ends the sweep, or that is dropped without a word."""
+    outcome = sweep("--window_length", "8", "64", "--num_heavy_hitters", "16", "--compile", "false", "true")
+    assert [cell["h2o"] and cell["h2o"]["window_length"] for cell in outcome.cells] == [None, 64]
+    few, *slow = outcome.errors
+    assert few.startswith("left out: ") and "window_length=8" in few and "num_heavy_hitters=16" in few
+    assert len(slow) == 2 and "compile" in slow[1] and "sdpa" in slow[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--window_length 1", ["window_length=1", "at least 2"]),
+        ("--window_length 8 --num_heavy_hitters 9", ["num_heavy_hitters=9"]),
+        ("--score mas", ["score", "'mas'", "mass"]),
+        ("--score_every_step maybe", ["score_every_step='maybe'", "True or False"]),
+        ("--windows 8", ["--windows"]),
+        ("--grid nowhere.yaml", ["--grid nowhere.yaml", "cannot be read"]),
+        ("--grid nowhere.yaml --score sink", ["--score", "--grid nowhere.yaml"]),
+        ("--input-path nowhere.jsonl", ["--input-path nowhere.jsonl"]),
+        ("--model-name nowhere", ["--model-name nowhere"]),
+        ("--device nowhere", ["--device nowhere"]),
+        ("--retention_request 5", ["--retention_request 5", "0 to 4"]),
+        ("--timed_tokens 1", ["--timed_tokens", "at least 2"]),
+        ("--batch_size 0", ["--batch_size"]),
+        ("--output-path /dev/null", ["--output-path /dev/null"]),
+        ("--output-path {requests}", ["--output-path", "is the --input-path"]),
+    ],
+)
+def test_bad_flags_take_one_line(sweep, lab, flags, words):
+    """A traceback, a flag that is ignored, or a run that begins and only then finds out."""
+    outcome = sweep(*flags.format(requests=lab.requests).split(), code=2)
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("grid", ["- 3\n", "3\n", "", "[]\n", "{window: 8}\n", "a: [b\n", "window_length: []\n"])
+def test_bad_grids_take_one_line(sweep, tmp_path, grid):
+    """A YAML file of another form that ends in a traceback or in a sweep of defaults."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(grid)
+    (line,) = sweep("--grid", str(path), code=2).err.splitlines()
+    assert line.startswith("error: ") and str(path) in line
+
+
+def test_file_of_something_else(sweep, lab):
+    """A file of requests that cells are appended to."""
+    copy = lab.requests.with_name("copy.jsonl")
+    shutil.copy(lab.requests, copy)
+    outcome = None
+    with pytest.raises(InputError):
+        read_cells(copy)
+    before = copy.read_bytes()
+    outcome = sweep("--output-path", str(copy), code=2)
+    assert "line 1" in outcome.err and "choose another --output-path" in outcome.err and copy.read_bytes() == before
+
+
+def test_out_of_memory(sweep, ablate, monkeypatch):
+    """A batch whose logits do not fit beside each other: halved where that helps, else one line that says so."""
+    compare, sizes = ablate.compare, []
+
+    def limited(stock, model, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return compare(stock, model, prompts, *rest)
+
+    expected = sweep("--window_length", "8", output="expected.jsonl").cells
+    monkeypatch.setattr(ablate, "compare", limited)
+    halved = sweep("--window_length", "8")
+    assert sizes[:4] == [3, 2, 2, 1]
+    for cell, other in zip(halved.cells, expected, strict=True):
+        for name, values in cell["fidelity"].items():
+            assert values == pytest.approx(other["fidelity"][name], abs=1e-4)
+
+    def never(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ablate, "compare", never)
+    outcome = sweep("--window_length", "16", code=2)
+    (line,) = outcome.errors
+    assert "--batch_size 3" in line and "cells so far are kept" in line and len(outcome.cells) == 2
