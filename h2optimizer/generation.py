@@ -176,6 +176,8 @@ class Decoder:
             options = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
             with torch.cuda.device(device), torch.cuda.graph(graph, **options):
                 run()
+            # the generator's offset was set to 0 on that stream: not after the replay has set it to what it is
+            torch.cuda.current_stream(device).wait_stream(stream)
             self._pool = graph.pool()
             self._graphs[name] = graph
             graph.replay()
