@@ -219,10 +219,9 @@ def draw_frontier(sweep: Sweep) -> Figure:
             if any(row is other for other in best):
                 ax.plot(*spot(row), "o", color="black", fillstyle="none", markersize=15, label="ring", zorder=2)
     speeds = [row["tokens_per_second"] for row in (sweep.full, *sweep.rows)]
-    if max(speeds) > 5 * min(speeds):
-        grid[0].set_xscale("log")
-        grid[0].xaxis.set_major_formatter("{x:,.0f}")
-    grid[0].set_xlim(0.9 * min(speeds), 1.1 * max(speeds))
+    beside = 0.04 * (max(speeds) - min(speeds)) or 0.05 * max(speeds)
+    grid[0].set_xlim(min(speeds) - beside, max(speeds) + beside)
+    grid[0].xaxis.set_major_formatter("{x:,g}")
     timed = f"batch {sweep.full['batch']}, prompts of {plural(sweep.full['prompt_tokens'], 'token')}"
     grid[-1].set_xlabel(f"tokens/s ({timed}); numbers in the figure: window_length")
     ring = Line2D([], [], color="black", marker="o", fillstyle="none", markersize=12, linestyle=":", label="frontier")

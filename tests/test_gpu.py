@@ -546,6 +546,30 @@ def test_a_graph_draws_anew_on_every_replay(gqa_on_gpu, captured):
         assert len(set(row[9:])) > 10, "a replay that draws what the last one drew"
 
 
+def test_a_first_replay_waits_for_its_recording(gqa_on_gpu, fresh, monkeypatch):
+    """A busy GPU: the generator's offset, which a recording sets to 0 on a stream of its own, so late that the first
+    replay, which has set it to what it is, draws by it."""
+    model, settings = gqa_on_gpu.h2o, {"do_sample": True, "temperature": 5.0, "top_k": 0}
+    request = (model, [prompt(9)] * 4, True, 4, {"update_interval": 4})  # the second step is recorded and replayed
+    begin, step = torch.cuda.CUDAGraph.capture_begin, generation.Decoder._step
+
+    def late(self, *args, **kwargs):
+        torch.cuda._sleep(200_000_000)  # cycles, longer than recording takes
+        begin(self, *args, **kwargs)
+
+    def slow(self):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda._sleep(600_000_000)  # in the graph, before it draws
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+        patch.setattr(generation.Decoder, "_step", slow)
+        recorded = tokens_of(*request, **settings)
+    model.kept_caches.clear()
+    assert tokens_of(*request, **settings) == recorded
+
+
 @pytest.mark.parametrize("settings", [
     {"top_k": 0}, {"top_k": 3, "temperature": 2.0}, {"top_k": 0, "top_p": 0.7, "temperature": 2.0},
 ], ids=str)  # fmt: skip
