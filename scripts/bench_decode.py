@@ -17,7 +17,8 @@ that its flag names:
 
 Small batches are bound by the weights that every step reads and by the host that launches its kernels, large ones by
 the slots. `floor_ms` is the time to read weights, keys, values and mass once at --bandwidth: bytes counted, not
-measured; slimming is not in it. Launches and host waits are those of one uncaptured step, not due, under the profiler.
+measured; slimming is not in it. Launches and host waits are those of one uncaptured step, not due, under the profiler,
+and are counted last.
 The last line is JSON; keys that end in _x are ratios to stock, x_floor is one to the floor, x_interval one to a step
 with slimmings --update_interval steps apart.
 """
@@ -136,28 +137,8 @@ def make_systems(args, model, stock) -> dict[str, System]:
 # generate
 
 
-def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
-    """Kernel launches and host waits of one decode step that is not due."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    cache = DynamicCache(config=system.model.config) if system.h2o is None else HHCache(system.h2o)
-    system.model(prompt, past_key_values=cache, logits_to_keep=1)
-    token = prompt[:, :1]
-    for _ in range(3):
-        system.model(token, past_key_values=cache)
-    synchronize()
-    with profile(activities=activities) as prof:
-        system.model(token, past_key_values=cache)
-    names = [event.name for event in prof.events()]
-    return {
-        "launches": sum("LaunchKernel" in name for name in names),
-        "host_waits": sum(name in ("aten::_local_scalar_dense", "aten::nonzero") for name in names),
-    }
-
-
 def prepare(system: System, prompt: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """Compile and record all that calls with this prompt need; memory, and the launches of an uncaptured step."""
+    """Compile and record all that calls with this prompt need; and memory."""
     weights, before = sum(p.nbytes for p in system.model.parameters()), allocated()
     for _ in range(2):  # recorded at the second of each kind
         system.generate(prompt, new_tokens)
@@ -165,8 +146,6 @@ def prepare(system: System, prompt: torch.Tensor, new_tokens: int) -> dict[str, 
     if torch.cuda.is_available():
         extra = peak_allocated(lambda: system.generate(prompt, new_tokens)) - before
         result = {"peak_GiB": (weights + extra) / 2**30, "extra_peak_GiB": extra / 2**30}
-    if new_tokens > 1 and system.name in (STOCK, UNCAPTURED):
-        result |= count_launches(system, prompt)
     return result
 
 
@@ -445,6 +424,47 @@ def measure_first(system: System, prompt: torch.Tensor, args) -> dict[str, float
     }
 
 
+# launches
+
+
+def launch_rows(args, model, stock) -> Iterator[dict]:
+    """After all times are taken: once profiled, every later launch of the process costs the host more."""
+    if args.prefill_only:
+        return
+    systems = make_systems(args, model, stock)
+    for length, batch in args.prompts:
+        prompt = torch.randint(1, model.config.vocab_size, (batch, length), device=args.device)
+        baseline = {}
+        for name in (STOCK, UNCAPTURED):
+            if args.systems is not None and name not in args.systems:
+                continue
+            result = attempt(name, count_launches, systems[name], prompt)
+            if result is not None:
+                baseline = result if name == STOCK else baseline
+                yield {"prompt": f"{length}x{batch}", "system": name} | result | ratios(result, baseline)
+
+
+@torch.no_grad()
+def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
+    """Kernel launches and host waits of one decode step that is not due."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    cache = DynamicCache(config=system.model.config) if system.h2o is None else HHCache(system.h2o)
+    system.model(prompt, past_key_values=cache, logits_to_keep=1)
+    token = prompt[:, :1]
+    for _ in range(3):
+        system.model(token, past_key_values=cache)
+    synchronize()
+    with profile(activities=activities) as prof:
+        system.model(token, past_key_values=cache)
+    names = [event.name for event in prof.events()]
+    return {
+        "launches": sum("LaunchKernel" in name for name in names),
+        "host_waits": sum(name in ("aten::_local_scalar_dense", "aten::nonzero") for name in names),
+    }
+
+
 # The script
 
 
@@ -507,7 +527,7 @@ def run(args) -> None:
         "bandwidth_TBps": args.bandwidth,
     }
     rows = []
-    for part in (generate_rows, decode_rows, first_rows):
+    for part in (generate_rows, decode_rows, first_rows, launch_rows):
         for result in part(args, model, stock):
             rows.append(print_row(result))
     print()
