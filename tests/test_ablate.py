@@ -126,6 +126,7 @@ def test_stock_llama_shares_the_weights(tied):
     stock = stock_llama(model)
     ours = {name: weight.data_ptr() for name, weight in model.named_parameters(remove_duplicate=False)}
     assert {name: weight.data_ptr() for name, weight in stock.named_parameters(remove_duplicate=False)} == ours
+    assert len(list(stock.parameters())) == len(list(model.parameters())), "a tied head that is a weight of its own"
     assert type(stock).__name__ == "LlamaForCausalLM" and stock.config is not model.config
     ids = torch.tensor([prompt(12)])
     with torch.no_grad():
@@ -189,7 +190,7 @@ GRID = ("--window_length", "8", "16", "--update_interval", "1", "4", "--score", 
 
 def quality(cells: list[dict]) -> list[dict]:
     """What does not depend on the clock."""
-    return [{key: value for key, value in cell.items() if key not in ("time", "versions")} for cell in cells]
+    return [{key: value for key, value in cell.items() if key != "time"} for cell in cells]
 
 
 def test_killed_sweep_goes_on_to_the_same_cells(sweep, ablate, monkeypatch):
@@ -266,12 +267,16 @@ def test_figures_follow_the_cells(sweep):
     assert shown["policy"].strip() == "H2O" and outcome.table[1].startswith("full cache")
 
 
-def test_other_conditions_are_other_cells(sweep):
-    """Times of another batch size, or fewer requests, that pass for those that were asked for."""
+def test_other_conditions_are_other_cells(sweep, monkeypatch):
+    """Times of another batch size, or of fewer requests or calls, that pass for those that were asked for; cells of
+    another torch that a sweep goes on with."""
     sweep("--window_length", "8")
     assert len(sweep("--window_length", "8", "--batch_size", "2").cells) == 4
     assert len(sweep("--window_length", "8", "--sample_num", "2").cells) == 6
     assert len(sweep("--window_length", "8", "--num_window_length", "8").cells) == 6
+    assert len(sweep("--window_length", "8", "--repeats", "2", "--sample_num", "2").cells) == 8
+    monkeypatch.setattr(torch, "__version__", "3.0.0")
+    assert len(sweep("--window_length", "8", "--sample_num", "2").cells) == 10
 
 
 @pytest.mark.parametrize(

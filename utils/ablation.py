@@ -3,7 +3,7 @@
 A line holds, in seconds, bytes and nats, and per request in the order of the file of requests:
 
 - `cell`: a hash of the next two; `setup`: what all cells of one comparison share (model, requests, dtype, batch size,
-  device, …); `h2o`: every field of H2OConfig, or null for the full cache.
+  device, versions, …); `h2o`: every field of H2OConfig, or null for the full cache.
 - `rouge`: by type, each request's F-measure. `texts`, of the full cache only: each request's tokens.
 - `fidelity`: by field of `h2optimizer.fidelity.Fidelity`, each request's sum.
 - `time`: `time_to_first_token`, `time_per_token` and `tokens_per_second` of `batch` prompts of `prompt_tokens` each.

@@ -47,6 +47,7 @@ def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
     with torch.device("meta"):  # nothing is allocated that would be thrown away
         stock = LlamaForCausalLM(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict(), assign=True)
+    stock.tie_weights()  # assigned apart, a tied head would be counted, and moved, as another weight
     stock.model.rotary_emb, stock.generation_config = model.model.rotary_emb, copy.deepcopy(model.generation_config)
     return stock.eval()
 
