@@ -354,7 +354,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
     if todo:
         quiet_libraries()
-        model, tokenizer = load_model(args, H2OConfig(), device)
+        model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # whose projections can be merged
         prompts = tokenize(requests, tokenizer, model, args.model_name)
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling=False)
         with torch.cuda.device(device if device.type == "cuda" else -1):  # whose clock and memory are read; -1: no GPU
