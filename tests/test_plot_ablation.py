@@ -149,10 +149,11 @@ def test_mass_lost_figure(sweep):
         assert edges.min() == pytest.approx(shares.min()) and edges.max() == pytest.approx(shares.max())
 
 
-def test_files_and_report(cells, tmp_path, capsys, monkeypatch):
+def test_files_and_report(tmp_path, capsys, monkeypatch):
     """A figure or format that is not written, a link to nothing, a cell that the table lacks, NaN; a file that differs
     from run to run."""
     monkeypatch.setitem(plot.STYLE, "savefig.dpi", 50)  # it takes long enough
+    cells = made_cells(("H2O", "recent only"), windows=(64, 128), requests=12, layers=2, prompt=200, steps=20)
     path = write_cells(tmp_path / "cells.jsonl", cells)
     chosen = cells[3]["cell"][:8]
     assert plot.main(["--input-path", str(path), "--cells", chosen]) == 0
