@@ -31,8 +31,8 @@ class CacheLM(HFLM):
         batch_size: contexts computed together, or "auto"; continuations may take up to 16 rows whatever it is.
         kwargs: HFLM's. Log-probabilities are float32 unless softmax_dtype says otherwise.
 
-    `evictions`, by task: `tokens` scored and `texts` generated, how many of them `_after_eviction` of a slot (of a batch
-    of texts each as if it were as long as the longest), `contexts_cut` to the model's positions and `documents_split`
+    `evictions`, by task: `tokens` scored and `texts` generated, how many of them `_after_eviction` of a slot (texts of
+    a batch all as if they were as long as the longest), `contexts_cut` to the model's positions and `documents_split`
     there.
     """
 
