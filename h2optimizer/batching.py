@@ -140,9 +140,7 @@ class Prefilled(NamedTuple):
 
     logits: torch.Tensor  # [n, vocabulary], of the next tokens
     cache: HHCache | DynamicCache
-    mask: (
-        torch.Tensor
-    )  # [n, columns], 0 for padding; on the model's device with a full cache, whose later steps read it
+    mask: torch.Tensor  # [n, columns], 0 for padding; on the model's device where later steps read it: a full cache's
     source: list[int]  # the cache's row of each prompt
 
 
@@ -185,19 +183,19 @@ class FullCacheDecoder:
     def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, logprobs = [], []
         for _ in range(steps):
-            if self.mask is not None:
-                self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-            logits = self.model(
-                self.token[:, None],
-                attention_mask=self.mask,
-                position_ids=self.position[:, None],
-                past_key_values=self.cache,
-            ).logits[:, -1]
+            logits = self.feed(self.token).logits[:, -1]
             self.token = self.choose(logits)
-            self.position = self.position + 1
             tokens.append(self.token)
             logprobs.append(token_logprobs(logits, self.token))
         return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
+
+    def feed(self, tokens: torch.Tensor, **kwargs):
+        """The model's outputs for a next token of each row, int64 [B]; `kwargs` are its forward's."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        inputs = {"attention_mask": self.mask, "position_ids": self.position[:, None], "past_key_values": self.cache}
+        self.position = self.position + 1
+        return self.model(tokens[:, None], **inputs, **kwargs)
 
 
 class Batcher:

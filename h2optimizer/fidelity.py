@@ -6,11 +6,12 @@ distributions of the next token after the same tokens, and one slip does not mak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from h2optimizer.batching import prefill
+from h2optimizer.batching import FullCacheDecoder, prefill
+from h2optimizer.generation import choose_greedily
 from utils.cache import HHCache
 
 
@@ -31,32 +32,22 @@ class ForcedDecode:
         self.model, self.attentions, self._wanted = model, (), attentions
         self.logits, self.cache, mask, source = prefill(model, prompts, pad_token_id)
         self.padding = mask.shape[1] - mask.sum(dim=1)  # columns before each row's first token
-        self._mask = None
-        if isinstance(self.cache, HHCache):
-            if source != list(range(len(self.cache.lengths))):
-                rows = self.cache.with_rows(len(prompts))
-                rows.take_rows(list(range(len(prompts))), self.cache, source)
-                self.cache = rows
-        else:
-            self._position = mask.sum(dim=1)
-            self._mask = mask
+        self._full = None
+        if not isinstance(self.cache, HHCache):
+            self._full = FullCacheDecoder(model, self.cache, choose_greedily, mask)
+        elif source != list(range(len(self.cache.lengths))):
+            rows = self.cache.with_rows(len(prompts))
+            rows.take_rows(list(range(len(prompts))), self.cache, source)
+            self.cache = rows
 
     @torch.inference_mode()
-    def feed(self, tokens: list[int]) -> None:
+    def feed(self, tokens: list[int] | torch.Tensor) -> None:
         """One step with these tokens, [B]: `logits` are then of those that follow, `attentions` of the step."""
-        tokens = torch.tensor(tokens, device=self.model.device)[:, None]
-        if self._mask is None:
-            self.logits = self.model(tokens, past_key_values=self.cache).logits[:, -1]
-            return
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        outputs = self.model(
-            tokens,
-            attention_mask=self._mask,
-            position_ids=self._position[:, None],
-            past_key_values=self.cache,
-            output_attentions=self._wanted,
-        )
-        self._position = self._position + 1
+        tokens = torch.as_tensor(tokens, device=self.model.device)
+        if self._full is None:
+            outputs = self.model(tokens[:, None], past_key_values=self.cache)
+        else:
+            outputs = self._full.feed(tokens, output_attentions=self._wanted)
         self.logits, self.attentions = outputs.logits[:, -1], outputs.attentions if self._wanted else ()
 
 
@@ -77,7 +68,7 @@ class Retention:
 
     prompt_tokens: int
     last_held: torch.Tensor  # int16 [layers, KV heads, tokens]: the last step at which it was there to attend to
-    mass_lost: list[list[float]] = field(default_factory=list)  # [steps][layers], as Fidelity's
+    mass_lost: list[list[float]]  # [steps][layers], as Fidelity's
 
 
 def compare(
@@ -94,47 +85,52 @@ def compare(
 
     Returns: one Fidelity a row, and the followed row's Retention: None for `stock`, which evicts nothing.
     """
-    rows, steps = range(len(prompts)), max(map(len, texts))
+    steps = max(map(len, texts))
     ours = ForcedDecode(model, prompts, pad_token_id) if model is not stock else None
     full = ForcedDecode(stock, prompts, pad_token_id, attentions=ours is not None)
     device = full.logits.device
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    said = torch.tensor([text + [pad_token_id] * (steps - len(text)) for text in texts], device=device)
     sums = torch.zeros(4, len(prompts), dtype=torch.float64, device=device)  # agreed, kl, nll, mass_lost
-    retention, held = None, None
+    last_held, lost_there, held = None, [], None
     if follow is not None and ours is not None:
-        layers, heads = len(ours.cache.layers), ours.cache.layers[0].keys.shape[1]
-        tokens = len(prompts[follow]) + len(texts[follow]) - 1
-        retention = Retention(len(prompts[follow]), torch.zeros(layers, heads, tokens, dtype=torch.int16))
+        own = len(prompts[follow])  # the column of the first step's token
+        shape = len(ours.cache.layers), ours.cache.layers[0].keys.shape[1], own + len(texts[follow])
+        last_held = torch.zeros(shape, dtype=torch.int16, device=device)  # the last column is empty slots'
     implementation = stock.config._attn_implementation
     try:
         stock.set_attn_implementation("eager" if ours is not None else implementation)
         for step in range(1, steps):
-            fed = [text[step - 1] if step <= len(text) else pad_token_id for text in texts]
             if ours is not None:
                 held = [ours.cache.positions(layer) for layer in range(len(ours.cache.layers))]
-                ours.feed(fed)
-            full.feed(fed)
-            live = torch.tensor([step < len(text) for text in texts], device=device)
-            said = torch.tensor([text[step] if step < len(text) else 0 for text in texts], device=device)
+                ours.feed(said[:, step - 1])
+            full.feed(said[:, step - 1])
             wanted = full.logits.log_softmax(-1, dtype=torch.float32)
             got = wanted if ours is None else ours.logits.log_softmax(-1, dtype=torch.float32)
             figures = [
                 (wanted.argmax(-1) == got.argmax(-1)).double(),
                 (wanted.exp() * (wanted - got)).sum(-1).double(),
-                -got.gather(1, said[:, None])[:, 0].double(),
+                -got.gather(1, said[:, step, None])[:, 0].double(),
                 torch.zeros(len(prompts), dtype=torch.float64, device=device),
             ]
             if ours is not None:
                 lost = torch.stack([_mass_lost(*of, full.padding) for of in zip(full.attentions, held, strict=True)])
                 figures[3] = lost.mean(dim=0).double()
-                if retention is not None and step < len(texts[follow]):
-                    _follow(retention, held, follow, step, len(prompts[follow]) + step - 1)
-                    retention.mass_lost.append([round(share, 6) for share in lost[:, follow].tolist()])
-            sums += torch.stack(figures).masked_fill(~live, 0.0)
+                if last_held is not None and step < len(texts[follow]):
+                    there = torch.stack([positions[follow] for positions in held]).long()
+                    last_held.scatter_(2, there % last_held.shape[-1], step)  # -1, no token, is the last column
+                    last_held[..., own + step - 1] = step
+                    lost_there.append(lost[:, follow])
+            sums += torch.stack(figures).masked_fill(step >= lengths, 0.0)
     finally:
         stock.set_attn_implementation(implementation)
-    table = sums.tolist()
+    retention = None
+    if last_held is not None:
+        shares = [[round(share, 6) for share in lost.tolist()] for lost in lost_there]
+        retention = Retention(len(prompts[follow]), last_held[..., :-1].cpu(), shares)
     fidelity = [
-        Fidelity(max(len(texts[row]) - 1, 0), round(table[0][row]), *(table[i][row] for i in (1, 2, 3))) for row in rows
+        Fidelity(max(len(text) - 1, 0), round(agreed), *others)
+        for text, (agreed, *others) in zip(texts, sums.T.tolist(), strict=True)
     ]
     return fidelity, retention
 
@@ -149,14 +145,3 @@ def _mass_lost(attention: torch.Tensor, held: torch.Tensor, padding: torch.Tenso
     columns = (held.long() + padding.to(held.device)[:, None, None]).clamp(min=0)
     kept = grouped.gather(2, columns).masked_fill(held < 0, 0.0).sum(-1) + grouped[..., -1]
     return (1 - kept / grouped.sum(-1)).clamp(min=0.0).mean(dim=1)
-
-
-def _follow(retention: Retention, held: list[torch.Tensor], row: int, step: int, own: int) -> None:
-    """Note that the held tokens, and the step's own, were there at this step."""
-    for layer, positions in enumerate(held):
-        of_row = positions[row].cpu().long()
-        was_there = torch.zeros(retention.last_held[layer].shape, dtype=torch.bool)
-        was_there[:, own] = True
-        for head, at in enumerate(of_row):
-            was_there[head, at[at >= 0]] = True
-        retention.last_held[layer][was_there] = step

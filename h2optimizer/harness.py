@@ -31,8 +31,9 @@ class CacheLM(HFLM):
         batch_size: contexts computed together, or "auto"; continuations may take up to 16 rows whatever it is.
         kwargs: HFLM's. Log-probabilities are float32 unless softmax_dtype says otherwise.
 
-    `evictions`, by task: `tokens` scored and `texts` generated, how many of them `_after_eviction` of a slot,
-    `contexts_cut` to the model's positions and `documents_split` there.
+    `evictions`, by task: `tokens` scored and `texts` generated, how many of them `_after_eviction` of a slot (texts of
+    a batch all as if they were as long as the longest), `contexts_cut` to the model's positions and `documents_split`
+    there.
     """
 
     def __init__(self, model, tokenizer, **kwargs):
@@ -77,6 +78,17 @@ class CacheLM(HFLM):
             if not context.strip() and not self.tok_encode(context):
                 self._refuse("a context has no token; nothing can be generated after it", request.task_name)
         return self._by_task(super().generate_until, requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation=False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As HFLM's: tokens and mask [B, columns]; the contexts that it cuts are counted."""
+        tokens, mask = super().tok_batch_encode(strings, padding_side, truncation=truncation)
+        if left_truncate_len:
+            if cut := int((mask.sum(dim=1) > left_truncate_len).sum()):
+                self._counts["contexts_cut"] += cut
+            tokens, mask = tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return tokens, mask
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
         must_know(self.model, self.pretrained, int(context.max()))

@@ -31,15 +31,15 @@ def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | 
     """Continuations of any lengths side by side; equal contexts are prefilled once. `dtype`: of log-probabilities."""
     lengths = [len(continuation) for _, continuation in pairs]
     steps = max(lengths)
-    fed = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]
-    said = torch.tensor(fed, device=model.device)
+    said = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]
+    said = torch.tensor(said, device=model.device)
     forced = ForcedDecode(model, [context for context, _ in pairs], pad_token_id)
     logprobs, greedy, after_eviction = [], [], [0] * len(pairs)
     for step in range(steps):
         if step:
             for row, evictions in enumerate(getattr(forced.cache, "evictions", ())):
                 after_eviction[row] += evictions > 0 and step < lengths[row]
-            forced.feed([tokens[step - 1] for tokens in fed])
+            forced.feed(said[:, step - 1])
         scores = forced.logits.log_softmax(-1, dtype=dtype)
         logprobs.append(scores.gather(1, said[:, step, None])[:, 0])
         greedy.append(scores.argmax(-1) == said[:, step])

@@ -54,7 +54,6 @@ from run_summarization import (
 )
 from utils.ablation import FULL, figures, pack, policy_name
 from utils.bench import (
-    device_report,
     free_memory,
     peak_allocated,
     prefill_and_step_ms,
@@ -266,6 +265,7 @@ class Lab:
         def generate(tokens: int) -> None:
             model.generate(self.timed, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
 
+        free_memory()  # of the figures before: peak memory is of these calls
         with never_ending(model):
             warm = 2 if self.timed.is_cuda else 1  # graphs are recorded at the second step of each kind
             for _ in range(warm):
@@ -340,8 +340,11 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "batch_size": args.batch_size,
         "timed_tokens": args.timed_tokens,
+        "repeats": args.repeats,
         "retention_request": args.retention_request,
-        "device": device_report(device.type)["device"] if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     names = [cell_name(setup, h2o) for h2o in cells]
     file = JsonlFile(args.output_path, "cell", "cell", args.input_path)
@@ -351,10 +354,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
     if todo:
         quiet_libraries()
-        model, tokenizer = load_model(args, H2OConfig(), device)
+        model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # whose projections can be merged
         prompts = tokenize(requests, tokenizer, model, args.model_name)
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling=False)
-        sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # whose clock and memory are read; -1: no GPU
+            sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
     full = file.entries[names[0]]
     print_table([table_row(file.entries[name], full) for name in names], TABLE)
     return 0
@@ -368,7 +372,6 @@ def cell_name(setup: dict, h2o: H2OConfig | None) -> str:
 
 def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full: str, file: JsonlFile) -> None:
     """Measure cells, writing each as soon as it is there. Raises InputError."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     for name, h2o in (bar := tqdm(todo, unit="cell", dynamic_ncols=True)):
         settings = None if h2o is None else dataclasses.asdict(h2o)
         words = (
@@ -384,7 +387,7 @@ def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full:
                 f"--batch_size {lab.args.batch_size}: too much for the memory ({words}); give a smaller one (cells so "
                 "far are kept)"
             ) from None
-        file.append({"cell": name, "setup": setup, "h2o": settings, **measured, "versions": versions})
+        file.append({"cell": name, "setup": setup, "h2o": settings, **measured})
 
 
 def main(argv: list[str] | None = None) -> int:

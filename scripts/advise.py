@@ -35,13 +35,13 @@ from run_summarization import load_config, quiet_libraries
 from utils.bench import (
     SHAPES,
     exit_status,
-    floor_ms,
     held_weights,
     positive,
     print_table,
     read_weights,
     row_held,
     row_read,
+    weight_flops,
 )
 from utils.requests import InputError, OneLineParser, count
 
@@ -92,11 +92,17 @@ class Prediction:
     share: float
     gain: float
 
+    def __post_init__(self):
+        # counted once: the searches ask for the same weights again and again
+        self.held, self.read = held_weights(self.model, self.bits), read_weights(self.model, self.bits)
+        self.flops = weight_flops(self.model)
+
     def ms(self, cache: str, batch: int, context: int, attainable: bool = True) -> float:
         """Milliseconds of a step at rates that can be reached, or else of its bytes at the datasheet's bandwidth."""
         share, tflops = (self.share, MATMUL_SHARE * self.card.tflops) if attainable else (1.0, float("inf"))
         bandwidth = share * self.card.bandwidth
-        return floor_ms(self.model, batch, context, self.steps, bandwidth, self.caches[cache], self.bits, tflops)
+        weights = max(self.read / bandwidth, batch * self.flops / tflops)
+        return (weights + batch * self.row_read(cache, context) / bandwidth) / 1e9
 
     def row_read(self, cache: str, context: int) -> float:
         """Bytes of a row's cache that a step reads and writes."""
@@ -108,7 +114,7 @@ class Prediction:
 
     def largest(self, cache: str, context: int) -> int:
         """Rows that fit beside the weights."""
-        free = USABLE * self.card.memory * 2**30 - held_weights(self.model, self.bits)
+        free = USABLE * self.card.memory * 2**30 - self.held
         return int(min(LIMIT, max(0.0, free / self.row_bytes(cache, context))))
 
     def verdict(self, batch: int, context: int) -> tuple[str, str]:
@@ -134,7 +140,7 @@ class Prediction:
             return "gain", f"H2O's steps are {change}"
         if context <= window:
             return "no gain", f"the window holds the whole prompt, little is evicted: H2O's steps are {change}"
-        weights, row = read_weights(self.model, self.bits), self.row_read(FULL, context)
+        weights, row = self.read, self.row_read(FULL, context)
         return "no gain", (
             f"H2O's steps are {change}, not by {self.gain:.0%}: weights are {weights / (weights + batch * row):.0%} of "
             f"what a step reads, and H2O reads {self.row_read(H2O, context) / row:.0%} of the cache"
@@ -159,14 +165,14 @@ class Prediction:
     def row(self, cache: str, batch: int, context: int) -> dict:
         """What the table says of a cache at a batch size."""
         floor, ms = self.ms(cache, batch, context, attainable=False), self.ms(cache, batch, context)
-        weights, largest = read_weights(self.model, self.bits), self.largest(cache, context)
+        largest = self.largest(cache, context)
         return {
             "cache": cache,
             "batch": batch,
             "fits": "yes" if batch <= largest else "no",
-            "weights_GB": weights / 1e9,
+            "weights_GB": self.read / 1e9,
             "cache_GB": batch * self.row_read(cache, context) / 1e9,
-            "held_GiB": (held_weights(self.model, self.bits) + batch * self.row_bytes(cache, context)) / 2**30,
+            "held_GiB": (self.held + batch * self.row_bytes(cache, context)) / 2**30,
             "floor_ms": floor,
             "floor_tokens_per_s": batch / floor * 1e3,
             "ms": ms,
@@ -271,7 +277,7 @@ def run(args) -> None:
     prediction = Prediction(model, caches, args.new_tokens - 1, args.weight_bits, card, args.share, args.gain)
     largest = {cache: prediction.largest(cache, args.context) for cache in caches}
     if not any(largest.values()):
-        held, usable = held_weights(model, args.weight_bits) / 2**30, USABLE * card.memory
+        held, usable = prediction.held / 2**30, USABLE * card.memory
         way_out = "a GPU with more --memory" + (" or --weight_bits 4" if args.weight_bits != 4 else "")
         if held < usable:
             way_out = f"a smaller --window_length (a row of H2O is too large for the rest), or {way_out}"

@@ -177,7 +177,8 @@ def run(args: argparse.Namespace) -> int:
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     versions |= {"python": platform.python_version(), "lm_eval": lm_eval.__version__}
     weights = checkpoint_fingerprint(Path(args.model_name))
-    key = hashlib.sha256(json.dumps([model, versions, weights, backend]).encode()).hexdigest()[:16]
+    decides = [model, versions, weights, backend, str(lm.model.dtype), device.type]  # --dtype auto: the device's
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     answers = output.with_name(f"{output.name}.{key}")  # of this model and cache alone
     begin = time.perf_counter()
     results = lm_eval.simple_evaluate(

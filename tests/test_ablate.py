@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -126,6 +127,7 @@ def test_stock_llama_shares_the_weights(tied):
     stock = stock_llama(model)
     ours = {name: weight.data_ptr() for name, weight in model.named_parameters(remove_duplicate=False)}
     assert {name: weight.data_ptr() for name, weight in stock.named_parameters(remove_duplicate=False)} == ours
+    assert len(list(stock.parameters())) == len(list(model.parameters())), "a tied head that is a weight of its own"
     assert type(stock).__name__ == "LlamaForCausalLM" and stock.config is not model.config
     ids = torch.tensor([prompt(12)])
     with torch.no_grad():
@@ -184,23 +186,20 @@ def sweep(ablate, lab, tmp_path, capsys, monkeypatch):
     return run
 
 
-GRID = ("--window_length", "8", "16", "--update_interval", "1", "4", "--score", "mass", "sink", "random")
-
-
 def quality(cells: list[dict]) -> list[dict]:
     """What does not depend on the clock."""
-    return [{key: value for key, value in cell.items() if key not in ("time", "versions")} for cell in cells]
+    return [{key: value for key, value in cell.items() if key != "time"} for cell in cells]
 
 
 def test_killed_sweep_goes_on_to_the_same_cells(sweep, ablate, monkeypatch):
     """A cell that is lost, done twice or measured against other texts when the sweep was killed while writing it."""
-    grid = (*GRID, "--num_heavy_hitters", "-1", "0")
+    grid = "--window_length 8 16 --update_interval 4 --score mass sink random --num_heavy_hitters -1 0".split()
     whole = sweep(*grid)
-    assert len(whole.cells) == 17 and len(whole.table) == 18  # 3 policies and recent only, 2 windows, 2 intervals
+    assert len(whole.cells) == 9 and len(whole.table) == 10  # 3 policies and recent only, 2 windows
     append, done = ablate.JsonlFile.append, []
 
     def torn(self, entry):
-        if len(done) == 9:
+        if len(done) == 5:
             self._file.write(json.dumps(entry).encode()[:200])
             self._file.flush()
             raise KeyboardInterrupt
@@ -217,11 +216,11 @@ def test_killed_sweep_goes_on_to_the_same_cells(sweep, ablate, monkeypatch):
         ablate.Lab, "measure", lambda self, h2o, texts: measured.append(h2o) or measure(self, h2o, texts)
     )
     again = sweep(*grid, output="killed.jsonl")
-    assert len(measured) == 8 and "9 of 17 cells are there already" in again.err
+    assert len(measured) == 4 and "5 of 9 cells are there already" in again.err
     assert quality(again.cells) == quality(whole.cells)
     columns = whole.table[0].index("first ms")  # before the clock's
     assert [line[:columns] for line in again.table] == [line[:columns] for line in whole.table]
-    assert sweep(*grid, output="killed.jsonl").table == again.table and len(measured) == 8
+    assert sweep(*grid, output="killed.jsonl").table == again.table and len(measured) == 4
 
 
 def test_cells_are_what_run_summarization_gives(sweep, lab, tmp_path):
@@ -266,12 +265,40 @@ def test_figures_follow_the_cells(sweep):
     assert shown["policy"].strip() == "H2O" and outcome.table[1].startswith("full cache")
 
 
-def test_other_conditions_are_other_cells(sweep):
-    """Times of another batch size, or fewer requests, that pass for those that were asked for."""
+def test_other_conditions_are_other_cells(sweep, monkeypatch):
+    """Times of another batch size, or of fewer requests or calls, that pass for those that were asked for; cells of
+    another torch that a sweep goes on with."""
     sweep("--window_length", "8")
     assert len(sweep("--window_length", "8", "--batch_size", "2").cells) == 4
     assert len(sweep("--window_length", "8", "--sample_num", "2").cells) == 6
     assert len(sweep("--window_length", "8", "--num_window_length", "8").cells) == 6
+    assert len(sweep("--window_length", "8", "--repeats", "2", "--sample_num", "2").cells) == 8
+    monkeypatch.setattr(torch, "__version__", "3.0.0")
+    assert len(sweep("--window_length", "8", "--sample_num", "2").cells) == 10
+
+
+def test_clock_and_memory_are_the_devices(sweep, ablate, monkeypatch):
+    """Times of a second GPU that end when the first, which is idle, is done; peak memory of the first."""
+    current, seen = [], []
+
+    @contextmanager
+    def enter(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    load_model, prefill_and_whole_ms = ablate.load_model, ablate.prefill_and_whole_ms
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "select_device", lambda name: torch.device("cuda:1"))
+        patch.setattr(ablate, "load_model", lambda args, h2o, _: load_model(args, h2o, torch.device("cpu")))
+        patch.setattr(
+            ablate, "prefill_and_whole_ms", lambda *args: seen.append(current[-1]) or prefill_and_whole_ms(*args)
+        )
+        patch.setattr(torch.cuda, "get_device_name", str)
+        patch.setattr(torch.cuda, "device", enter)
+        cells = sweep("--window_length", "8", "--backend", "sdpa").cells
+    assert seen == [torch.device("cuda:1")] * 2 and not current
+    assert cells[0]["setup"]["device"] == "cuda:1"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """scripts/advise.py: its predictions beside what was measured, its break-even points from both sides, one line for
 every wrong flag."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import make_llamas, prompt
 from h2optimizer import H2OConfig
+from test_benchmarks import load
 from utils.bench import held_weights, read_weights, row_held, row_read, slot_bytes, slots_read, weight_flops
 from utils.cache import HHCache
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "advise.py"
 FULL, H2O = "full cache", "H2O"
 
 # Measured on one NVIDIA H200 with the 8b shape, window 1,024, N = 16, after 32k tokens: milliseconds a step, largest
@@ -43,11 +40,7 @@ STOCK = [
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("advise", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["advise"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return load("advise")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """scripts/eval_harness.py on local tasks and a tiny checkpoint: scores against plain loops, HFLM, and bad input."""
 
-import importlib.util
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,6 +11,7 @@ import transformers
 
 from checkpoints import POSITIONS, made_up_text, make_checkpoint
 from h2optimizer import scoring
+from test_benchmarks import SCRIPTS, load
 from utils.cache import HHCache
 from utils.requests import InputError
 
@@ -20,7 +19,6 @@ lm_eval = pytest.importorskip("lm_eval")
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM  # which needs accelerate
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts/eval_harness.py"
 NARROW = dict(window_length=24, num_heavy_hitters=10, update_interval=4)
 FLAGS = ["--enable_h2o_generation", "--num_window_length=24", "--num_heavy_hitter_tokens=10", "--update_interval=4"]
 WIDE = dict(window_length=2 * POSITIONS)
@@ -37,11 +35,7 @@ metric_list: [{{metric: {metric}, aggregation: {aggregation}, higher_is_better: 
 
 @pytest.fixture(scope="module")
 def harness():
-    spec = importlib.util.spec_from_file_location("eval_harness", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["eval_harness"] = module  # it registers its model once
-    spec.loader.exec_module(module)
-    return module
+    return load("eval_harness")
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +248,14 @@ def test_generation_is_each_request_alone(make_lm):
     assert not full.evictions["task"]
 
 
+def test_cut_contexts_are_counted(make_lm):
+    """A long context whose beginning a generating task never sees, and nothing says so at the end."""
+    lm = make_lm(**NARROW, batch_size=2)
+    settings = {"until": ["zz"], "max_gen_toks": 4, "do_sample": False}
+    lm.generate_until(requests("generate_until", *((text, settings) for text in texts(1, 20))), True)
+    assert lm.evictions["task"]["contexts_cut"] == 1
+
+
 def test_command_line(evaluate, make_lm, tasks, harness, checkpoint, tmp_path):
     """Settings that the file lacks, results that are not the model's, an API that evaluates something else."""
     names = "tiny_choice,tiny_text,tiny_rolling"
@@ -276,8 +278,9 @@ def test_command_line(evaluate, make_lm, tasks, harness, checkpoint, tmp_path):
     assert len(results["samples"]["tiny_rolling"]) == 4
 
 
-def test_interrupted_command_goes_on(evaluate, monkeypatch, tmp_path):
-    """Hours of answers that Ctrl-C throws away, or those of another window that are taken for this one's."""
+def test_interrupted_command_goes_on(evaluate, make_lm, harness, monkeypatch):
+    """Hours of answers that Ctrl-C throws away, or those of another window, or of the dtype that --dtype auto means on
+    another device, that are taken for this one's."""
     flags = [*FLAGS, "--batch_size=16"]
     whole, *_ = evaluate("tiny_choice,tiny_rolling", *flags, output="whole.json")
     scores = scoring.score_in_batches
@@ -287,13 +290,18 @@ def test_interrupted_command_goes_on(evaluate, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return scores(model, pairs, *args)
 
-    monkeypatch.setattr("h2optimizer.harness.score_in_batches", stop_at_documents)
-    _, _, err = evaluate("tiny_choice,tiny_rolling", *flags, code=130)
+    with monkeypatch.context() as patch:
+        patch.setattr("h2optimizer.harness.score_in_batches", stop_at_documents)
+        _, _, err = evaluate("tiny_choice,tiny_rolling", *flags, code=130)
     assert "the same command goes on" in err.splitlines()[-1]
-    monkeypatch.undo()
-    other, *_ = evaluate("tiny_choice", *FLAGS, "--num_window_length=12", output="other.json")
+    other, *_ = evaluate("tiny_choice", *flags, "--num_window_length=12")
     assert other["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
-    again, *_ = evaluate("tiny_choice,tiny_rolling", *flags)
+    lm = make_lm(**NARROW, dtype="bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.summarization, "load_model", lambda *args: (lm.model, lm.tokenizer))
+        half, *_ = evaluate("tiny_choice", *flags, "--overwrite")
+    assert half["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
+    again, *_ = evaluate("tiny_choice,tiny_rolling", *flags, "--overwrite")
     assert "tiny_choice" not in again["h2o"]["evictions"]  # its answers were there
     assert again["results"] == whole["results"]
 
@@ -361,6 +369,6 @@ def test_without_lm_eval(monkeypatch, capsys):
     """A traceback where one package is missing."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(SCRIPTS / "eval_harness.py"), run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: lm_eval is not installed: pip install lm_eval\n"

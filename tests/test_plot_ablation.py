@@ -1,11 +1,9 @@
 """Figures and report of an ablation: they show what the cells say, and say in one line what they cannot be made of."""
 
 import copy
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,22 +13,14 @@ from ablations import SETUP, made_cells, write_cells
 from conftest import prompt
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import compare
+from test_benchmarks import load
 from utils.ablation import figures, held_shares, pack
 from utils.ablation_report import findings, smallest_budgets
 
 pytest.importorskip("matplotlib")
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "plot_ablation.py"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("plot_ablation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plot_ablation"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-plot = load_script()
+plot = load("plot_ablation")
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +149,11 @@ def test_mass_lost_figure(sweep):
         assert edges.min() == pytest.approx(shares.min()) and edges.max() == pytest.approx(shares.max())
 
 
-def test_files_and_report(cells, tmp_path, capsys, monkeypatch):
+def test_files_and_report(tmp_path, capsys, monkeypatch):
     """A figure or format that is not written, a link to nothing, a cell that the table lacks, NaN; a file that differs
     from run to run."""
     monkeypatch.setitem(plot.STYLE, "savefig.dpi", 50)  # it takes long enough
+    cells = made_cells(("H2O", "recent only"), windows=(64, 128), requests=12, layers=2, prompt=200, steps=20)
     path = write_cells(tmp_path / "cells.jsonl", cells)
     chosen = cells[3]["cell"][:8]
     assert plot.main(["--input-path", str(path), "--cells", chosen]) == 0
@@ -263,5 +254,5 @@ def test_what_cannot_be_drawn_gets_one_line(cells, tmp_path, monkeypatch, capsys
 def test_without_matplotlib(monkeypatch, capsys):
     """A traceback on a machine that measures only."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert load_script().main(["--input-path", "cells.jsonl"]) == 2
+    assert load("plot_ablation").main(["--input-path", "cells.jsonl"]) == 2
     assert capsys.readouterr().err == "error: matplotlib is not installed: pip install matplotlib\n"

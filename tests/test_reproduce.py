@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,44 @@ from checkpoints import make_checkpoint, make_requests, write_requests
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "reproduce_h2o_table.sh"
 MODEL = "Meta-Llama-3-8B"  # a name that has published figures
+OFFLINE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+
+# An interpreter that has imported what run_summarization.py imports, which takes longer than all else here: each script
+# runs in a fork of it.
+IMPORTED = """
+import json, os, runpy, socket, sys
+sys.path.insert(0, sys.argv[1])
+import run_summarization, rouge_score.rouge_scorer
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[2])
+server.listen()
+while True:
+    connection, _ = server.accept()
+    data, files, *_ = socket.recv_fds(connection, 2**16, 3)
+    if not (child := os.fork()):
+        for to, of in enumerate(files):
+            os.dup2(of, to)
+        folder, sys.argv = json.loads(data)
+        os.chdir(folder)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as left:
+            sys.stdout.flush()
+            os._exit(left.code)  # at once: to take torch down takes a second
+    connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    for of in (connection.detach(), *files):
+        os.close(of)
+"""
+CLIENT = """#!{python}
+import json, os, socket, sys
+if sys.argv[1] == "-":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    socket.send_fds(connection, [json.dumps([os.getcwd(), sys.argv[1:]]).encode()], [0, 1, 2])
+    sys.exit(int(connection.recv(16)))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +63,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reproduce(folder):
-    """Runs the script on models in the folder, on the CPU, with this interpreter: nothing is set up or downloaded."""
+def imported(folder):
+    """Path of a program that runs Python's scripts as `IMPORTED` does."""
+    address, client = str(folder / "socket"), folder / "python"
+    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    client.chmod(0o755)
+    command = [sys.executable, "-c", IMPORTED, str(SCRIPT.parents[1]), address]
+    with subprocess.Popen(command, env={**os.environ, **OFFLINE}) as server:
+        while not Path(address).exists() and server.poll() is None:
+            time.sleep(0.05)
+        yield str(client)
+        server.terminate()
+
+
+@pytest.fixture(scope="module")
+def reproduce(folder, imported):
+    """Runs the script on models in the folder, on the CPU: nothing is set up or downloaded."""
 
     def reproduce(*models, **variables):
-        environment = {**os.environ, "PYTHON_BIN": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **OFFLINE, "PYTHON_BIN": imported}
         environment |= {"OUT": str(folder / "out"), "REQUESTS_FILE": str(folder / "requests.jsonl"), **variables}
         command = ["bash", str(SCRIPT), *(str(folder / model) for model in models)]
         return subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -3,7 +3,7 @@
 A line holds, in seconds, bytes and nats, and per request in the order of the file of requests:
 
 - `cell`: a hash of the next two; `setup`: what all cells of one comparison share (model, requests, dtype, batch size,
-  device, …); `h2o`: every field of H2OConfig, or null for the full cache.
+  device, versions, …); `h2o`: every field of H2OConfig, or null for the full cache.
 - `rouge`: by type, each request's F-measure. `texts`, of the full cache only: each request's tokens.
 - `fidelity`: by field of `h2optimizer.fidelity.Fidelity`, each request's sum.
 - `time`: `time_to_first_token`, `time_per_token` and `tokens_per_second` of `batch` prompts of `prompt_tokens` each.
@@ -65,7 +65,7 @@ def setup_id(setup: dict) -> str:
     return hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def of_one_setup(path: Path, cells: list[dict], prefix: str | None, flag: str = "--setup") -> list[dict]:
+def of_one_setup(path: Path, cells: list[dict], prefix: str | None) -> list[dict]:
     """The cells of the setup whose id begins with `prefix`, or of the only one; of two of one cell the later.
 
     Raises: InputError that names the setups by id and by what is not the same in all, unless exactly one is meant.
@@ -77,8 +77,8 @@ def of_one_setup(path: Path, cells: list[dict], prefix: str | None, flag: str = 
         keys = [key for key in keys if len({repr(setup.get(key)) for setup in setups.values()}) > 1]
         named = {name: ", ".join(f"{key}={setup.get(key)}" for key in keys) for name, setup in setups.items()}
         listed = "; ".join(f"{name}: {what}" if what else name for name, what in named.items())
-        problem = f"{flag} {prefix} means {len(chosen)} of the setups in it" if prefix else "holds several setups"
-        raise InputError(f"{path}: {problem} ({listed}); choose one with {flag}")
+        problem = f"--setup {prefix} means {len(chosen)} of the setups in it" if prefix else "holds several setups"
+        raise InputError(f"{path}: {problem} ({listed}); choose one with --setup")
     return list({cell["cell"]: cell for cell in cells if setup_id(cell["setup"]) == chosen[0]}.values())
 
 

@@ -81,10 +81,7 @@ def setup_lines(sweep) -> list[str]:
     lines = [f"- {key}: {value}" for key, value in sweep.setup.items()]
     lines.append(f"- requests measured: {sweep.requests}")
     time = sweep.full["source"]["time"]
-    lines.append(f"- timed: batch {time['batch']}, prompts of {time['prompt_tokens']} tokens")
-    sources = [row["source"] for row in (sweep.full, *sweep.rows)]
-    versions = list(dict.fromkeys(str(source["versions"]) for source in sources if source.get("versions")))
-    return lines + [f"- versions: {'; '.join(versions)}"] * bool(versions)
+    return [*lines, f"- timed: batch {time['batch']}, prompts of {time['prompt_tokens']} tokens"]
 
 
 # Findings

@@ -47,6 +47,7 @@ def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
     with torch.device("meta"):  # nothing is allocated that would be thrown away
         stock = LlamaForCausalLM(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict(), assign=True)
+    stock.tie_weights()  # assigned apart, a tied head would be counted, and moved, as another weight
     stock.model.rotary_emb, stock.generation_config = model.model.rotary_emb, copy.deepcopy(model.generation_config)
     return stock.eval()
 
@@ -127,22 +128,10 @@ def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
     return int(h2o.capacity * (slot_bytes(config, itemsize) + config.num_hidden_layers * heads * 8)) + logits + picked
 
 
-def floor_ms(
-    model: LlamaForCausalLM,
-    batch: int,
-    prompt: int,
-    steps: int,
-    bandwidth: float,
-    h2o=None,
-    bits: int | None = None,
-    tflops: float = float("inf"),
-) -> float:
-    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming.
-
-    Weights take as long as multiplying by them does at `tflops` TFLOP/s, where that is longer.
-    """
-    weights = max(read_weights(model, bits) / bandwidth, batch * weight_flops(model) / tflops)
-    return (weights + batch * row_read(model.config, model.dtype.itemsize, prompt, steps, h2o) / bandwidth) / 1e9
+def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
+    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming."""
+    row = row_read(model.config, model.dtype.itemsize, prompt, steps, h2o)
+    return (read_weights(model) + batch * row) / bandwidth / 1e9
 
 
 def free_memory(compiled: bool = True) -> None:

@@ -1,7 +1,6 @@
 """ROUGE-1/2/L F-measures (Lin 2004) with stemming, through the rouge-score package."""
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 
@@ -10,6 +9,8 @@ class Rouge:
     """Scores summaries against references."""
 
     def __init__(self):
+        from rouge_score.rouge_scorer import RougeScorer  # takes seconds, which scripts that score nothing do without
+
         self._scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
 
     def score(self, reference: str, summary: str) -> dict[str, float]:
