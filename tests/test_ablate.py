@@ -330,8 +330,14 @@ def test_figures_that_are_no_numbers_are_not_written(sweep, ablate, monkeypatch)
 
 def test_clock_that_runs_backwards(sweep, ablate, monkeypatch):
     """Two timed tokens and a noisy machine: negative tokens/s in the table."""
+    calls = []
+    monkeypatch.setattr(
+        ablate, "prefill_and_step_ms", lambda times, tokens: calls.append(len(times)) or (5.0, len(times) - 2.5)
+    )
+    outcome = sweep("--window_length", "8")
+    assert calls == [1, 2, 3] * 2 and all(cell["time"]["time_per_token"] > 0 for cell in outcome.cells)
     monkeypatch.setattr(ablate, "prefill_and_step_ms", lambda times, tokens: (5.0, -0.1))
-    (line,) = sweep("--window_length", "8", code=2).errors
+    (line,) = sweep("--window_length", "16", code=2).errors
     assert "--timed_tokens 3" in line
 
 
