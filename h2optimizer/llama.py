@@ -66,6 +66,11 @@ class H2OConfig:
                 continue
             if type(number) is not int or number < least:
                 raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
+        if self.capacity >= 2**31:  # positions are int32
+            raise ValueError(
+                f"window_length={self.window_length}: must be below 2**31 together with update_interval="
+                f"{self.update_interval}; give a smaller one"
+            )
         if self.score_seed >= 2**32:
             raise ValueError(f"score_seed={self.score_seed}: must be below 2**32")
         if self.num_heavy_hitters >= self.window_length:

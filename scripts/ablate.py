@@ -52,7 +52,7 @@ from run_summarization import (
     tokenize,
     warn_of_long_prompts,
 )
-from utils.ablation import FULL, figures, pack, policy_name
+from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed
 from utils.bench import (
     free_memory,
     peak_allocated,
@@ -76,6 +76,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(H2OConfig)}
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
 WORDS = {"true": True, "false": False, "none": None, "all": None}
+TIMINGS = 10  # times --repeats at most: while few tokens take less than the clock's noise, more calls are timed
 FORM = 1  # of a cell's line: another one is measured anew
 
 
@@ -124,7 +125,7 @@ def grids(args: argparse.Namespace) -> list[dict[str, list]]:
         parsed = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--grid {args.grid}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeError) as error:
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise InputError(f"--grid {args.grid}: not YAML ({' '.join(str(error).split())[:200]})") from None
     parsed = parsed if isinstance(parsed, list) else [parsed]
     if not parsed or not all(isinstance(grid, dict) for grid in parsed):
@@ -150,22 +151,26 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
                 said = str(error).removeprefix("--")
                 faults.append(f"{', '.join(f'{name}={of}' for name, of in settings.items())}: {said}")
             else:
-                cells[canonical(h2o)] = None
+                cells[canonical(h2o, device)] = None
     if not cells:
         raise InputError(f"{where}{faults[0] if faults else 'no values: nothing to measure'}")
-    for fault in faults:
+    for fault in dict.fromkeys(faults):
         print(f"left out: {fault}", file=sys.stderr)
     return list(cells)
 
 
-def canonical(h2o: H2OConfig) -> H2OConfig:
-    """The same cache with its defaults wherever a field has no effect."""
+def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
+    """The same cache with its defaults wherever a field has no effect on this device, and its numbers of one type."""
     idle = set() if h2o.needs_mass else set(SCORING)
     if h2o.score != "random" or not h2o.heavy:
         idle.add("score_seed")
     if not h2o.heavy:
         idle.add("score")
-    settings = {name: DEFAULTS[name] for name in idle}
+    if h2o.backend == attention_backend(H2OConfig(), device):
+        idle.add("backend")
+    if device.type != "cuda":
+        idle.add("capture")
+    settings = {"score_decay": float(h2o.score_decay)} | {name: DEFAULTS[name] for name in idle}
     if h2o.heavy == h2o.window_length // 2:
         settings["num_heavy_hitters"] = -1
     return dataclasses.replace(h2o, **settings)
@@ -271,8 +276,14 @@ class Lab:
             for _ in range(warm):
                 generate(tokens)
             peak = peak_allocated(partial(generate, tokens)) if self.timed.is_cuda else None
-            times = [prefill_and_whole_ms(generate, tokens) for _ in range(self.args.repeats)]
-        first, step = prefill_and_step_ms(times, tokens)
+            times, step = [], 0.0
+            for _ in range(TIMINGS):
+                times += [prefill_and_whole_ms(generate, tokens) for _ in range(self.args.repeats)]
+                first, step = prefill_and_step_ms(times, tokens)
+                if step > 0:
+                    break
+        if step <= 0:
+            raise InputError(f"--timed_tokens {tokens}: too few to be timed here; give more (cells so far are kept)")
         timing = {
             "batch": batch,
             "prompt_tokens": length,
@@ -297,7 +308,7 @@ def never_ending(model):
 
 TABLE = {
     "policy": "", "window_length": "", "update_interval": "", "ROUGE-2": "", "difference": "", "top-1 %": ".2f",
-    "KL": ".4f", "perplexity": ".3f", "mass lost %": ".2f", "KV MiB": ".2f", "first ms": ".1f", "ms/token": ".2f",
+    "KL": "z.4f", "perplexity": ".3f", "mass lost %": ".2f", "KV MiB": ".2f", "first ms": ".1f", "ms/token": ".2f",
     "tokens/s": ".0f", "peak GiB": ".1f",
 }  # fmt: skip
 
@@ -305,10 +316,9 @@ TABLE = {
 def table_row(cell: dict, full: dict) -> dict:
     """A cell in the table's units, quality with 95 % intervals."""
     row = figures(cell, full, DEFAULTS)
-    delta = row["rouge2_delta"]
     shown = {
         "ROUGE-2": f"{row['rouge2']['mean']:.2f}",
-        "difference": f"{delta['mean']:+.2f} [{delta['low']:+.2f}, {delta['high']:+.2f}]" if cell["h2o"] else None,
+        "difference": signed(row["rouge2_delta"]) if cell["h2o"] else None,
         "KV MiB": row["kv_bytes"] / 2**20,
         "first ms": 1e3 * row["time_to_first_token"],
         "ms/token": 1e3 * row["time_per_token"],
@@ -325,7 +335,7 @@ def table_row(cell: dict, full: dict) -> dict:
 def run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     cells = [None, *cells_of(args, device)]
-    requests, _ = read_requests(args.input_path, limit=args.sample_num)
+    requests, _ = read_requests(args.input_path, None, args.sample_num)
     if not 0 <= args.retention_request < len(requests):
         raise InputError(f"--retention_request {args.retention_request}: the requests are 0 to {len(requests) - 1}")
     if args.timed_tokens < 2:
@@ -348,19 +358,25 @@ def run(args: argparse.Namespace) -> int:
     }
     names = [cell_name(setup, h2o) for h2o in cells]
     file = JsonlFile(args.output_path, "cell", "cell", args.input_path)
-    file.resume("choose another --output-path")
+    file.resume("choose another --output-path", check_cell)
     todo = [(name, h2o) for name, h2o in zip(names, cells, strict=True) if name not in file.entries]
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
     if todo:
         quiet_libraries()
         model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # whose projections can be merged
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint whose weights are plain")
         prompts = tokenize(requests, tokenizer, model, args.model_name)
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling=False)
         with torch.cuda.device(device if device.type == "cuda" else -1):  # whose clock and memory are read; -1: no GPU
             sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
     full = file.entries[names[0]]
-    print_table([table_row(file.entries[name], full) for name in names], TABLE)
+    try:
+        rows = [table_row(file.entries[name], full) for name in names]
+    except ValueError as error:  # the full cache was measured again, with other libraries
+        raise InputError(f"--output-path {args.output_path}: a cell does not fit: {error}; choose another") from None
+    print_table(rows, TABLE)
     return 0
 
 
@@ -387,7 +403,16 @@ def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full:
                 f"--batch_size {lab.args.batch_size}: too much for the memory ({words}); give a smaller one (cells so "
                 "far are kept)"
             ) from None
-        file.append({"cell": name, "setup": setup, "h2o": settings, **measured})
+        except InputError as error:
+            raise InputError(f"{error} [{words}]") from None
+        cell = {"cell": name, "setup": setup, "h2o": settings, **measured}
+        try:
+            check_cell(cell)
+        except ValueError as error:  # logits that overflow
+            raise InputError(
+                f"--dtype {lab.args.dtype}: {words} cannot be measured ({error}); give another (cells so far are kept)"
+            ) from None
+        file.append(cell)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,11 +35,12 @@ try:
     from lm_eval.utils import handle_non_serializable, make_table
 
     from h2optimizer.harness import CacheLM
-except ModuleNotFoundError as error:
+except ImportError as error:
     if __name__ != "__main__":
         raise
-    missing = error.name.split(".")[0]
-    print(f"error: {missing} is not installed: pip install {missing}", file=sys.stderr)
+    missing = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) else None
+    problem = f"{missing} is not installed" if missing else f"lm_eval cannot be imported ({error})"
+    print(f"error: {problem}: pip install {missing or '--upgrade lm_eval'}", file=sys.stderr)
     sys.exit(2)
 
 import run_summarization as summarization
@@ -92,6 +93,16 @@ def limit(text: str) -> int | float:
     return number if number < 1 else int(number)
 
 
+def json_object(text: str) -> dict:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return parsed
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -103,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=count_or_auto, default=1, help="contexts computed together; auto: as many as fit")
     add("--max_length", type=count, help="positions to use; the model's unless given")
     add("--apply_chat_template", action="store_true", help="put contexts into the tokenizer's chat template")
-    add("--metadata", type=json.loads, default={}, help="JSON for tasks that need it, as RULER's max_seq_lengths")
+    add("--metadata", type=json_object, default={}, help="JSON for tasks that need it, as RULER's max_seq_lengths")
     add("--confirm_run_unsafe_code", action="store_true", help="let tasks run code that the model writes")
     add("--log_samples", action="store_true", help="keep each document with its answers in the results")
     add("--output-path", type=Path, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
@@ -114,8 +125,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tasks: names none; `lm_eval ls tasks` lists them")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         parser.error(f"--num_fewshot {args.num_fewshot}: must be at least 0")
-    if not isinstance(args.metadata, dict):
-        parser.error("--metadata: must be a JSON object")
     if args.include_path is not None and not args.include_path.is_dir():
         parser.error(f"--include_path {args.include_path}: no such folder")
     return args
@@ -146,6 +155,14 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
             reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
             raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from None
         for task in got["tasks"].values():
+            if args.num_fewshot and task.get_config("num_fewshot") != 0:  # 0 there stands whatever is asked for
+                try:
+                    task.fewshot_context(next(iter(task.eval_docs)), args.num_fewshot)
+                except Exception as error:  # templates, data sets and samplers of any kind
+                    reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+                    raise InputError(
+                        f"--num_fewshot {args.num_fewshot}: --tasks {name} gives no such examples ({reason})"
+                    ) from None
             if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
                 raise InputError(f"--tasks {name}: runs code that the model writes; pass --confirm_run_unsafe_code")
         loaded += list(got["groups"].values())[:1] or got["tasks"].values()  # a group stands before its members

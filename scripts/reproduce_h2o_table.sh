@@ -21,6 +21,9 @@ fi
 out=${OUT:-out/h2o_table}
 read -ra budgets <<< "${BUDGETS:-64 128 256 512 1024 full}"
 [ ${#budgets[@]} -gt 0 ] || { echo 'error: BUDGETS: names none; give slots, or full, with spaces between' >&2; exit 2; }
+for budget in "${budgets[@]}"; do # before hours of those that stand before it
+  [[ $budget =~ ^(full|[1-9][0-9]*)$ ]] || { echo "error: BUDGETS: $budget: must be slots, or full" >&2; exit 2; }
+done
 requests=${REQUESTS_FILE:-data/xsum_3shot.jsonl}
 if [ -z "${REQUESTS_FILE:-}" ] && [ ! -e "$requests" ]; then
   "$PYTHON_BIN" scripts/prepare_data.py --dataset xsum --shots 3 --output-path "$requests" >&2

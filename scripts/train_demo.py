@@ -311,7 +311,7 @@ def run(args: argparse.Namespace) -> None:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: cannot be used ({' '.join(str(error).split())[:120]})") from None
-    requests, _ = read_requests(args.requests, flag="--requests")
+    requests, _ = read_requests(args.requests, None, flag="--requests")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

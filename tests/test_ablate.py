@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -309,6 +310,8 @@ def test_clock_and_memory_are_the_devices(sweep, ablate, monkeypatch):
         ("- {num_heavy_hitters: 0, score: [mass, sink], score_decay: [0.5, 1.0]}\n", [(256, "mass")]),
         ("{window_length: 8, num_heavy_hitters: [-1, 4], score_seed: [0, 1]}\n", [(8, "mass")]),
         ("{window_length: 8, score: random, score_seed: [0, 1]}\n", [(8, "random"), (8, "random")]),
+        ("{window_length: 8, backend: [auto, sdpa], capture: [true, false]}\n", [(8, "mass")]),
+        ("{window_length: 8, score_decay: [1, 1.0]}\n", [(8, "mass")]),
     ],
 )
 def test_grid_as_yaml(ablate, tmp_path, grid, cells):
@@ -317,6 +320,66 @@ def test_grid_as_yaml(ablate, tmp_path, grid, cells):
     path.write_text(grid)
     made = ablate.cells_of(ablate.parse_args(["--grid", str(path)]), torch.device("cpu"))
     assert [(h2o.window_length, h2o.score) for h2o in made] == cells
+
+
+def test_number_written_otherwise_is_the_same_cell(ablate):
+    """score_decay 1 and 1.0, or 0 and 0.0, of two commands: the same cache measured twice, under two names."""
+    names = set()
+    for decay in ("0", "0.0"):
+        (h2o,) = ablate.cells_of(ablate.parse_args(["--score_decay", decay]), torch.device("cpu"))
+        names.add(ablate.cell_name({}, h2o))
+    assert len(names) == 1
+
+
+def test_fault_is_told_once(ablate, tmp_path, capsys):
+    """The same left-out line again and again, for a value that a grid names twice."""
+    path = tmp_path / "grid.yaml"
+    path.write_text("window_length: [8, 8]\nupdate_interval: [1, 1.0]\n")
+    ablate.cells_of(ablate.parse_args(["--grid", str(path)]), torch.device("cpu"))
+    assert capsys.readouterr().err.count("left out") == 1
+
+
+def test_figures_that_are_no_numbers_are_not_written(sweep, ablate, monkeypatch):
+    """Logits that overflow: a cell of NaN that no reader can use, and that is never measured again."""
+    fidelity = ablate.Lab._fidelity
+
+    def overflowing(self, model, texts):
+        measured = fidelity(self, model, texts)
+        if model is not self.stock:
+            measured["fidelity"]["kl"][0] = math.nan
+        return measured
+
+    monkeypatch.setattr(ablate.Lab, "_fidelity", overflowing)
+    outcome = sweep("--window_length", "8", code=2)
+    (line,) = outcome.errors
+    assert "--dtype auto" in line and "kl" in line and "H2O, 8, 16" in line and len(outcome.cells) == 1
+
+
+def test_clock_that_runs_backwards(sweep, ablate, monkeypatch):
+    """Two timed tokens and a noisy machine: negative tokens/s in the table."""
+    calls = []
+    monkeypatch.setattr(
+        ablate, "prefill_and_step_ms", lambda times, tokens: calls.append(len(times)) or (5.0, len(times) - 2.5)
+    )
+    outcome = sweep("--window_length", "8")
+    assert calls == [1, 2, 3] * 2 and all(cell["time"]["time_per_token"] > 0 for cell in outcome.cells)
+    monkeypatch.setattr(ablate, "prefill_and_step_ms", lambda times, tokens: (5.0, -0.1))
+    (line,) = sweep("--window_length", "16", code=2).errors
+    assert "--timed_tokens 3" in line
+
+
+def test_edited_cell_is_refused(sweep):
+    """A line that was edited by hand, and a traceback where the table is printed."""
+    path = sweep("--window_length", "8").path
+    path.write_text(path.read_text().replace('"agreed": [', '"agreed": [null, '))
+    before = path.read_bytes()
+    assert ablate_error(sweep, "line 1 (agreed must be 5 numbers, at least 0)") and path.read_bytes() == before
+
+
+def ablate_error(sweep, words: str) -> bool:
+    with pytest.raises(InputError, match=re.escape(words)):  # the fixture reads the cells afterwards
+        sweep("--window_length", "8", code=2)
+    return True
 
 
 def test_values_are_of_the_fields_types(ablate):
@@ -342,6 +405,7 @@ def test_cells_that_cannot_work_are_left_out(sweep):
         ("--window_length 1", ["window_length=1", "at least 2"]),
         ("--window_length 8 --num_heavy_hitters 9", ["num_heavy_hitters=9"]),
         ("--score mas", ["score", "'mas'", "mass"]),
+        ("--window_length 99999999999999999999", ["window_length=99999999999999999999", "2**31"]),
         ("--score_every_step maybe", ["score_every_step='maybe'", "True or False"]),
         ("--windows 8", ["--windows"]),
         ("--grid nowhere.yaml", ["--grid nowhere.yaml", "cannot be read"]),
@@ -363,7 +427,9 @@ def test_bad_flags_take_one_line(sweep, lab, flags, words):
     assert line.startswith("error: ") and all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("grid", ["- 3\n", "3\n", "", "[]\n", "{window: 8}\n", "a: [b\n", "window_length: []\n"])
+@pytest.mark.parametrize(
+    "grid", ["- 3\n", "3\n", "", "[]\n", "{window: 8}\n", "a: [b\n", "window_length: []\n", "[" * 3000]
+)
 def test_bad_grids_take_one_line(sweep, tmp_path, grid):
     """A YAML file of another form that ends in a traceback or in a sweep of defaults."""
     path = tmp_path / "grid.yaml"

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from types import ModuleType
 
 import huggingface_hub
 import pytest
@@ -322,7 +323,8 @@ def test_scores_that_no_window_can_change_are_named(evaluate):
     ("tiny_choice", ("--limit", "1.5"), "--limit: '1.5': must be a whole number of documents"),
     ("tiny_choice", ("--num_fewshot", "-1"), "--num_fewshot -1: must be at least 0"),
     ("tiny_choice", ("--metadata", "[]"), "--metadata: must be a JSON object"),
-    ("tiny_choice", ("--metadata", "{"), "--metadata: "),
+    ("tiny_choice", ("--metadata", "{"), "--metadata: must be a JSON object"),
+    ("tiny_choice", ("--num_fewshot", "1000"), "--num_fewshot 1000: --tasks tiny_choice gives no such examples"),
     ("tiny_choice", ("--num_window_length", "24"), "does nothing without --enable_h2o_generation"),
     ("tiny_choice", ("--model-name", "/nowhere"), "--model-name /nowhere: cannot be loaded"),
     ("tiny_choice", ("--output-path", "/proc/x/y.json"), "--output-path /proc/x/y.json: cannot be written"),
@@ -372,3 +374,15 @@ def test_without_lm_eval(monkeypatch, capsys):
         runpy.run_path(str(SCRIPTS / "eval_harness.py"), run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: lm_eval is not installed: pip install lm_eval\n"
+
+
+def test_broken_lm_eval(monkeypatch, capsys):
+    """A traceback where the package is there, but another version of it than its dependencies fit."""
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api", ModuleType("lm_eval.api"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", ModuleType("lm_eval.api.registry"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPTS / "eval_harness.py"), run_name="__main__")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: lm_eval cannot be imported (cannot import name 'register_model'")

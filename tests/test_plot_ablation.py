@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from conftest import prompt
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import compare
 from test_benchmarks import load
-from utils.ablation import figures, held_shares, pack
-from utils.ablation_report import findings, smallest_budgets
+from utils.ablation import check_cell, figures, held_shares, pack, read_cells, signed
+from utils.ablation_report import cautions, findings, smallest_budgets, with_interval
+from utils.requests import InputError
 
 pytest.importorskip("matplotlib")
 
@@ -234,7 +236,7 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
     (lambda cells: cells[1:], (), "no cell of a full cache"),
     (lambda cells: cells[:1], (), "no cell of a bounded cache"),
     (lambda cells: [cells[0], cells[1] | {"h2o": {"window": 3}}], (), "cannot be read"),
-    (lambda cells: [cells[0], cells[1] | {"rouge": {"rouge1": []}}], (), "cannot be read"),
+    (lambda cells: [cells[0], cells[1] | {"rouge": {"rouge1": []}}], (), "line 2 (rouge2 misses)"),
     (lambda cells: cells, ("--cells", "nothing"), "--cells nothing: means no cell"),
     (lambda cells: cells, ("--setup", "nothing"), "--setup nothing means 0 of"),
     (lambda cells: cells, ("--output-path", "cells.jsonl/below"), "cannot be written"),
@@ -249,6 +251,90 @@ def test_what_cannot_be_drawn_gets_one_line(cells, tmp_path, monkeypatch, capsys
     assert plot.main(["--input-path", "cells.jsonl", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and said in captured.err and captured.err.count("\n") == 1
+
+
+def edited(*path_and_value):
+    *path, name, value = path_and_value
+
+    def edit(cell):
+        for key in path:
+            cell = cell[key]
+        cell[name] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("edit, said", [
+    (edited("rouge", "rouge2", 2, math.nan), "rouge2 must be 12 numbers, 0 to 1"),
+    (edited("rouge", "rouge2", [0.5]), "rouge1 must be 1 numbers"),
+    (edited("rouge", "rougeL", 0, 44.0), "rougeL must be"),
+    (edited("rouge", "rouge2", []), "no requests"),
+    (edited("fidelity", "kl", 1, math.inf), "kl must be"),
+    (edited("fidelity", "kl", [0.1]), "kl must be 12 numbers"),
+    (edited("fidelity", "tokens", "12"), "tokens must be"),
+    (edited("time", "tokens_per_second", None), "tokens_per_second must be a number"),
+    (edited("time", "time_per_token", -0.001), "time_per_token must be a number"),
+    (edited("time", []), "another form"),
+    (edited("setup", None), "setup must be an object"),
+    (edited("setup", ["a"]), "setup must be an object"),
+    (edited("cell", 7), "cell must be a hash"),
+    (edited("slots_kept", "12"), "slots_kept must be a number"),
+    (edited("retention", "x"), "another form"),
+    (edited("retention", "last_held", "zlib", "!!!"), "another form"),
+    (edited("retention", "last_held", "shape", [1, 2, 3]), ""),
+    (edited("retention", "mass_lost", 0, [1]), ""),
+    (edited("retention", "mass_lost", 0, 0, math.nan), "mass_lost must be 20x5 numbers, 0 to 1"),
+    (lambda cell: cell["retention"].pop("index"), "index misses"),
+    (lambda cell: cell.pop("kv_bytes"), "kv_bytes misses"),
+])  # fmt: skip
+def test_edited_cell_is_named_by_its_line(cells, tmp_path, edit, said):
+    """A hand-edited figure, NaN or another type: a traceback of the drawing, or a nan in the report."""
+    check_cell(cells[1])
+    broken = copy.deepcopy(cells[1])
+    edit(broken)
+    path = write_cells(tmp_path / "cells.jsonl", [cells[0], broken])
+    with pytest.raises(InputError, match=r"cells\.jsonl, line 2 ") as error:
+        read_cells(path)
+    assert said in str(error.value)
+
+
+def test_deep_line_takes_one_line(tmp_path):
+    """A RecursionError of the JSON parser."""
+    path = tmp_path / "cells.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="line 1: no cell"):
+        read_cells(path)
+
+
+def test_last_cell_without_its_end_of_line_counts(cells, tmp_path):
+    """An editor that leaves the last end of line out, and a report that silently misses a cell."""
+    path = write_cells(tmp_path / "cells.jsonl", cells)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(read_cells(path)) == len(cells)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert len(read_cells(path)) == len(cells) - 1
+
+
+def test_cells_of_other_texts_are_not_compared(cells, tmp_path, capsys):
+    """A full cache measured again, with other libraries, whose texts are not those of the other cells."""
+    other = copy.deepcopy(cells)
+    other[0]["fidelity"]["tokens"][0] += 1
+    assert plot.main(["--input-path", str(write_cells(tmp_path / "cells.jsonl", other))]) == 2
+    assert "other texts" in capsys.readouterr().err
+
+
+def test_report_says_what_its_requests_cannot_show():
+    """ "Surely less than a point lost" of two requests, or of a full cache that has no point to lose."""
+    full = {"rouge2": {"mean": 0.3}}
+    few, nothing = cautions(SimpleNamespace(requests=2, full=full))
+    assert "only 2 requests" in few and "ROUGE-2 is 0.30" in nothing
+    assert cautions(SimpleNamespace(requests=200, full={"rouge2": {"mean": 12.0}})) == []
+
+
+def test_no_negative_zero():
+    """-0.00, which reads as a loss."""
+    tiny = {"mean": -1e-6, "low": -0.004, "high": 0.0}
+    assert signed(tiny) == "+0.00 [+0.00, +0.00]" and with_interval(tiny) == "0.00 [0.00, 0.00]"
 
 
 def test_without_matplotlib(monkeypatch, capsys):

@@ -116,6 +116,7 @@ def test_table(reproduce, folder):
 @pytest.mark.parametrize("variables, says", [
     ({"REQUESTS_FILE": "/nowhere.jsonl"}, "--input-path /nowhere.jsonl"),
     ({"BUDGETS": " "}, "BUDGETS"),
+    ({"BUDGETS": "64 1k"}, "BUDGETS: 1k"),
 ])  # fmt: skip
 def test_bad_input_takes_one_line(reproduce, variables, says):
     """A wrong file, for which another one is downloaded, or a status of 0 with no table."""

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from utils.requests import InputError, Request, ResultsFile, fingerprint, read_requests
+from utils.requests import InputError, JsonlFile, Request, ResultsFile, fingerprint, read_requests
 from utils.rouge import Rouge, mean_with_interval
 
 LINE = '{"article": "a b", "summary_gt": "c"}\n'
@@ -284,6 +284,33 @@ def test_foreign_line_is_refused(tmp_path, line):
     before = path.read_bytes()
     refused(lambda: ResultsFile(path, SETTINGS), "line 2", "--overwrite")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["my notes", "my notes\nand more", "\0"])
+def test_file_of_something_else_is_not_cut(tmp_path, content):
+    """A foreign file without an end of line was taken for a line that a crash cut short, and emptied."""
+    path = tmp_path / "cells.jsonl"
+    path.write_text(content)
+    refused(lambda: JsonlFile(path, "index", "result").resume("choose another path"), "line 1", "choose another path")
+    assert path.read_text() == content
+
+
+def test_entry_that_lacks_its_end_of_line_alone_is_kept(tmp_path):
+    """What an editor saves without the last end of line, which was dropped and decoded again."""
+    path = tmp_path / "o.jsonl"
+    interrupted(path, 4, 2)
+    path.write_bytes(path.read_bytes()[:-1])
+    output = ResultsFile(path, SETTINGS)
+    output.append(result(3))
+    assert results_of(path) == [result(4), result(2), result(3)]
+
+
+def test_command_without_the_flag_does_not_name_it(tmp_path):
+    """A way out, --skip_bad_requests, that scripts/ablate.py does not have."""
+    path = tmp_path / "requests.jsonl"
+    path.write_text("{\n")
+    with pytest.raises(InputError, match=r"mend it$"):
+        read_requests(path, None)
 
 
 def test_overwrite_waits_until_the_run_starts(tmp_path):

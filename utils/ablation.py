@@ -18,13 +18,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.requests import InputError
+from utils.requests import InputError, read_entries
 from utils.rouge import ROUGE_TYPES, mean_with_interval
 
 if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way
@@ -93,19 +94,58 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
     return ", ".join([name, *others])
 
 
+def check_cell(cell: dict) -> None:
+    """Raises ValueError, with the reason, for what is no cell: fields that miss, or that no figure can be made of."""
+
+    def be(accepts: bool, what: str) -> None:
+        if not accepts:
+            raise ValueError(what)
+
+    def numbers(of, name: str, shape: tuple = (), low: float = -math.inf, high: float = math.inf) -> None:
+        array = np.asarray(of)  # ValueError for rows of several lengths
+        finite = array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
+        number = f"{'x'.join(map(str, shape))} numbers" if shape else "a number"
+        bounds = "" if low == -math.inf else f", at least {low:g}" if high == math.inf else f", {low:g} to {high:g}"
+        fits = finite and array.shape == shape and bool(((low <= array) & (array <= high)).all())
+        be(fits, f"{name} must be {number}{bounds}")
+
+    try:
+        be(isinstance(cell["cell"], str), "cell must be a hash")
+        be(isinstance(cell["setup"], dict), "setup must be an object")
+        be(isinstance(cell["h2o"], dict | None), "h2o must be an object, or null")
+        requests = len(cell["rouge"]["rouge2"])
+        be(requests > 0, "it has no requests")
+        for name in ROUGE_TYPES:
+            numbers(cell["rouge"][name], name, (requests,), 0, 1)
+        for name in ("tokens", "agreed", "kl", "nll", "mass_lost"):
+            numbers(cell["fidelity"][name], name, (requests,), -math.inf if name in ("kl", "nll") else 0)
+        for name in ("time_to_first_token", "time_per_token", "tokens_per_second", "batch", "prompt_tokens"):
+            numbers(cell["time"][name], name, (), 1e-12)
+        for name in ("kv_bytes", "slots_kept", "peak_memory_bytes"):
+            be(name in cell, f"{name} misses")
+            if cell[name] is not None:
+                numbers(cell[name], name, (), 0)
+        if (retention := cell.get("retention")) is not None:
+            for name in ("index", "prompt_tokens"):
+                numbers(retention[name], f"retention's {name}", (), 0)
+            layers, _, tokens = unpack(retention["last_held"]).shape
+            if steps := tokens - retention["prompt_tokens"]:
+                numbers(retention["mass_lost"], "retention's mass_lost", (steps, layers), 0, 1)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} misses") from None
+    except (TypeError, AttributeError, zlib.error):
+        raise ValueError("a field has another form") from None
+
+
 def read_cells(path: Path) -> list[dict]:
     """The cells of a file, in its order; a last line that a crash cut short is left out. Raises InputError."""
-    cells = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            cells = [cell for cell, _ in read_entries(file, "cell", check_cell)]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            cell = json.loads(line)
-            cells.append({key: cell[key] for key in ("cell", "setup", "h2o", "rouge", "fidelity", "time")} | cell)
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {number}: no cell of scripts/ablate.py") from None
+    except ValueError as error:
+        raise InputError(f"{path}, {error}: no cell of scripts/ablate.py; mend the line, or remove it") from None
     if not cells:
         raise InputError(f"{path}: holds no cells; scripts/ablate.py makes them")
     return cells
@@ -117,12 +157,22 @@ def difference(cell: dict, other: dict, name: str) -> dict[str, float]:
     return mean_with_interval(ours - theirs)
 
 
+def signed(of: dict[str, float]) -> str:
+    """A mean difference with its interval."""
+    mean, low, high = (f"{of[key]:+z.2f}" for key in ("mean", "low", "high"))  # z: no -0.00
+    return f"{mean} [{low}, {high}]"
+
+
 def figures(cell: dict, full: dict, defaults: dict) -> dict:
     """A row of the table: means over requests, each quality as {mean, low, high} (95 % bootstrap over requests).
 
     ROUGE in points of 100, and `_delta`: its difference to the full cache, request by request. `top1` and `mass_lost`
     are shares, `kl` nats a token.
+
+    Raises: ValueError where the two were measured on other texts.
     """
+    if cell["fidelity"]["tokens"] != full["fidelity"]["tokens"]:
+        raise ValueError("it was measured on other texts than the full cache's")
     h2o, sums = cell["h2o"], {name: np.asarray(values) for name, values in cell["fidelity"].items()}
     row = {"policy": policy_name(h2o, defaults)}
     row |= {key: h2o and h2o[key] for key in ("window_length", "update_interval")}

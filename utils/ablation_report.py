@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from utils.ablation import RECENT, difference
+from utils.ablation import RECENT, difference, signed
 from utils.rouge import ROUGE_TYPES
-
-
-def signed(of: dict[str, float]) -> str:
-    mean, low, high = (f"{round(of[key], 2) + 0.0:+.2f}" for key in ("mean", "low", "high"))  # no -0.00
-    return f"{mean} [{low}, {high}]"
 
 
 def with_interval(of: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:
     if of["low"] == of["high"]:
-        return f"{scale * of['mean']:.{digits}f}"
-    mean, low, high = (f"{scale * of[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{scale * of['mean']:z.{digits}f}"
+    mean, low, high = (f"{scale * of[key]:z.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
@@ -39,6 +34,8 @@ def rouge(name: str) -> Callable[[dict], str]:
 
     return text
 
+
+FEW = 20  # requests, of fewer a bootstrap's intervals are too narrow
 
 COLUMNS: dict[str, Callable[[dict], object]] = {
     "policy": lambda row: row["policy"],
@@ -122,6 +119,22 @@ def against(pairs: list[tuple[dict, dict]]) -> tuple[list[str], list[str]]:
     return worse, better
 
 
+def cautions(sweep) -> list[str]:
+    """Sentences on what the findings cannot show."""
+    said, own = [], sweep.full["rouge2"]["mean"]
+    if sweep.requests < FEW:
+        said.append(
+            f"**With only {sweep.requests} request{'s' * (sweep.requests > 1)} the intervals are too narrow** (of one "
+            "they have no width): no finding in ROUGE-2 is sure; measure more, --sample_num says how many."
+        )
+    if own < 1:
+        said.append(
+            f"**The full cache's own ROUGE-2 is {own:.2f}**: there is less than a point to lose, so that no loss says "
+            "nothing; top-1, KL and perplexity need no references."
+        )
+    return said
+
+
 def findings(sweep) -> list[str]:
     """Sentences that the figures decide, unfavourable ones as well."""
     rows, full, found = sweep.rows, sweep.full, []
@@ -162,12 +175,14 @@ def findings(sweep) -> list[str]:
 
 def report(sweep, source: str, drawn: dict[str, tuple[str, str]], notes: list[str]) -> str:
     """`drawn` maps the name of each figure's files to its title and how to read it."""
+    over = f"{sweep.requests} request{'s' * (sweep.requests > 1)}"
     lines = [f"# Ablation: {sweep.title}", "", f"From `{source}`.", "", *setup_lines(sweep), "", "## Findings", ""]
     lines += [
         "Differences in ROUGE-2 are in points, request by request, with 95 % bootstrap intervals over "
-        f"{sweep.requests} requests. Of 40 comparisons about one looks worse, and one better, by chance. An interval "
+        f"{over}. Of 40 comparisons about one looks worse, and one better, by chance. An interval "
         "that reaches 0 does not say that nothing was lost, only that so many requests do not show it.", "",
-        *smallest_budgets(sweep.rows), "", *(f"- {finding}" for finding in findings(sweep)), "", "## Table", "",
+        *smallest_budgets(sweep.rows), "", *(f"- {said}" for said in [*cautions(sweep), *findings(sweep)]), "",
+        "## Table", "",
         "ROUGE is F in points; behind it the difference to the full cache and its interval, of the full cache its "
         "own interval. Top-1, KL, perplexity and attention lost are of the full cache's own texts, fed to both.", "",
         *table([sweep.full, *sweep.rows]), "", "## Figures", "",

@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +96,12 @@ _CHECKS = {
 
 
 def read_requests(
-    path: Path, skip_bad: bool = False, limit: int | None = None, flag: str = "--input-path"
+    path: Path, skip_bad: bool | None = False, limit: int | None = None, flag: str = "--input-path"
 ) -> tuple[list[Request], int]:
     """The first `limit` requests of a jsonl file, and how many bad lines were skipped. Blank lines do not count.
 
-    `flag` is what the user gave the path with, for messages.
+    `skip_bad` is --skip_bad_requests, None where the command has no such flag; `flag` is what the user gave the path
+    with, for messages.
 
     Raises: InputError for a file that cannot be read or holds no request and, unless `skip_bad`, for a bad line.
     """
@@ -117,9 +118,8 @@ def read_requests(
                 except ValueError as error:  # UnicodeError is one too
                     problem = "is not valid UTF-8 text" if isinstance(error, UnicodeError) else str(error)
                     if not skip_bad:
-                        raise InputError(
-                            f"{path}, line {number}: {problem}; mend it or pass --skip_bad_requests"
-                        ) from None
+                        way_out = "mend it" if skip_bad is None else "mend it or pass --skip_bad_requests"
+                        raise InputError(f"{path}, line {number}: {problem}; {way_out}") from None
                     skipped += 1
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from None
@@ -157,6 +157,31 @@ def checkpoint_fingerprint(folder: Path) -> str | None:
     except OSError:
         return None
     return digest.hexdigest()
+
+
+def read_entries(
+    lines: Iterable[bytes], key: str, check: Callable[[dict], None] | None = None
+) -> Iterator[tuple[dict, bytes]]:
+    """Each entry of a jsonl, told apart by `key`, its first field, with its line.
+
+    A last line that a crash cut short is left out; where it lacks its end of line alone, nothing of it is lost.
+
+    Raises: ValueError for a line that is no entry, or that `check` raises one for.
+    """
+    opening = json.dumps({key: 0}).encode()[:-2]
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            hash(entry[key])
+            if check is not None:
+                check(entry)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            ours = number > 1 or line[: len(opening)] == opening[: len(line)]
+            if ours and not line.endswith(b"\n"):
+                return
+            own = type(error) is ValueError  # what `check` says; others' words help nobody
+            raise ValueError(f"line {number}{f' ({error})' if own else ''}") from None
+        yield entry, line
 
 
 class JsonlFile:
@@ -207,20 +232,24 @@ class JsonlFile:
         if source is not None and source.exists() and path.samefile(source):
             raise InputError(f"--output-path {self.path}: {path} is the --input-path; choose another path")
 
-    def resume(self, keep: str) -> None:
-        """Read the entries that are there. Raises InputError, which ends in `keep`, for another file."""
+    def resume(self, keep: str, check: Callable[[dict], None] | None = None) -> None:
+        """Read the entries that are there. Raises InputError, which ends in `keep`, for another file.
+
+        `check` raises ValueError, with the reason, for what is no entry.
+        """
         self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break  # cut short by a crash
-            try:
-                entry = json.loads(line)
+        end, line = 0, b"\n"
+        try:
+            for entry, line in read_entries(self._file, self.key, check):
                 self.entries[entry[self.key]] = entry
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}, line {number}: not a {self.form}; {keep}") from None
-            end += len(line)
-        self._file.truncate(end)
+                end += len(line)
+        except ValueError as error:
+            raise InputError(f"{self.path}, {error}: not a {self.form}; {keep}") from None
+        with self._writing():
+            self._file.truncate(end)
+            if not line.endswith(b"\n"):
+                self._file.write(b"\n")
+                self._file.flush()
 
     def append(self, entry: dict) -> None:
         """Add one entry, in one write, and hand it to the operating system at once. Raises InputError."""
