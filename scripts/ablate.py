@@ -54,6 +54,7 @@ from run_summarization import (
 )
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed
 from utils.bench import (
+    exit_status,
     free_memory,
     peak_allocated,
     prefill_and_step_ms,
@@ -417,17 +418,8 @@ def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 after one line about what the caller can put right, or 130 after Ctrl-C."""
-    args = None
-    try:
-        args = parse_args(argv)
-        return run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        kept = f"cells so far are in {args.output_path}; the same command goes on" if args else "nothing was begun"
-        print(f"interrupted: {kept}", file=sys.stderr)
-        return 130
+    kept = "cells so far are kept; the same command goes on"
+    return exit_status(lambda: run(parse_args(argv)), f"give a smaller --batch_size ({kept})", kept)
 
 
 if __name__ == "__main__":

@@ -296,7 +296,9 @@ def print_table(rows: Iterable[dict], columns: dict[str, str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def exit_status(run: Callable[[], int | None], when_out_of_memory: str) -> int:
+def exit_status(
+    run: Callable[[], int | None], when_out_of_memory: str, interrupted: str = "the results so far are those printed"
+) -> int:
     """What a script's `run` returns, 0 for None; after one line, 2 for what the caller can put right, 130 on Ctrl-C."""
     try:
         return run() or 0
@@ -305,6 +307,6 @@ def exit_status(run: Callable[[], int | None], when_out_of_memory: str) -> int:
     except torch.OutOfMemoryError:
         print(f"error: too little memory on the device: {when_out_of_memory}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted: the results so far are those printed", file=sys.stderr)
+        print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     return 2
