@@ -420,7 +420,11 @@ def write(folder: Path, drawn: dict[str, tuple[Figure, str, str]], text: str) ->
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input-path", type=Path, required=True, help="jsonl of scripts/ablate.py")
-    parser.add_argument("--output-path", type=Path, help="folder of figures; NAME_figures beside NAME.jsonl by default")
+    parser.add_argument(
+        "--output-path",
+        type=Path,
+        help="folder of figures; NAME_figures beside NAME.jsonl by default, NAME_SETUP_figures with --setup",
+    )
     parser.add_argument("--setup", help="which setup, by the beginning of its hash, where the file holds several")
     parser.add_argument(
         "--cells", type=lambda text: [part for part in text.split(",") if part], default=[],
@@ -434,7 +438,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("matplotlib is not installed: pip install matplotlib")
     sweep = load(args.input_path, args.setup)
     rows = followed(sweep, args.cells)
-    folder = args.output_path or args.input_path.with_name(args.input_path.stem + "_figures")
+    name = f"{args.input_path.stem}{f'_{args.setup}' if args.setup else ''}_figures"
+    folder = args.output_path or args.input_path.with_name(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with style.context(["default", STYLE]):
