@@ -1,11 +1,12 @@
-"""The decode and slimming kernels in plain torch, for tests of what goes on around them: the interpreter takes tenths
-of a second for each step. Like the kernels they read lengths from the device's tensors only, and write in place."""
+"""The decode, slimming and MLP kernels in plain torch, for tests of what goes on around them: the interpreter takes
+tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and write in
+place."""
 
 import torch
 
 from h2optimizer import attention
 from h2optimizer.attention import ATTENTION_BACKENDS, rotate
-from h2optimizer.kernels import decode, slimming
+from h2optimizer.kernels import decode, mlp, slimming
 from utils.cache import select_slots
 
 
@@ -68,9 +69,17 @@ def compact(keys, values, source_keys, source_values, mirror, kept, window):
         slots[:, :, :n] = torch.where(torch.arange(n)[:, None] < left, source.gather(2, at), slots[:, :, :n])
 
 
+@torch.no_grad()  # a kernel has no gradients
+def run_silu_and_multiply(gate_up):
+    assert gate_up.is_contiguous()
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
+
+
 def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
-    for module, doubles in ((decode, (append, decode_attention)), (slimming, (select, compact))):
-        for double in doubles:
+    doubles = {decode: (append, decode_attention), slimming: (select, compact), mlp: (run_silu_and_multiply,)}
+    for module, functions in doubles.items():
+        for double in functions:
             monkeypatch.setattr(module, double.__name__, double)
     monkeypatch.setitem(ATTENTION_BACKENDS, "triton", attention.sdpa_attention)

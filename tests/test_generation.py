@@ -788,7 +788,7 @@ def one_token(model):
         return model(torch.tensor([[5], [9]]), past_key_values=cache).logits
 
 
-def test_one_product_is_three():
+def test_one_product_is_three(interpreted):
     """Outputs that are split at another place, or weights in another order."""
     llamas = merged_llama()
     logits = one_token(llamas.h2o)
@@ -811,7 +811,7 @@ def test_only_what_kernels_take_is_merged():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 0)])
 @pytest.mark.parametrize("rows, size", [(1, 5), (3, 1024), (2, 2050)])
-def test_activation_of_a_merged_product(dtype, tolerance, rows, size):
+def test_activation_of_a_merged_product(interpreted, dtype, tolerance, rows, size):
     """Gate and up exchanged, a tail left out, or half precision rounded once where torch rounds twice."""
     gate, up = 3 * torch.randn(2, rows, 1, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = torch.nn.functional.silu(gate) * up
