@@ -3,6 +3,7 @@
 Everything is made here from seeded, made-up words: nothing is downloaded, and no text of a data set is used.
 """
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 POSITIONS = 256
 
 
+@functools.cache
 def made_up_text(sentences: int, seed: int = 0) -> str:
     """Sentences of 4 to 9 words of one to three syllables."""
     draw = random.Random(seed)
