@@ -235,7 +235,7 @@ class Batcher:
 
     @torch.inference_mode()
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yields each sequence when it has ended; prompts of one object, side by side, are prefilled once.
+        """Yields each sequence when it has ended; equal prompts, side by side, are prefilled once.
 
         Raises: torch.OutOfMemoryError; sequences that were not yielded then have to be begun anew.
         """
@@ -259,7 +259,7 @@ class Batcher:
         prompts, columns = set(), 0
         while waiting and len(group) < len(free):
             prompt = waiting[0].prompt
-            prompts.add(id(prompt))
+            prompts.add(tuple(prompt))
             columns = max(columns, len(prompt))
             if group and self.h2o is not None and len(prompts) * columns > PREFILL_TOKENS:
                 self._prefill(group, free[: len(group)])

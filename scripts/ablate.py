@@ -73,7 +73,6 @@ from utils.requests import (
 )
 from utils.rouge import ROUGE_TYPES
 
-FIELDS = {field.name: field for field in dataclasses.fields(H2OConfig)}
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
 WORDS = {"true": True, "false": False, "none": None, "all": None}
@@ -104,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--retention_request", type=int, default=0, help="index of the request whose tokens are followed (%(default)s)")
     add("--grid", type=Path, help="the grid as YAML, in place of the flags below")
     grid = parser.add_argument_group("grid", "one or more values of each field of H2OConfig; its defaults otherwise")
-    for name in FIELDS:
+    for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
         grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
     args = parser.parse_args(argv)
@@ -117,7 +116,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def grids(args: argparse.Namespace) -> list[dict[str, list]]:
     """Field to values, of each grid. Raises InputError."""
-    given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     if args.grid is None:
         return [given]
     if given:
@@ -139,8 +138,8 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
     where = "" if args.grid is None else f"--grid {args.grid}: "
     cells, faults = {}, []
     for grid in grids(args):
-        if unknown := [name for name in grid if name not in FIELDS]:
-            raise InputError(f"{where}no field {unknown[0]!r} in H2OConfig; it has {', '.join(FIELDS)}")
+        if unknown := [name for name in grid if name not in DEFAULTS]:
+            raise InputError(f"{where}no field {unknown[0]!r} in H2OConfig; it has {', '.join(DEFAULTS)}")
         # policies first, then windows, then intervals
         names = sorted(grid, key=lambda name: (name == "window_length") + 2 * (name == "update_interval"))
         for values in itertools.product(*(grid[name] for name in names)):
@@ -191,8 +190,8 @@ class Lab:
         # alike lengths together, as in a run; the timed prompts are the first of the file
         self.order = in_order(prompts, args.batch_size)
         timed = prompts[: args.batch_size]
-        self.timed_length = min(len(prompt.tokens) for prompt in timed)
-        rows = [prompt.tokens[: self.timed_length] for prompt in timed]
+        shortest = min(len(prompt.tokens) for prompt in timed)
+        rows = [prompt.tokens[:shortest] for prompt in timed]
         rows = [rows[i % len(rows)] for i in range(args.batch_size)]  # a file of fewer requests
         self.timed = torch.tensor(rows, device=model.device)
 

@@ -450,6 +450,20 @@ def test_file_of_something_else(sweep, lab):
     assert "line 1" in outcome.err and "choose another --output-path" in outcome.err and copy.read_bytes() == before
 
 
+def test_quantised_checkpoints_are_refused(sweep, ablate, monkeypatch):
+    """A traceback about weights that stock Llama cannot share."""
+    load_model = ablate.load_model
+
+    def quantised(*args):
+        model, tokenizer = load_model(*args)
+        model.hf_quantizer = object()
+        return model, tokenizer
+
+    monkeypatch.setattr(ablate, "load_model", quantised)
+    (line,) = sweep(code=2).errors
+    assert "--model-name" in line and "is quantised" in line
+
+
 def test_out_of_memory(sweep, ablate, monkeypatch):
     """A batch whose logits do not fit beside each other: halved where that helps, else one line that says so."""
     compare, sizes = ablate.compare, []
