@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralConfig
 
 import run_summarization
@@ -987,6 +989,7 @@ def test_program_killed_then_interrupted_then_finished(run, checkpoint, tmp_path
 
     if (child := os.fork()) == 0:  # has imported everything; nothing of a program is left after kill -9
         with suppress(BaseException):
+            tqdm.set_lock(threading.RLock())  # its lock spans processes: whoever is killed with it would take it along
             sys.argv = argv[1:]
             runpy.run_path(str(ROOT / argv[1]), run_name="__main__")
         os._exit(1)
