@@ -105,9 +105,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """What `h2o_config` reads."""
-    h2o = parser.add_argument_group("heavy-hitter cache", "a flag not given takes the value in h2optimizer/llama.py")
+    h2o = parser.add_argument_group(
+        "heavy-hitter cache",
+        "a flag not given takes the value in h2optimizer/llama.py",
+        argument_default=argparse.SUPPRESS,  # None is a value
+    )
     add = h2o.add_argument
-    add("--enable_h2o_generation", action="store_true", help="use it; without it, the full cache of stock Llama")
+    add(
+        "--enable_h2o_generation",
+        action="store_true",
+        default=False,
+        help="use it; without it, the full cache of stock Llama",
+    )
     add("--num_heavy_hitter_tokens", type=int, help="heavy hitters in the window; -1 = half of it, 0 = local attention")
     add("--num_window_length", type=int, help="slots kept: heavy hitters + recent")
     add("--enable_position_rolling", action=argparse.BooleanOptionalAction, help="rotate keys by slot index")
@@ -119,7 +128,8 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")
     add("--score_decay", type=float, help="mass is multiplied by this before each addition")
     add("--score_norm", choices=("sum", "mean"), help="mean: mass per query that could see the slot")
-    add("--score_queries", type=count_or_all, default=argparse.SUPPRESS, help="prefill mass from the last k, or all")
+    add("--score_queries", type=count_or_all, help="prefill mass from the last k, or all")
+    add("--prefill_chunk", type=count_or_all, help="prompt tokens between slimmings, or all: the exact prefill")
     add(
         "--capture",
         action=argparse.BooleanOptionalAction,
@@ -131,18 +141,13 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
 
 def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
     """H2OConfig with the flags that were given; None for the full-cache baseline. Raises InputError."""
-    given = {}
-    for field in dataclasses.fields(H2OConfig):
-        flag = FLAG_OF_FIELD.get(field.name, field.name)
-        if field.name == "score_queries":
-            if hasattr(args, flag):
-                given[field.name] = args.score_queries
-        elif getattr(args, flag) is not None:
-            given[field.name] = getattr(args, flag)
+    flags = {field.name: FLAG_OF_FIELD.get(field.name, field.name) for field in dataclasses.fields(H2OConfig)}
+    given = {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
     if not args.enable_h2o_generation:
         if given:
-            flag = FLAG_OF_FIELD.get(name := next(iter(given)), name)
-            raise InputError(f"--{flag}: does nothing without --enable_h2o_generation; add that, or drop it")
+            raise InputError(
+                f"--{flags[next(iter(given))]}: does nothing without --enable_h2o_generation; add that, or drop it"
+            )
         return None
     try:
         return H2OConfig(**given)
@@ -468,15 +473,19 @@ def print_table(metrics: dict) -> None:
     print(f"{'peak memory':<22}{metrics['peak_memory_bytes'] / 2**30:8.2f} GiB")
 
 
-def warn_of_long_prompts(prompts: list[Prompt], positions: int, rolling: bool) -> None:
+def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig | None) -> None:
     """Say once how many requests need more positions than the model was trained on."""
-    # Rolling keeps decoding within the window's positions, but the prompt itself is still prefilled at its own.
+    rolling = h2o is not None and h2o.position_rolling
+    # Rolling keeps decoding within the window's positions, but a prompt, or a chunk of it, is prefilled at its own.
     needs = [len(p.tokens) + (0 if rolling else p.request.max_tokens) for p in prompts]
+    if rolling and h2o.prefill_chunk is not None:
+        needs = [min(n, h2o.window_length + h2o.prefill_chunk) for n in needs]
     if too_long := sum(n > positions for n in needs):
         what = "prompts" if rolling else "prompts with their summaries"
+        way_out = "; a --prefill_chunk keeps them within window and chunk" if rolling else ""
         print(
             f"warning: {too_long} of {len(prompts)} {what} are longer than the model's {positions} positions "
-            f"(the longest needs {max(needs)}); expect poor text there",
+            f"(the longest needs {max(needs)}); expect poor text there{way_out}",
             file=sys.stderr,
         )
 
@@ -512,8 +521,7 @@ def run(args: argparse.Namespace) -> int:
         quiet_libraries()
         model, tokenizer = load_model(args, h2o, device)
         prompts = tokenize(requests, tokenizer, model, args.model_name)
-        rolling = h2o is not None and h2o.position_rolling
-        warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling)
+        warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o)
         prompts = [prompt for prompt in prompts if prompt.request.index not in output.results]
         output.start()
         summarize(Summarizer(model, tokenizer, args), in_order(prompts, args.batch_size), output)

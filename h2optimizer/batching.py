@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from h2optimizer.generation import CHUNK, Choose, Decoder, choose_greedily, token_logprobs
 from utils.cache import HHCache
 
-PREFILL_TOKENS = 16384  # columns that a Batcher prefills at once
+PREFILL_TOKENS = 16384  # columns that a Batcher prefills at once, those of a chunk where prompts come in chunks
 
 
 @dataclass
@@ -260,7 +260,7 @@ class Batcher:
         while waiting and len(group) < len(free):
             prompt = waiting[0].prompt
             prompts.add(tuple(prompt))
-            columns = max(columns, len(prompt))
+            columns = max(columns, _columns_at_once(self.h2o, len(prompt)))
             if group and self.h2o is not None and len(prompts) * columns > PREFILL_TOKENS:
                 self._prefill(group, free[: len(group)])
                 group, free = [], free[len(group) :]
@@ -363,14 +363,22 @@ class Batcher:
             per_token = sum(t[0, :, 0].nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
             return {"tokens_seen": seen, "slots_kept": seen, "slimmings": 0, "kv_bytes": seen * per_token}
         window, interval = self.h2o.window_length, self.h2o.update_interval
-        kept, slimmings = min(len(sequence.prompt), window), int(len(sequence.prompt) > window)
-        for step in range(1, len(sequence.tokens)):
-            kept += 1
-            if step % interval == 0:
+        prompt, kept, slimmings = len(sequence.prompt), 0, 0
+        chunk = _columns_at_once(self.h2o, prompt)
+        forwards = [(min(chunk, prompt - begin), True) for begin in range(0, prompt, chunk)]
+        forwards += [(1, step % interval == 0) for step in range(1, len(sequence.tokens))]
+        for new, due in forwards:
+            kept += new
+            if due:
                 slimmings += kept > window
                 kept = min(kept, window)
         kv_bytes = self.cache.nbytes // len(self.rows)
         return {"tokens_seen": seen, "slots_kept": kept, "slimmings": slimmings, "kv_bytes": kv_bytes}
+
+
+def _columns_at_once(h2o, tokens: int) -> int:
+    """How many tokens of a prompt of so many one prefill computes; `h2o` None is the full cache."""
+    return tokens if h2o is None or h2o.prefill_chunk is None else min(tokens, h2o.prefill_chunk)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -396,7 +404,7 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
         except (AttributeError, ValueError):  # only Linux tells
             return 16
         return max(1, min(16, int(free // 2 // row)))
-    prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // longest)
+    prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // _columns_at_once(h2o, longest))
     cache = DynamicCache(config=config) if h2o is None else HHCache(h2o)
     gc.collect()
     torch.cuda.empty_cache()

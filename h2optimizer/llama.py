@@ -37,6 +37,7 @@ class H2OConfig:
     score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
     group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = first of each group only
     position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
+    prefill_chunk: int | None = None  # prompt tokens between slimmings: memory for window + chunk; None = all, exact
     capture: bool = True  # decode from CUDA graphs where device, backend and what generate is asked for allow it
     compile: bool = False  # and those through torch.compile: about 45 s for each batch size, then faster steps
 
@@ -59,10 +60,11 @@ class H2OConfig:
             "update_interval": 1,
             "score_queries": 1,
             "score_seed": 0,
+            "prefill_chunk": 1,
         }
         for name, least in at_least.items():
             number = getattr(self, name)
-            if name == "score_queries" and number is None:
+            if name in ("score_queries", "prefill_chunk") and number is None:
                 continue
             if type(number) is not int or number < least:
                 raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
@@ -320,7 +322,8 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
         With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may pad on the left; reading it
         waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. With
-        position_rolling the cache gives the positions, and `position_ids` is not read.
+        position_rolling the cache gives the positions, and `position_ids` is not read. More columns than the cache's
+        `prefill_chunk` are taken in chunks of so many, in memory for one, but for the logits and states asked for.
 
         Raises: ValueError for a mask with zeros to the right of a token, or that hides tokens which the cache holds.
         """
@@ -342,41 +345,55 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, columns = inputs.shape[:2]
-        new = None if attention_mask is None else _tokens_per_row(attention_mask, batch_size, columns, cache)
-        step = cache.begin(batch_size, columns, new)
+        new = [columns] * batch_size
+        if attention_mask is not None:
+            new = _tokens_per_row(attention_mask, batch_size, columns, cache)
 
         # H2O: padding is dropped on entry. Tokens move to the left, where causal attention needs no mask, and back.
         to_right = None
-        if min(step.new) < columns:
-            padding = columns - torch.tensor(step.new, device=inputs.device)[:, None]
+        if min(new) < columns:
+            padding = columns - torch.tensor(new, device=inputs.device)[:, None]
             column = torch.arange(columns, device=inputs.device)
             to_left, to_right = (column + padding) % columns, (column - padding) % columns
             inputs = _take_columns(inputs, to_left)
             position_ids = None if position_ids is None else _take_columns(position_ids.expand(batch_size, -1), to_left)
-        if cache.h2o.position_rolling:  # H2O: positions are slot indices
-            position_ids = torch.arange(step.width, device=inputs.device)[None]
-        elif position_ids is None:
-            position_ids = step.positions(inputs.device)
-
-        outputs = self.model(
-            input_ids=inputs if inputs_embeds is None else None,
-            inputs_embeds=None if inputs_embeds is None else inputs,
-            # H2O: a ready-made 4-D mask keeps stock Llama from building one; the cache knows what each query sees
-            attention_mask=inputs.new_empty(1, 1, 1, 1),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        cache.end()
-
-        hidden_states, all_hidden_states = outputs.last_hidden_state, outputs.hidden_states
-        if to_right is not None:
-            hidden_states = _take_columns(hidden_states, to_right)
-            if all_hidden_states is not None:
-                all_hidden_states = tuple(_take_columns(states, to_right) for states in all_hidden_states)
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, slice_indices, :])
+
+        # H2O: a long prompt comes in chunks, with a slimming after each, where that is asked for
+        hidden_states, all_hidden_states = None, None
+        chunk = cache.h2o.prefill_chunk or columns
+        as_it_is = to_right is None and chunk >= columns
+        if not as_it_is:
+            every = torch.arange(columns, device=inputs.device)[None] if to_right is None else to_right
+            every = every.expand(batch_size, -1)
+        for begin in range(0, columns, chunk):
+            end = min(begin + chunk, columns)
+            step = cache.begin(batch_size, columns, new, chunk=(begin, end))
+            if cache.h2o.position_rolling:  # H2O: positions are slot indices
+                positions = torch.arange(step.width, device=inputs.device)[None]
+            else:
+                positions = step.positions(inputs.device) if position_ids is None else position_ids[:, begin:end]
+            taken = inputs[:, begin:end]
+            outputs = self.model(
+                input_ids=taken if inputs_embeds is None else None,
+                inputs_embeds=None if inputs_embeds is None else taken,
+                # H2O: a ready-made 4-D mask keeps stock Llama from building one; the cache knows what each query sees
+                attention_mask=inputs.new_empty(1, 1, 1, 1),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            cache.end()
+            if as_it_is:
+                hidden_states, all_hidden_states = outputs.last_hidden_state[:, slice_indices], outputs.hidden_states
+                break
+            hidden_states = _put_columns(hidden_states, outputs.last_hidden_state, begin, every[:, slice_indices])
+            if outputs.hidden_states is not None:
+                before = all_hidden_states or [None] * len(outputs.hidden_states)
+                layers = zip(before, outputs.hidden_states, strict=True)
+                all_hidden_states = tuple(_put_columns(kept, states, begin, every) for kept, states in layers)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -440,9 +457,21 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
 
 def _take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """states [B, n(, H)] with row b's columns in the order columns[b]."""
+    """Row b's columns columns[b] of states [B, n(, H)]: [B, m(, H)]."""
     columns = columns.to(states.device)  # the last layer's, where layers are spread over devices
-    return states.gather(1, columns if states.ndim == 2 else columns[..., None].expand_as(states))
+    return states.gather(1, columns if states.ndim == 2 else columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _put_columns(kept: torch.Tensor | None, states: torch.Tensor, begin: int, columns: torch.Tensor) -> torch.Tensor:
+    """`kept` [B, m, H] with those of its columns, [B, m] int64, that `states` [B, n, H] holds, from column `begin` on.
+
+    Without `kept` the others are anything.
+    """
+    at = columns.to(states.device) - begin
+    there = _take_columns(states, at.clamp(0, states.shape[1] - 1))
+    if kept is None:
+        return there
+    return torch.where(((at >= 0) & (at < states.shape[1]))[..., None], there, kept)
 
 
 def _tokens_per_row(attention_mask: torch.Tensor, batch_size: int, columns: int, cache: HHCache) -> list[int]:

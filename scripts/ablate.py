@@ -368,7 +368,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(model, "hf_quantizer", None) is not None:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint whose weights are plain")
         prompts = tokenize(requests, tokenizer, model, args.model_name)
-        warn_of_long_prompts(prompts, model.config.max_position_embeddings, rolling=False)
+        warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o=None)
         with torch.cuda.device(device if device.type == "cuda" else -1):  # whose clock and memory are read; -1: no GPU
             sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
     full = file.entries[names[0]]

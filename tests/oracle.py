@@ -50,6 +50,7 @@ class Oracle:
         group_reduce="sum",
         position_rolling=False,
         score_seed=0,
+        prefill_chunk=None,
     ):
         self.model = copy.deepcopy(model).double().eval()
         self.inv_freq = model.model.rotary_emb.inv_freq.double()
@@ -68,6 +69,7 @@ class Oracle:
         self.score_every_step, self.score_decay, self.score_queries = score_every_step, score_decay, score_queries
         self.group_reduce = group_reduce
         self.position_rolling = position_rolling
+        self.prefill_chunk = prefill_chunk
         self.reset()
 
     def reset(self):
@@ -92,15 +94,35 @@ class Oracle:
 
     @torch.no_grad()
     def forward(self, tokens: list[int]) -> torch.Tensor:
-        """Attends over slots and `tokens`, then slims if due. Returns float64 logits [len(tokens), vocab]."""
+        """Attends over slots and `tokens`, then slims if due. Returns float64 logits [len(tokens), vocab].
+
+        With `prefill_chunk`, more tokens than that are taken so many at a time, and slimmed after each.
+        """
+        chunk = self.prefill_chunk or len(tokens)
+        logits = []
+        for begin in range(0, len(tokens), chunk):
+            logits.append(self._forward(tokens, begin, min(begin + chunk, len(tokens))))
+        self.clock += 1
+        return torch.cat(logits)
+
+    def _forward(self, tokens, begin, end):
+        """One chunk of a forward: tokens[begin:end]."""
         slimming_due = len(tokens) > 1 or self.clock % self.update_interval == 0
+        first_adding_query = begin  # queries before this one add no mass
+        if not (self.score_every_step or slimming_due):
+            first_adding_query = end
+        elif self.clock == 0 and self.score_queries is not None:
+            last = len(tokens)
+            if self.length() + end - begin > self.window_length:
+                last = end  # slots are dropped before the prompt's last queries are there to rank them
+            first_adding_query = max(begin, last - self.score_queries)
+        first_chunk, tokens = begin == 0, tokens[begin:end]
         hidden = self.model.model.embed_tokens(torch.tensor(tokens))
         for layer, block in enumerate(self.model.model.layers):
             normed = rms_norm(block.input_layernorm, hidden)
-            hidden = hidden + self._attention(layer, block.self_attn, normed, slimming_due)
+            hidden = hidden + self._attention(layer, block.self_attn, normed, first_adding_query - begin, first_chunk)
             hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
         logits = self.model.lm_head(rms_norm(self.model.model.norm, hidden))
-        self.clock += 1
         self.seen += len(tokens)
         if slimming_due:
             self._slim(self.recent)
@@ -127,25 +149,19 @@ class Oracle:
             raise ValueError(f"{space_needed} slots do not fit into the recent part of {self.recent}")
         self._slim(self.recent - space_needed)
 
-    def _attention(self, layer, attn, hidden, slimming_due):
+    def _attention(self, layer, attn, hidden, first_adding_query, decays):
         """Appends a slot per row of `hidden` [tokens, hidden_size] and attends causally; returns the same shape."""
         n = hidden.shape[0]
         queries = attn.q_proj(hidden).view(n, self.num_query_heads, -1)
         keys = attn.k_proj(hidden).view(n, self.num_kv_heads, -1)
         values = attn.v_proj(hidden).view(n, self.num_kv_heads, -1)
         head_dim = queries.shape[-1]
-        first_adding_query = 0  # queries before this one add no mass
-        if not (self.score_every_step or slimming_due):
-            first_adding_query = n
-        elif self.clock == 0 and self.score_queries is not None:
-            first_adding_query = max(0, n - self.score_queries)
-
         output = torch.zeros(n, self.num_query_heads, head_dim, dtype=torch.float64)
         for kv_head, slots in enumerate(self.cache[layer]):
             before = len(slots)
             for i in range(n):
                 slots.append(Slot(self.seen + i, keys[i, kv_head], values[i, kv_head]))
-            if first_adding_query < n:
+            if first_adding_query < n and decays:
                 for slot in slots:  # once a forward, however many queries it has; new slots hold 0
                     slot.mass *= self.score_decay
                     slot.count *= self.score_decay

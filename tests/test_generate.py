@@ -75,6 +75,10 @@ VARIANTS = {
     "rolling H2O": {"position_rolling": True, "update_interval": 1, "score_decay": 0.5},
     "rolling random": {"position_rolling": True, "score": "random", "slimming": "mask"},
     "mask": {"slimming": "mask", "score_norm": "mean", "update_interval": 1},
+    "chunks": {"prefill_chunk": 4, "score_decay": 0.5},
+    "rolling chunks": {"prefill_chunk": 3, "position_rolling": True, "score_norm": "mean"},
+    "chunks of last queries": {"prefill_chunk": 5, "score_queries": 2, "score_decay": 0.5, "slimming": "mask"},
+    "chunks of one": {"prefill_chunk": 1, "update_interval": 2},
 }
 
 
@@ -125,6 +129,7 @@ def test_prompts_around_the_window(llamas, length):
             "position_rolling": st.booleans(),
             "slimming": st.sampled_from(["H", "mask"]),
             "backend": st.sampled_from(BACKENDS),
+            "prefill_chunk": st.sampled_from([None, None, 2, 3, 5]),
         }
     ),
     st.lists(st.integers(1, 9), min_size=3, max_size=3),
@@ -183,9 +188,15 @@ def test_a_left_padded_batch_is_its_rows_alone(llamas, interval, rolling, backen
     assert_row_is_oracles(together, 1, oracle)
 
 
-@pytest.mark.parametrize("flags", [{"score": "random"}, {"score_norm": "mean", "score_queries": 2}], ids=str)
+@pytest.mark.parametrize("flags", [
+    {"score": "random"},
+    {"score_norm": "mean", "score_queries": 2},
+    {"prefill_chunk": 5, "score_decay": 0.5, "position_rolling": True},
+    {"prefill_chunk": 4, "score_queries": 3, "backend": "eager"},
+], ids=str)  # fmt: skip
 def test_scores_know_nothing_of_the_batch(llamas, flags):
-    """A pseudo-random choice drawn for the batch, or counts and last queries that include padding."""
+    """A pseudo-random choice drawn for the batch, or counts, last queries and chunks that include padding, or decay in
+    a chunk that a row has no token in."""
     flags = {"window_length": 6, "update_interval": 2, **flags}
     model, rows = with_flags(llamas, **flags), [prompt(4), prompt(12), prompt(9)]
     cache = HHCache(model.h2o)
@@ -356,6 +367,79 @@ def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):
         assert torch.equal(generate(model, rows, 4, prefill_chunk_size=size).sequences, expected)
 
 
+CHUNKED = [{}, {"score_queries": 4}, {"score_decay": 0.5, "score_norm": "mean"}, {"position_rolling": True}]
+
+
+@pytest.mark.parametrize("flags", CHUNKED, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_in_a_wide_window_are_the_exact_prefill(llamas, backend, flags):
+    """Chunks that a prompt shows where nothing is dropped: in its logits, in slots and mass, and so in what a later
+    turn evicts; or a clock that ticks with each, so that decode steps slim at other times."""
+    rows, turn = [prompt(21), prompt(6), prompt(14)], [prompt(7, 1), prompt(9, 1), prompt(2, 1)]
+    wide = {"window_length": 21, "update_interval": 4, "backend": backend, **flags}
+    for chunk in (1, 5, 20, 21):
+        exact, chunked = new_cache(**wide), new_cache(**wide, prefill_chunk=chunk)
+        for step, block in enumerate((rows, *([[token]] * 3 for token in prompt(6)))):
+            expected, logits = (forward(llamas.h2o, block, cache) for cache in (exact, chunked))
+            for b in range(3):
+                assert_close(logits[b], expected[b], what=f"chunks of {chunk}, forward {step}, row {b}")
+            assert (chunked.clock, chunked.lengths, chunked.evictions) == (exact.clock, exact.lengths, exact.evictions)
+            for layer, other in zip(chunked.layers, exact.layers, strict=True):
+                assert torch.equal(layer.positions, other.positions)
+                assert_close(layer.mass, other.mass, what=f"mass, chunks of {chunk}")
+        assert max(exact.evictions) == 1, "tells nothing of what is ranked"
+        forward(llamas.h2o, turn, chunked)
+        assert chunked.clock == 8 and chunked.get_seq_length() == 21 + 6 + 9
+
+
+def test_a_prompt_of_any_length_takes_window_and_chunk(gqa):
+    """Slots, keys or positions that grow with the prompt, or chunks as long as the prompt."""
+    flags = {"window_length": 8, "update_interval": 2, "position_rolling": True, "prefill_chunk": 6}
+    model, cache, seen = with_flags(gqa, **flags), new_cache(**flags), []
+    hook = model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0].shape[1], kwargs["position_ids"].max().item())),
+        with_kwargs=True,
+    )
+    long = [token for part in range(10) for token in prompt(300, part)]  # three times what the model is said to know
+    try:
+        with torch.no_grad():
+            logits = model(torch.tensor([long]), past_key_values=cache, logits_to_keep=2).logits
+    finally:
+        hook.remove()
+    assert seen == [(6, 5), (6, 11)] + [(6, 13)] * 498
+    assert logits.shape == (1, 2, VOCAB) and logits.isfinite().all()
+    assert (cache.seen, cache.lengths, cache.evictions, cache.clock) == ([3000], [8], [499], 1)
+    assert_invariants(cache)
+
+
+def test_chunks_whose_queries_do_not_count_take_no_mass(gqa):
+    """A pass over keys for the mass of no query."""
+    flags = {"window_length": 20, "score_queries": 3, "prefill_chunk": 8}
+    cache, scored, begin = new_cache(**flags), [], HHCache.begin
+    cache.begin = lambda *args, **kwargs: scored.append((step := begin(cache, *args, **kwargs)).scored) or step
+    forward(gqa.h2o, [prompt(20), prompt(20, 1)], cache)
+    assert scored == [False, False, True]
+
+
+def test_a_forward_that_stopped_between_chunks(gqa, monkeypatch):
+    """What is left of a prompt that a Ctrl-C came in: the next prompt must not go on from there."""
+    flags = {"window_length": 8, "update_interval": 2, "prefill_chunk": 4}
+    cache, end = new_cache(**flags), HHCache.end
+
+    def stop(cache):
+        end(cache)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HHCache, "end", stop)
+        forward(gqa.h2o, [prompt(10)], cache)
+    assert not cache.can_join
+    with pytest.raises(RuntimeError, match=r"did not finish.*reset"):
+        forward(gqa.h2o, [prompt(10)], cache)
+    cache.reset()
+    assert torch.equal(forward(gqa.h2o, [prompt(10)], cache)[0], forward(gqa.h2o, [prompt(10)], new_cache(**flags))[0])
+
+
 def test_embeddings_in_place_of_tokens(gqa):
     """inputs_embeds that are not freed of padding as tokens are, or that feed later steps too."""
     model, rows = with_flags(gqa, window_length=8, update_interval=3), [prompt(13), prompt(4)]
@@ -494,20 +578,22 @@ def test_other_llamas(config):
 
 
 def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
-    """A prefill that slims before it attends; and hidden states, labels and logits_to_keep of a padded batch."""
+    """A prefill that slims before it attends; and hidden states, labels and logits_to_keep of a padded batch, whose
+    tokens lie in several chunks."""
     rows = [prompt(20), prompt(7)]
     inputs = left_pad(rows)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) < 2, -100)  # nothing predicts the first
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         expected = llamas.stock(**inputs, position_ids=positions, labels=labels, output_hidden_states=True)
-        for given_positions in ({}, {"position_ids": positions}):
+        for chunk, given_positions in itertools.product((None, 6), ({}, {"position_ids": positions})):
+            window = 4 if chunk is None else 20
             outputs = llamas.h2o(
                 **inputs,
                 **given_positions,
                 labels=labels,
                 output_hidden_states=True,
-                past_key_values=new_cache(window_length=4, update_interval=1),
+                past_key_values=new_cache(window_length=window, update_interval=1, prefill_chunk=chunk),
             )
             real = inputs["attention_mask"].bool()
             assert outputs.logits.shape == expected.logits.shape
@@ -516,8 +602,9 @@ def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
             assert len(outputs.hidden_states) == len(expected.hidden_states)
             for hidden, stock in zip(outputs.hidden_states, expected.hidden_states, strict=True):
                 assert_close(hidden[real], stock[real], 1e-5)
-        for keep in (1, 3, torch.tensor([4, 19])):
-            logits = llamas.h2o(**inputs, logits_to_keep=keep).logits
+        for chunk, keep in itertools.product((None, 6), (1, 3, torch.tensor([4, 19]))):
+            cache = new_cache(window_length=20, prefill_chunk=chunk)
+            logits = llamas.h2o(**inputs, logits_to_keep=keep, past_key_values=cache).logits
             columns = slice(-keep, None) if isinstance(keep, int) else keep
             assert_close(logits[0], expected.logits[0, columns], 1e-5)
             assert_close(logits[1, -1], expected.logits[1, -1], 1e-5)
@@ -642,6 +729,8 @@ REFUSED = {
     "a decay in quotes": ({"score_decay": "0.5"}, "between 0 and 1"),
     "a switch in quotes": ({"score_every_step": "no"}, "True or False"),
     "no queries": ({"score_queries": 0}, "at least 1"),
+    "no chunk": ({"prefill_chunk": 0}, "at least 1"),
+    "half a chunk": ({"prefill_chunk": 512.5}, "whole number"),
     "a fraction of a seed": ({"score_seed": 1.5}, "whole number"),
     "a seed of 40 bits": ({"score_seed": 2**40}, "must be below"),
 }

@@ -1166,7 +1166,9 @@ def test_greedy_sequences_are_generates(gqa, flags):
         torch.testing.assert_close(torch.tensor(sequence.logprobs), logprobs, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [{}, {"update_interval": 1}, {"update_interval": 20}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"update_interval": 1}, {"update_interval": 20}, {"prefill_chunk": 3}, {"prefill_chunk": 8}], ids=str
+)
 def test_statistics_are_a_real_caches(model, flags):
     """Slots, slimmings or tokens by a formula that is not what the cache does."""
     model.h2o = settings(backend="sdpa", **flags)
@@ -1272,10 +1274,10 @@ def test_a_full_batch_after_one_that_was_not(gqa):
     assert_same_sequences(wanted, batch(gqa.stock, 1, make_sequences()))
 
 
-@pytest.mark.parametrize("limit", [1, 25])
-def test_prompts_are_prefilled_in_parts(model, monkeypatch, limit):
-    """Rows that get another part's prompts."""
-    model.h2o = settings()
+@pytest.mark.parametrize("limit, chunk", [(1, None), (25, None), (9, 4)])
+def test_prompts_are_prefilled_in_parts(model, monkeypatch, limit, chunk):
+    """Rows that get another part's prompts; chunks of a prompt that its neighbours in the batch cut otherwise."""
+    model.h2o = settings(prefill_chunk=chunk)
     expected = batch(model, 1, make_sequences())
     monkeypatch.setattr(batching, "PREFILL_TOKENS", limit)
     assert_same_sequences(batch(model, 5, make_sequences()), expected)

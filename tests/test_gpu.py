@@ -91,6 +91,8 @@ def test_auto_is_triton():
     {"update_interval": 3, "score_every_step": False, "score_queries": 4, "group_reduce": "first"},
     {"update_interval": 3, "score": "random"},
     {"update_interval": 3, "num_heavy_hitters": 0},
+    {"update_interval": 4, "prefill_chunk": 5, "position_rolling": True, "score_decay": 0.5},
+    {"update_interval": 4, "prefill_chunk": 4, "score_queries": 3, "score_norm": "mean"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("lengths", [(13,), (13, 3, 8)], ids=["one row", "left-padded"])

@@ -713,6 +713,7 @@ EVERY_FLAG = {
     "score_queries": ("--score_queries 9", 9),
     "group_reduce": ("--group_reduce first", "first"),
     "position_rolling": ("--enable_position_rolling", True),
+    "prefill_chunk": ("--prefill_chunk 11", 11),
     "capture": ("--no-capture", False),
     "compile": ("--compile", True),
 }
@@ -761,15 +762,16 @@ def test_no_capture_changes_no_text(run):
 def test_flag_of_the_default_value_reaches_the_cache(run, caches, monkeypatch):
     """`if args.flag:` drops 0, False and "all", which then silently take an edited default."""
     edited = dict(num_heavy_hitters=3, score_every_step=False, score_decay=0.9, score_queries=4, position_rolling=True)
+    edited["prefill_chunk"] = 5
     fields = [(name, type(value), dataclasses.field(default=value)) for name, value in edited.items()]
     monkeypatch.setattr(
         run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
     )
-    flags = "--num_heavy_hitter_tokens 0 --score_every_step --score_decay 0 --score_queries all"
+    flags = "--num_heavy_hitter_tokens 0 --score_every_step --score_decay 0 --score_queries all --prefill_chunk all"
     run(make_requests(1, max_tokens=2), "--enable_h2o_generation", "--no-enable_position_rolling", *flags.split())
     h2o = caches[0].h2o
     assert (h2o.num_heavy_hitters, h2o.score_every_step, h2o.score_decay) == (0, True, 0.0)
-    assert h2o.score_queries is None and h2o.position_rolling is False
+    assert h2o.score_queries is None and h2o.position_rolling is False and h2o.prefill_chunk is None
 
 
 def test_editing_a_default_is_enough(run, caches, monkeypatch):
@@ -1366,6 +1368,8 @@ BAD_FLAGS = {
     "--score_decay nan": "--score_decay=nan",
     "--score_queries 0": "--score_queries",
     "--score_queries some": "--score_queries",
+    "--prefill_chunk 0": "--prefill_chunk",
+    "--prefill_chunk none": "--prefill_chunk",
     "--score_seed 4294967296": "--score_seed",
     "--score best": "--score",
     "--slimming h": "--slimming",
@@ -1541,6 +1545,18 @@ def test_summary_that_outgrows_the_models_positions(run, tokenizer):
     request = make_requests(1, max_tokens=POSITIONS)
     assert len(run(request, *H2O, "--sample_num", "1").stderr) == 1
     assert run(request, *H2O, "--enable_position_rolling", output="rolling").stderr == []
+
+
+def test_chunks_keep_a_long_prompt_within_the_models_positions(run, tokenizer):
+    """A warning of what rolling chunks avoid, or none where even window and chunk are too long."""
+    (request,) = make_requests(1, max_tokens=POSITIONS)
+    request["article"] *= 8
+    flags = [*H2O, "--enable_position_rolling", "--prefill_chunk"]
+    chunked = run([request], *flags, "40", output="chunked")
+    assert chunked.stderr == []
+    assert chunked.results[0]["cache"]["slimmings"] > len(tokenizer(request["article"])["input_ids"]) // 40
+    (line,) = run([request], *flags, str(POSITIONS), output="wide").stderr
+    assert f"needs {POSITIONS + 24}" in line and "--prefill_chunk" in line
 
 
 # What a user in a hurry feeds it

@@ -38,6 +38,7 @@ class Step:
     due: bool  # slimming follows the attention
     scored: bool  # attention reports the mass of its queries
     first_scored: list[int]  # query columns from here to new[b] add mass
+    decays: bool = True  # mass that is there decays: once a forward, in its first chunk
     static: bool = False  # a decode step that tells the device nothing that changes from step to step: a CUDA graph's
 
     def __post_init__(self):
@@ -339,7 +340,7 @@ class HHLayer(CacheLayerMixin):
         for name, addition in added.items():
             slots = getattr(self, name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
-            if decay != 1.0:
+            if decay != 1.0 and step.decays:
                 old.mul_(decay)
             if step.decode:
                 old.add_(addition)
@@ -479,7 +480,8 @@ class HHCache(Cache):
     - `get_seq_length()` counts the columns seen (as a full cache would hold them), not the slots stored.
     - Left padding is dropped on entry: a row's slots are what they would be alone.
     - The step clock is the number of forwards since the cache was reset; slimming is due after forwards of several
-      tokens and after every `update_interval`-th forward.
+      tokens and after every `update_interval`-th forward. A forward that takes its columns in chunks is one forward
+      (one tick, one decay of mass), slimmed after each chunk.
     - The slots are allocated at the first forward of a batch size and stay at their addresses; a decode step makes
       no host wait for the device.
     - Rows are independent: one may be replaced right after a slimming (`take_rows`), and goes on as it would alone.
@@ -497,19 +499,32 @@ class HHCache(Cache):
         self.decoders = Decoders()  # what decodes over these slots from recorded graphs; generation.py's
         self.clock = 0
         self._columns = 0
+        self._chunked = 0  # columns of a forward in chunks that have been taken, 0 between forwards
         self._rows: Rows | None = None
 
     # One forward
 
-    def begin(self, batch_size: int, columns: int, new: list[int] | None = None, static: bool = False) -> Step:
+    def begin(
+        self,
+        batch_size: int,
+        columns: int,
+        new: list[int] | None = None,
+        static: bool = False,
+        chunk: tuple[int, int] | None = None,
+    ) -> Step:
         """Open a forward of [batch_size, columns] tokens; `new[b]` of row b's are real, all unless given.
+
+        Of a forward in chunks, `chunk` says which columns (begin, end) are taken now; the others come before and after,
+        each opened and closed in turn. Where `score_queries` counts the last queries of a prompt, those are the last of
+        a chunk that drops slots, and of the whole prompt: slots cannot be ranked by queries that are still to come.
 
         With `static`, a decode step tells the device nothing that changes from step to step, so that a CUDA graph can
         hold it: what the device counts, it counts in `Rows.count_step` and `slim_all`, which are recorded with it.
 
         Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset.
         """
-        if self.step is not None:
+        begin, end = (0, columns) if chunk is None else chunk
+        if self.step is not None or begin != self._chunked:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
             self._rows, self.layers, self.decoders = Rows(batch_size), [], Decoders()
@@ -521,11 +536,16 @@ class HHCache(Cache):
             raise ValueError(f"{len(new)} token counts for {batch_size} rows")
         decode = self.clock > 0 and columns == 1 and min(new) == 1
         due = not decode or self.due
+        later = [max(0, n - end) for n in new]
+        new = [min(max(0, n - begin), end - begin) for n in new]
         first_scored = [0] * batch_size
         if self.clock == 0 and h2o.score_queries is not None:
-            first_scored = [max(0, n - h2o.score_queries) for n in new]
-        scored = h2o.needs_mass and (h2o.score_every_step or due)
-        self.step = Step(rows, rows.lengths, new, columns, decode, due, scored, first_scored, static)
+            for b, length in enumerate(rows.lengths):
+                last = new[b] + (later[b] if length + new[b] <= h2o.window_length else 0) - h2o.score_queries
+                first_scored[b] = min(max(0, last), new[b])
+        scored = h2o.needs_mass and (h2o.score_every_step or due) and (decode or first_scored != new)
+        self._chunked = end % columns
+        self.step = Step(rows, rows.lengths, new, end - begin, decode, due, scored, first_scored, begin == 0, static)
         rows.append(new, on_device=not static)
         return self.step
 
@@ -578,7 +598,7 @@ class HHCache(Cache):
         if self.step.due:
             self._rows.cut(self.h2o.window_length, on_device=not self.step.static)
         self._columns += self.step.columns
-        self.clock += 1
+        self.clock += self._chunked == 0
         self.step = None
 
     @property
@@ -589,7 +609,8 @@ class HHCache(Cache):
     @property
     def can_join(self) -> bool:
         """Whether the last forward slimmed, or nothing has been seen: where `take_rows` may exchange rows."""
-        return self.step is None and (self.clock == 0 or (self.clock - 1) % self.h2o.update_interval == 0)
+        between = self.step is None and not self._chunked
+        return between and (self.clock == 0 or (self.clock - 1) % self.h2o.update_interval == 0)
 
     # Between forwards
 
@@ -613,7 +634,7 @@ class HHCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens and counts, and set the clock to 0; the slots stay allocated, for a next use."""
-        self.step, self.clock, self._columns = None, 0, 0
+        self.step, self.clock, self._columns, self._chunked = None, 0, 0, 0
         if self._rows is not None:
             self._rows.clear()
         for layer in self.layers:
