@@ -333,6 +333,21 @@ def test_prefill_memory_is_linear_in_the_prompt(monkeypatch, half_on_gpu, backen
     assert peak < 4 * n * n, "one head's logits in float32 would not fit"
 
 
+def test_prefill_memory_in_chunks_is_the_chunks(half_on_gpu):
+    """Keys, values or states of a whole prompt that are kept while its chunks are computed."""
+    peaks, (short, long) = [], (4096, 65536)
+    for n in (short, long, short, long):  # the first compiles
+        inputs = torch.tensor([prompt(n)], device="cuda")
+        cache = new_cache(window_length=64, update_interval=8, prefill_chunk=1024, position_rolling=True)
+        with torch.no_grad():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            half_on_gpu.h2o(inputs, past_key_values=cache, logits_to_keep=1)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert (cache.seen, cache.lengths) == ([n], [64])
+    assert peaks[3] - peaks[2] < 32 * (long - short), "more than a token's number and column"
+
+
 def test_half_precision_generates_ragged_batches(half_on_gpu):
     """bf16 slots moved, padded and slimmed: a padded row's slots are, but for rounding, what it has alone."""
     flags = {"window_length": 24, "update_interval": 4}
