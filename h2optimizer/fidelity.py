@@ -53,7 +53,7 @@ class ForcedDecode:
 
 @dataclass
 class Fidelity:
-    """Sums over a text's tokens but the first, which prefill decides and no cache can change."""
+    """Sums over a text's tokens but the first, which prefill decides: an exact one, whatever the cache."""
 
     tokens: int = 0
     agreed: int = 0  # where the most probable token is the same

@@ -24,7 +24,9 @@ class Score(NamedTuple):
 
     logprob: float  # nats, the sum of its tokens
     greedy: bool  # whether each of them is the most probable one
-    after_eviction: int  # how many came after the cache had dropped slots; the first, which prefill decides, never does
+    after_eviction: (
+        int  # how many came after the cache had dropped slots: not the first, but where chunks of its context did
+    )
 
 
 def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None) -> list[Score]:
@@ -34,7 +36,8 @@ def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | 
     said = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]
     said = torch.tensor(said, device=model.device)
     forced = ForcedDecode(model, [context for context, _ in pairs], pad_token_id)
-    logprobs, greedy, after_eviction = [], [], [0] * len(pairs)
+    logprobs, greedy = [], []
+    after_eviction = [int(_evicts_in_prefill(getattr(model, "h2o", None), len(context))) for context, _ in pairs]
     for step in range(steps):
         if step:
             for row, evictions in enumerate(getattr(forced.cache, "evictions", ())):
@@ -47,6 +50,13 @@ def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | 
         torch.stack(logprobs, 1).tolist(), torch.stack(greedy, 1).tolist(), lengths, after_eviction, strict=True
     )
     return [Score(sum(row[:n]), all(same[:n]), after) for row, same, n, after in table]
+
+
+def _evicts_in_prefill(h2o, tokens: int) -> bool:
+    """Whether slots are dropped before the last chunk of a context of so many tokens; `h2o` None is the full cache."""
+    if h2o is None or h2o.prefill_chunk is None:
+        return False
+    return (tokens - 1) // h2o.prefill_chunk * h2o.prefill_chunk > h2o.window_length
 
 
 def score_in_batches(

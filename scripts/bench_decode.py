@@ -24,6 +24,7 @@ with slimmings --update_interval steps apart.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -105,8 +106,7 @@ def make_systems(args, model, stock) -> dict[str, System]:
     """The systems of the generate part by name; auto is the Triton kernels on CUDA, and captured there."""
 
     def h2o(name: str, **flags) -> System:
-        settings = H2OConfig(window_length=args.window_length, update_interval=args.update_interval, **flags)
-        return System(name, model, settings)
+        return System(name, model, dataclasses.replace(args.h2o, **flags))
 
     systems = [System(STOCK, stock)]
     if args.static and not args.prefill_only:
@@ -344,12 +344,11 @@ def measure_batches(
 
 
 def decode_rows(args, model, stock) -> Iterator[dict]:
-    settings = {"window_length": args.window_length, "update_interval": args.update_interval}
-    h2o = {"H2O": H2OConfig(**settings)}
+    h2o = {"H2O": args.h2o}
     if args.compile:
-        h2o["H2O compile"] = H2OConfig(**settings, compile=True)
+        h2o["H2O compile"] = dataclasses.replace(args.h2o, compile=True)
     if args.update_interval > 1:
-        h2o["H2O N=1"] = H2OConfig(window_length=args.window_length, update_interval=1)
+        h2o["H2O N=1"] = dataclasses.replace(args.h2o, update_interval=1)
     for context in args.contexts:
         row_bytes = row_held(model.config, model.dtype.itemsize, context + args.new_tokens)
         times = {}
@@ -473,6 +472,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
     parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
     parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
+    parser.add_argument("--prefill_chunk", type=count, help="prompt tokens between H2O's slimmings; exact unless given")
+    parser.add_argument("--position_rolling", action="store_true", help="H2O's keys are rotated by slot index")
     parser.add_argument(
         "--prompts", type=sizes("length", "batch"), default="2048x1,2048x16,8192x1,32768x1",
         help="generate part: prompt length x batch, comma-separated; '' = none",
@@ -499,7 +500,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=count, default=3, help="runs, of which the median counts")
     args = parser.parse_args(argv)
     try:
-        H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
+        fields = ("window_length", "update_interval", "prefill_chunk", "position_rolling")
+        args.h2o = H2OConfig(**{name: getattr(args, name) for name in fields})
     except ValueError as error:
         parser.error(str(error))
     if args.prefill_only and (args.contexts or args.first):
@@ -525,6 +527,7 @@ def run(args) -> None:
     report = device_report(args.device) | {
         "weights_GB": round(read_weights(model) / 1e9, 2),
         "bandwidth_TBps": args.bandwidth,
+        "h2o": dataclasses.asdict(args.h2o),
     }
     rows = []
     for part in (generate_rows, decode_rows, first_rows, launch_rows):

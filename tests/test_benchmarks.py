@@ -77,6 +77,7 @@ def test_counted_work():
 @pytest.mark.parametrize("flags, keys", [
     (("--backends", "sdpa", "--alone", "32"), {"prefill_ms", "decode_ms", "decode_ms_x", "x_floor"}),
     (("--prefill_only", "--backends"), {"prefill_ms", "prefill_ms_x"}),
+    (("--prefill_only", "--backends", "--prefill_chunk", "5", "--position_rolling"), {"prefill_ms", "prefill_ms_x"}),
 ])  # fmt: skip
 def test_generate(capsys, flags, keys):
     """A system or a figure that went missing."""

@@ -137,6 +137,21 @@ def in_loop(lm, context: list[int], continuation: list[int]) -> tuple[float, boo
     return total, greedy
 
 
+def after_eviction(context: int, continuation: int, chunk: int | None) -> int:
+    """How many of a continuation's tokens come after NARROW has dropped slots, by counting them."""
+    chunk, kept, evicted, after = chunk or context, 0, False, 0
+    for begin in range(0, context, chunk):
+        before, kept = evicted, kept + min(chunk, context - begin)
+        evicted, kept = evicted or kept > 24, min(kept, 24)
+    after += before
+    for step in range(1, continuation):
+        after += evicted
+        kept += 1
+        if step % 4 == 0:
+            evicted, kept = evicted or kept > 24, min(kept, 24)
+    return after
+
+
 def assert_scores(actual, expected) -> None:
     assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
     assert [logprob for logprob, _ in actual] == pytest.approx([logprob for logprob, _ in expected], rel=1e-5, abs=1e-4)
@@ -159,10 +174,11 @@ def test_wide_window_scores_as_hflm(make_lm, checkpoint, batch_size, settings):
     assert expected[-1] == 0
 
 
-@pytest.mark.parametrize("batch_size, rolling", [(1, False), (4, True)])
-def test_narrow_window_scores_as_a_loop(make_lm, batch_size, rolling):
-    """Scores that ignore eviction, as those of one forward over context and continuation do."""
-    lm = make_lm(**NARROW, position_rolling=rolling, batch_size=batch_size)
+@pytest.mark.parametrize("batch_size, rolling, chunk", [(1, False, None), (4, True, None), (4, False, 8)])
+def test_narrow_window_scores_as_a_loop(make_lm, batch_size, rolling, chunk):
+    """Scores that ignore eviction, as those of one forward over context and continuation do; first tokens that are
+    said to be the full cache's where chunks of the context had been evicted, or not to be."""
+    lm = make_lm(**NARROW, position_rolling=rolling, batch_size=batch_size, prefill_chunk=chunk)
     asked = [pair for pair in pairs(lm) if pair[0]]
     tokens = [lm._encode_pair(*pair) for pair in asked]
     room = [POSITIONS if rolling else POSITIONS + 1 - len(continuation) for _, continuation in tokens]
@@ -173,9 +189,10 @@ def test_narrow_window_scores_as_a_loop(make_lm, batch_size, rolling):
     full = make_lm(full_cache=True).loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
     differ = [abs(a - b) > 0.01 for (a, _), (b, _) in zip(scores, full, strict=True)]
     single = [len(continuation) == 1 for _, continuation in tokens]
-    assert any(differ) and any(single) and not any(d and s for d, s in zip(differ, single, strict=True))
-    after = sum(len(rest) - 1 for context, rest in tokens if len(context) > 24)
-    assert lm.evictions["task"]["tokens_after_eviction"] >= after > 0
+    assert any(differ) and any(single)
+    assert any(d and s for d, s in zip(differ, single, strict=True)) == (chunk is not None)
+    after = sum(after_eviction(len(c[-n:]), len(rest), chunk) for n, (c, rest) in zip(room, tokens, strict=True))
+    assert lm.evictions["task"]["tokens_after_eviction"] == after > 0
 
 
 @pytest.mark.parametrize("rolling", [False, True])
