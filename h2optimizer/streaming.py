@@ -1,0 +1,124 @@
+"""One sequence without end: turns are fed and answered over one cache, which is slimmed to make room for each turn.
+
+As H2O's and StreamingLLM's (arXiv 2309.17453) streams do, with any of this cache's policies. With position_rolling no
+position passes the window and an interval, so that the model's trained positions never run out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import DynamicCache
+
+from h2optimizer.batching import FullCacheDecoder, RowSampler, Sequence
+from h2optimizer.generation import Decoder, choose_greedily, token_logprobs
+from utils.cache import HHCache
+
+
+class Stream:
+    """A model, its cache, and how far they have come.
+
+    Turns are fed in pieces. Room for each is made first (`evict_for_space`), out of the window's recent slots, so that
+    a piece takes at most half of those, or `prefill_chunk` where that is less. With stock Llama, the baseline, the
+    cache is full and grows until memory ends.
+
+    Args:
+        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        eos_token_ids: tokens that end a reply.
+        temperature, top_p: 0 and 1 decode greedily; else each token is drawn, `seed` fixing all of them.
+    """
+
+    def __init__(self, model, eos_token_ids: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
+        self.model, self.eos, self.h2o = model, eos_token_ids, getattr(model, "h2o", None)
+        self.cache = DynamicCache(config=model.config) if self.h2o is None else HHCache(self.h2o)
+        self.pending: int | None = None  # the last token of a reply: said, and not fed yet
+        self.fed = 0  # tokens that the cache has seen
+        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the token after those fed
+        self._decoder: Decoder | FullCacheDecoder | None = None
+        self._sampler, self._row = None, Sequence([], 1, temperature, top_p, (seed,))
+        if temperature:
+            self._sampler = RowSampler(1, model.device, nucleus=top_p < 1)
+        if self.h2o is not None:
+            model.merge_projections()
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a turn that are fed at once."""
+        if self.h2o is None:
+            return 512
+        most = max(1, self.h2o.recent // 2)
+        return most if self.h2o.prefill_chunk is None else min(most, self.h2o.prefill_chunk)
+
+    @torch.inference_mode()
+    def feed(self, tokens: list[int]) -> tuple[float, int]:
+        """Let the cache see a turn's tokens, at least one, after the last of the reply before it.
+
+        Returns: the sum of their negative log-likelihoods in nats, each after what the cache held then, and how many
+        were scored: all but the stream's first, and the first after a reply whose last token was taken away.
+        """
+        said = [] if self.pending is None else [self.pending]
+        self.pending = None
+        skip = int(bool(said) or self._logits is None)  # what was said has been scored, or nothing stands before it
+        nll, scored, tokens = 0.0, len(said) + len(tokens) - skip, said + tokens
+        for begin in range(0, len(tokens), self.piece):
+            part = torch.tensor([tokens[begin : begin + self.piece]], device=self.model.device)
+            where = {}
+            if self.h2o is None:
+                where["position_ids"] = torch.arange(self.fed, self.fed + part.shape[1], device=part.device)[None]
+            else:
+                self.cache.evict_for_space(part.shape[1])
+            logits = self.model(part, past_key_values=self.cache, **where).logits[0]
+            if len(of := part[0, skip:]):
+                before = logits[:-1] if self._logits is None else torch.cat([self._logits, logits[:-1]])
+                nll -= float(token_logprobs(before[-len(of) :], of).sum(dtype=torch.float64))
+            self._logits, skip = logits[-1:], 0
+            self.fed += part.shape[1]
+        return nll, scored
+
+    @torch.inference_mode()
+    def say(self, max_tokens: int) -> Iterator[tuple[int, float]]:
+        """A reply, token by token as it is decoded, each with its log-probability; ends with an end-of-sequence token.
+
+        The last token is fed with the next turn: `pending`, which may be taken away before.
+        """
+        choose = choose_greedily if self._sampler is None else self._sampler.at([0], [self._row])
+        tokens = choose(self._logits)
+        logprob, self._logits = token_logprobs(self._logits, tokens), None
+        decoder = self._start(tokens)
+        for step in range(max_tokens):
+            if step:
+                if self._sampler is not None:
+                    self._sampler.draw([self._row], 1)
+                tokens, logprob = (got[:, 0] for got in decoder.decode(1))
+                self.fed += 1
+            self.pending = int(tokens)
+            yield self.pending, float(logprob)
+            if self.pending in self.eos:
+                break
+
+    def _start(self, tokens: torch.Tensor) -> Decoder | FullCacheDecoder:
+        """The stream's decoder, which goes on from these tokens [1]."""
+        choose = self._sampler or choose_greedily
+        if self.h2o is None:
+            mask = torch.ones(1, 1, dtype=torch.long, device=tokens.device)
+            self._decoder = FullCacheDecoder(self.model, self.cache, choose, mask)
+            self._decoder.position += self.fed - 1
+        elif self._decoder is None:
+            eos = torch.tensor(sorted(self.eos), device=tokens.device) if self.eos else None
+            self._decoder = Decoder(self.model, self.cache, choose, eos, logprobs=True)
+        self._decoder.start(tokens, [0])
+        return self._decoder
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache that are filled."""
+        return self.fed if self.h2o is None else max(self.cache.lengths, default=0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache."""
+        if self.h2o is not None:
+            return self.cache.nbytes
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

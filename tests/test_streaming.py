@@ -1,0 +1,340 @@
+"""Streams: one cache across turns against a plain loop over the model, and scripts/run_streaming.py as its users run it."""
+
+import gc
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DynamicCache
+
+import run_summarization
+from checkpoints import made_up_text, make_checkpoint
+from conftest import prompt
+from h2optimizer import H2OConfig
+from h2optimizer.streaming import Stream
+from test_benchmarks import load
+from utils.cache import HHCache
+
+SMALL = dict(window_length=16, num_heavy_hitters=6, update_interval=4)
+TURNS = [prompt(23), prompt(4, 1), prompt(1, 1), prompt(9, 2)]
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<s>be brief\n{% endif %}"
+    "[{{ m['role'] }}]{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>\n{% else %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@torch.no_grad()
+def in_loop(model, turns, said, piece):
+    """Replies and log-likelihoods of what is given, by one call of the model after another; the cache they leave."""
+    h2o = getattr(model, "h2o", None)
+    cache = DynamicCache(config=model.config) if h2o is None else HHCache(h2o)
+    everything, replies, nll, scored, before = [], [], [], [], None
+    for turn in turns:
+        tokens, skip = (replies[-1][-1:] if replies else []) + turn, 1
+        nll.append(0.0)
+        scored.append(len(tokens) - 1)
+        for begin in range(0, len(tokens), piece):
+            part = tokens[begin : begin + piece]
+            if h2o is not None:
+                cache.evict_for_space(len(part))
+            logits = model(torch.tensor([part]), past_key_values=cache).logits[0].double()
+            for token, scores in zip(part, [before, *logits[:-1]], strict=True):
+                nll[-1] -= 0.0 if skip else scores.log_softmax(-1)[token].item()
+                skip = 0
+            before = logits[-1]
+            everything += part
+        replies.append([int(before.argmax())])
+        while len(replies[-1]) < said:
+            logits = model(torch.tensor([replies[-1][-1:]]), past_key_values=cache).logits[0, -1]
+            everything.append(replies[-1][-1])
+            replies[-1].append(int(logits.argmax()))
+    return replies, nll, scored, cache, everything
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"position_rolling": True}, {"prefill_chunk": 3, "score": "sink"}, None], ids=str
+)
+def test_turns_over_one_cache(gqa, flags):
+    """A last token that is fed twice or never, room that is not made, scores of the wrong token or after a reply."""
+    model = gqa.stock
+    if flags is not None:
+        model, gqa.h2o.h2o = gqa.h2o, H2OConfig(**SMALL, **flags)
+    stream = Stream(model, set())
+    piece = stream.piece
+    assert piece == (512 if flags is None else flags.get("prefill_chunk", 5))
+    replies, nll, scored, cache, everything = in_loop(model, TURNS, 11, piece)
+    for turn, reply, loss, tokens in zip(TURNS, replies, nll, scored, strict=True):
+        got = stream.feed(turn)
+        assert got[1] == tokens and got[0] == pytest.approx(loss, rel=1e-4, abs=1e-4)
+        assert [token for token, _ in stream.say(11)] == reply
+    assert stream.fed == len(everything) and stream.pending == replies[-1][-1]
+    if flags is None:
+        assert stream.slots == stream.fed == stream.cache.get_seq_length()
+        assert stream.kv_bytes == stream.fed * 2 * 2 * 2 * 16 * 4
+        whole = model(torch.tensor([everything])).logits[0]  # the cache in its pieces is the whole text's
+        assert int(whole[-1].argmax()) == replies[-1][-1]
+    else:
+        assert stream.cache.lengths == cache.lengths and stream.slots == cache.lengths[0] <= 20
+        assert torch.equal(stream.cache.positions(1), cache.positions(1)) and stream.kv_bytes == cache.nbytes
+
+
+def test_reply_ends_at_an_eos_token_or_where_it_is_cut(gqa):
+    """A reply that runs on; a token that was taken away and is fed, or the next one scored by logits of before it."""
+    gqa.h2o.h2o = H2OConfig(**SMALL)
+
+    def reply(stream):
+        stream.feed(TURNS[0])
+        return [token for token, _ in stream.say(12)]
+
+    whole = reply(Stream(gqa.h2o, set()))
+    ended = Stream(gqa.h2o, {eos := whole[5]})
+    assert reply(ended) == whole[: whole.index(eos) + 1] and ended.pending == eos
+    ended.pending, fed = None, ended.fed
+    assert ended.feed([3, 4, 5])[1] == 2 and ended.fed == fed + 3
+
+
+def test_samples_follow_the_seed(gqa):
+    """A temperature that is not used, numbers of one reply that come again in the next, or a generator of torch's."""
+    gqa.h2o.h2o = H2OConfig(**SMALL)
+    said = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(said))
+        stream = Stream(gqa.h2o, set(), temperature=1.5, top_p=0.95, seed=seed)
+        said.append([])
+        for turn in (TURNS[0], TURNS[0]):
+            stream.feed(turn)
+            said[-1].append([token for token, _ in stream.say(9)])
+    assert said[0] == said[1] != said[2] and said[0][0] != said[0][1]
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load("run_streaming")
+
+
+@pytest.fixture
+def streamed(script, checkpoint, tmp_path, capsys, monkeypatch):
+    """streamed(lines or text of the standard input, *flags): exit status, stdout, lines of stderr, lines of the report.
+    `streams` holds the streams that were made."""
+
+    def run(given, *flags):
+        path = tmp_path / "in.jsonl"
+        if isinstance(given, str):
+            path = "-"
+            monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+        elif given is not None:
+            path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in given))
+        argv = ["--input-path", path, "--model-name", checkpoint, "--device", "cpu", "--max_tokens", 9, *flags]
+        code = script.main([*map(str, argv)])
+        out, err = capsys.readouterr()
+        err = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+        report = tmp_path / "report.jsonl"
+        return code, out, err, [json.loads(line) for line in report.open()] if report.exists() else []
+
+    run.streams, made = [], script.Stream.__init__
+    monkeypatch.setattr(
+        script.Stream, "__init__", lambda stream, *args: made(stream, *args) or run.streams.append(stream)
+    )
+    return run
+
+
+FLAGS = ["--enable_h2o_generation", "--num_window_length=16", "--num_heavy_hitter_tokens=6", "--update_interval=4"]
+ROLLING = [*FLAGS, "--enable_position_rolling"]
+TEXTS = [made_up_text(2, seed) for seed in range(4)]
+
+
+def test_every_form_of_input(streamed, tokenizer):
+    """A form whose turns are not all fed, in their order, or one cache for each; what is said and not printed."""
+    forms = [
+        [{"question_id": 1, "category": "x", "turns": TEXTS[:2]}, "", {"turns": TEXTS[2:]}],
+        [{"prompt": text} for text in TEXTS],
+        [{"article": text, "summary_gt": "x", "max_tokens": 9} for text in TEXTS],
+        "".join(f"{text}\n" for text in [*TEXTS[:2], "", *TEXTS[2:], "/quit", "more"]),
+    ]
+    printed = []
+    for form in forms:
+        code, out, err, _ = streamed(form, *ROLLING)
+        assert code == 0 and not err
+        printed.append([line for line in out.splitlines() if not line.startswith(">>> ")])
+    assert printed[0] == printed[1] == printed[2] == printed[3] and len(printed[0]) == 4
+    model = streamed.streams[0].model
+    stream = Stream(model, set())
+    for text, line in zip(TEXTS, printed[0], strict=True):
+        stream.feed(tokenizer(text)["input_ids"])
+        assert tokenizer.decode([token for token, _ in stream.say(9)]) == line
+    assert [stream.fed] * 4 == [each.fed for each in streamed.streams[:4]]
+
+
+def test_replies_end_where_their_turn_says(streamed, tokenizer):
+    """max_tokens or stop strings of a request that do nothing; a stop string that is fed with the next turn."""
+    _, out, _, _ = streamed([{"prompt": TEXTS[0]}], *FLAGS)
+    reply = out.splitlines()[1]
+    stop = reply[4:6]
+    assert reply.index(stop) == 4
+    _, out, _, _ = streamed(
+        [{"prompt": TEXTS[0], "stop": [stop]}, {"prompt": TEXTS[1], "max_tokens": 2}, {"prompt": TEXTS[2]}], *FLAGS
+    )
+    _, first, _, second, _, third = out.splitlines()
+    assert stop in first and len(tokenizer(first)["input_ids"]) < 9 and reply.startswith(first)
+    assert len(tokenizer(second)["input_ids"]) <= 2 < len(third)
+
+
+def test_chat_is_the_templates_own_conversation(streamed, script, checkpoint, tokenizer, monkeypatch):
+    """A later turn with the template's beginning once more, a reply that is not closed, or is closed twice."""
+    fed, feed = [], script.Stream.feed
+    monkeypatch.setattr(script.Stream, "feed", lambda stream, tokens: fed.append(tokens) or feed(stream, tokens))
+    code, _, err, _ = streamed([{"turns": TEXTS[:3]}], *ROLLING, "--chat")
+    assert code == 2 and "--chat: " in err[-1] and "template" in err[-1]
+    monkeypatch.setattr(script, "load_model", lambda *args: (model, with_template))
+    args = script.parse_args(["--model-name", str(checkpoint), *ROLLING])
+    model, with_template = run_summarization.load_model(args, script.h2o_config(args), torch.device("cpu"))
+    with_template.chat_template = TEMPLATE
+    code, out, err, _ = streamed([{"turns": TEXTS[:3]}], *ROLLING, "--chat")
+    assert code == 0 and not err
+    replies = [line for line in out.splitlines() if not line.startswith(">>> ")]
+    messages = []
+    for text, reply in zip(TEXTS, replies, strict=False):
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+    expected = with_template.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    given = [tokenizer.decode(tokens) for tokens in fed]
+    assert "".join(text + reply for text, reply in zip(given, [*replies[:2], ""], strict=True)) == expected
+    eos = tokenizer.eos_token_id
+    wording = script.Wording(with_template, "x", chat=True)
+    assert wording.closing[0] == eos and wording.close(eos) == wording.closing[1:] and wording.close(7)[0] == eos
+    with_template.chat_template = "{{ messages | length }}" + TEMPLATE
+    code, _, err, _ = streamed([{"turns": TEXTS[:3]}], *ROLLING, "--chat")
+    assert code == 2 and "rewrites earlier turns" in err[-1]
+
+
+def test_report_says_what_passed(streamed, tokenizer, tmp_path):
+    """Perplexities of other tokens, or means of means; tokens that no line counts; a figure that is not drawn."""
+    flags = ["--report", tmp_path / "report.jsonl", "--stream_tokens", 600, "--quiet"]
+    code, out, err, (head, *lines, end) = streamed([{"prompt": text} for text in TEXTS], *ROLLING, *flags)
+    assert code == 0 and head == {"stream": "window 16, N = 4, rolling"} and end["ended"] is None
+    stream = streamed.streams[0]
+    turns = [tokenizer(text)["input_ids"] for text in TEXTS]
+    given = sum(line["given"] for line in lines)
+    assert end["tokens"] == lines[-1]["tokens"] == given + sum(line["said"] for line in lines) >= 600
+    passed = (turns * 9)[: sum(line["said"] for line in lines) // 9]
+    _, nll, scored, *_ = in_loop(stream.model, passed, 9, 5)
+    assert given == sum(map(len, passed)) == sum(scored) + 1
+    total = sum(math.log(line["perplexity_given"]) * line["given"] for line in lines if "perplexity_given" in line)
+    assert total == pytest.approx(sum(nll), rel=0.02)  # a block that holds the first token counts one too many
+    assert all(line["slots"] <= 20 and line["kv_bytes"] == stream.kv_bytes for line in lines)
+    assert all(line["ms_said"] > 0 for line in lines if line["said"]) and lines[0]["memory_bytes"] > 2**20
+    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == ["second tenth", "last tenth", "ratio"]
+    assert err[-1].startswith("figures: ")
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"report.{kind}").stat().st_size > 5000
+    code, _, err, _ = streamed(
+        [{"prompt": text} for text in TEXTS], "--report", tmp_path / "full.jsonl", "--beside", tmp_path / "report.jsonl"
+    )
+    assert code == 0 and "full cache" in (tmp_path / "full.svg").read_text()
+    assert "window 16" in (tmp_path / "full.svg").read_text()
+
+
+@pytest.mark.parametrize("flags, status", [([], 0), (ROLLING, 2)], ids=["full", "h2o"])
+def test_memory_that_ends(streamed, script, monkeypatch, tmp_path, flags, status):
+    """The baseline's end as a traceback, or one that takes the report along."""
+    feed, fed = script.Stream.feed, []
+
+    def fails(stream, tokens):
+        fed.append(tokens)
+        if len(fed) == 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        return feed(stream, tokens)
+
+    monkeypatch.setattr(script.Stream, "feed", fails)
+    report = ["--report", tmp_path / "report.jsonl", "--report_every", 10]
+    code, _, err, (_, *lines, end) = streamed([{"prompt": text} for text in TEXTS], *flags, *report)
+    assert code == status and lines[-1]["tokens"] == end["tokens"] == sum(map(len, fed[:2])) + 18
+    (line,) = (line for line in err if "out of memory after" in line)
+    assert f"out of memory after {end['tokens']} tokens" in line and "KV cache" in line and end["ended"] in line
+    assert line.startswith("full cache: " if status == 0 else "error: ")
+
+
+def test_interrupted_stream_keeps_its_report(streamed, script, monkeypatch, tmp_path):
+    """Ctrl-C that loses what was measured."""
+    say = script.Stream.say
+
+    def interrupted(stream, tokens):
+        yield from say(stream, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Stream, "say", interrupted)
+    code, _, err, (_, line, end) = streamed([{"prompt": TEXTS[0]}], *FLAGS, "--report", tmp_path / "report.jsonl")
+    assert code == 130 and err[-1].startswith("interrupted: ") and line["said"] == 3
+    assert end["tokens"] == line["given"] + 3
+
+
+def test_report_without_matplotlib(streamed, monkeypatch, tmp_path):
+    """Hours of a stream that are lost because a figure cannot be drawn."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err, lines = streamed([{"prompt": TEXTS[0]}], *FLAGS, "--report", tmp_path / "report.jsonl")
+    assert code == 2 and "pip install matplotlib" in err[-1] and len(lines) == 3
+
+
+def test_positions_that_run_out_are_said_once(streamed):
+    """A stream past the trained positions in silence, or a warning where rolling keeps below them."""
+    lines = [{"prompt": text} for text in TEXTS]
+    for flags, warnings in ((FLAGS, 1), ([], 1), (ROLLING, 0)):
+        _, _, err, _ = streamed(lines, *flags, "--stream_tokens", "400", "--quiet")
+        assert len([line for line in err if line.startswith("warning: ")]) == warnings
+
+
+@pytest.mark.parametrize("lines, flags, words", [
+    (["{"], [], "in.jsonl, line 1: not JSON"),
+    ([{"prompt": "a"}, [1]], [], "in.jsonl, line 2: not a JSON object"),
+    ([{"text": "a"}], [], "line 1: has none of turns (a list), prompt, article"),
+    ([{"turns": []}], [], "line 1: 'turns' must be a list of texts"),
+    ([{"turns": ["a", 3]}], [], "line 1: 'turns' must be a list of texts"),
+    ([{"prompt": " "}], [], "line 1: 'prompt' must be a text"),
+    ([{"prompt": "a", "stop": [""]}], [], "line 1: 'stop' must be"),
+    ([{"prompt": "a", "max_tokens": 0}], [], "line 1: 'max_tokens' must be"),
+    ([], [], "holds no turns"),
+    (None, [], "in.jsonl: cannot be read"),
+    ([{"prompt": "a"}], ["--temperature", "-1"], "--temperature"),
+    ([{"prompt": "a"}], ["--top_p", "0"], "--top_p"),
+    ([{"prompt": "a"}], ["--beside", "x.jsonl"], "--beside"),
+    ([{"prompt": "a"}], ["--report", "/nowhere/r.jsonl", "--beside", "/nowhere/y.jsonl"], "--beside /nowhere/y.jsonl"),
+    ([{"prompt": "a"}], ["--report", "/proc/r.jsonl"], "--report /proc/r.jsonl: cannot be written"),
+    ([{"prompt": "a"}], ["--num_window_length", "16"], "--num_window_length: does nothing without"),
+    ("a\n", ["--stream_tokens", "9"], "--stream_tokens goes round a file"),
+])  # fmt: skip
+def test_bad_input_is_one_line(streamed, lines, flags, words):
+    """A traceback, or a line that does not say what to put right."""
+    code, out, err, _ = streamed(lines, *flags)
+    assert code == 2 and not out and len(err) == 1
+    assert err[0].startswith("error: ") and words in err[0]
+
+
+def test_nothing_grows_with_the_stream(gqa):
+    """Lists, plans, masks or decoders that are kept turn after turn."""
+    gqa.h2o.h2o = H2OConfig(**SMALL, position_rolling=True)
+    stream = Stream(gqa.h2o, set())
+    objects = []
+    for turn in range(60):
+        stream.feed(TURNS[turn % 4])
+        list(stream.say(5))
+        if turn % 20 == 19:
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+    assert objects[2] - objects[1] < 20
+    assert stream.cache.evictions[0] > 100 and stream.fed > 800
