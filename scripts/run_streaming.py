@@ -6,8 +6,8 @@
 
 --input-path is a jsonl of MT-Bench's form (`turns`, a list), of prompts (`prompt`), or of this project's requests
 (`article`, with its `max_tokens` and `stop`), or - for a chat on the standard input. One cache is kept across all
-turns; room for each is made before it is fed. Without --enable_h2o_generation the cache is stock Llama's full one, which
-grows until memory ends: that is caught, and said with what had passed by then.
+turns; room for each is made before it is fed. Without --enable_h2o_generation the cache is stock Llama's full one,
+which grows until memory ends: that is caught, and said with what had passed by then.
 
 --report writes a line for every --report_every tokens: perplexity of the tokens given (each after what the cache held)
 and of those said, milliseconds a token, memory and slots; and draws them, --beside other reports.

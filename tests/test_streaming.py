@@ -1,4 +1,4 @@
-"""Streams: one cache across turns against a plain loop over the model, and scripts/run_streaming.py as its users run it."""
+"""Streams: one cache across turns against a plain loop over the model; scripts/run_streaming.py as its users run it."""
 
 import gc
 import io
