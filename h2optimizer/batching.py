@@ -210,6 +210,7 @@ class Batcher:
         rows: sequences decoded at once.
         eos_token_ids, pad_token_id: as the model's generation config has them.
         sampling: whether any sequence samples; nucleus: whether any has a top_p below 1.
+        agree: makes chosen tokens [B] those of all processes that hold a part of the model each, in place; or None.
     """
 
     def __init__(
@@ -220,7 +221,9 @@ class Batcher:
         pad_token_id: int,
         sampling: bool = False,
         nucleus: bool = False,
+        agree: Choose | None = None,
     ):
+        self.agree = agree
         self.model, self.eos, self.pad_token_id = model, eos_token_ids, pad_token_id
         self.h2o = getattr(model, "h2o", None)
         self.sampler = RowSampler(rows, model.device, nucleus) if sampling else None
@@ -280,20 +283,22 @@ class Batcher:
         logits, cache, mask, source = prefill(self.model, prompts, self.pad_token_id)
         if self.h2o is None:
             self.cache = cache
-            self.decoder = FullCacheDecoder(self.model, cache, self.sampler or choose_greedily, mask)
+            self.decoder = FullCacheDecoder(self.model, cache, self._agreed(self.sampler or choose_greedily), mask)
         else:
             if self.cache is None:
                 self.cache = cache.with_rows(len(self.rows))
                 eos = torch.tensor(sorted(self.eos), device=logits.device) if self.eos else None
-                self.decoder = Decoder(
-                    self.model, self.cache, self.sampler or choose_greedily, eos, self.pad_token_id, logprobs=True
-                )
+                choose_next = self._agreed(self.sampler or choose_greedily)
+                self.decoder = Decoder(self.model, self.cache, choose_next, eos, self.pad_token_id, logprobs=True)
             self.cache.take_rows(rows, cache, source)
-        tokens = choose(logits)
+        tokens = self._agreed(choose)(logits)
         self.decoder.start(tokens, rows)
         for row, sequence in zip(rows, group, strict=True):
             self.rows[row], self._begun[row] = sequence, (begin, self._clock.now())
         self._first.append((group, tokens, token_logprobs(logits, tokens)))
+
+    def _agreed(self, choose: Choose) -> Choose:
+        return choose if self.agree is None else lambda logits: self.agree(choose(logits))
 
     def _decode(self, waiting: bool) -> tuple:
         """Steps up to where sequences can join, or CHUNK; moments before and after, tokens and log-probabilities."""
