@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -123,7 +123,7 @@ class Processes:
     def together(self) -> Iterator[None]:
         """What goes wrong in one process goes wrong in all, which end here: one line, exit status 2.
 
-        Raises: alone, what was raised inside; else SystemExit in all processes for an InputError in any.
+        Raises: what was raised inside; of several processes' InputErrors none, for they end here.
         """
         problem = None
         try:
@@ -139,8 +139,9 @@ class Processes:
         if problems:
             if self.first:
                 print(f"error: {problems[0]}", file=sys.stderr, flush=True)
-            self.gather(None)  # a launcher ends the others as soon as one has left
-            raise SystemExit(2)
+            with suppress(InputError):
+                self.gather(None)  # a launcher ends the others as soon as one has left
+            self.leave(2)
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
@@ -169,25 +170,30 @@ class Processes:
             if self._store_add("claimed") == 1:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             self._leave_word()
+            if self.first:
+                time.sleep(5 * GLANCE)  # the others look here
             self.leave(2)
         self._finished.set()
         watcher.join()
-        self.gather(None)  # process 0 holds what the others look at
+        with suppress(InputError):
+            self.gather(None)  # process 0 holds what the others look at
 
     def _watch(self, store) -> None:
         while not self._finished.wait(GLANCE):
             try:
                 failed = store.check(["failed"])
-            except RuntimeError:  # process 0 has ended
+            except RuntimeError:  # process 0 has ended, and left no word
                 failed = True
+                if self.rank == 1 and not self._finished.is_set():
+                    print(f"error: {ENDED}", file=sys.stderr, flush=True)
             if failed and not self._finished.is_set():
                 self.leave(2)
 
     def _store_add(self, key: str) -> int:
         try:
             return self._store.add(key, 1)
-        except RuntimeError:
-            return 1
+        except RuntimeError:  # process 0 has ended
+            return self.rank
 
     def _leave_word(self) -> None:
         self._finished.set()
@@ -204,7 +210,8 @@ class Processes:
     def close(self) -> None:
         """After the last word to the others."""
         if self._state is not None:
-            self.gather(None)
+            with suppress(InputError):
+                self.gather(None)
             self._state.destroy_process_group()
 
     def say(self, text: str) -> None:
