@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import platform
 import re
 import resource
@@ -25,12 +26,20 @@ import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 from transformers.distributed import DistributedConfig
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from h2optimizer.batching import Batcher, Sequence, is_out_of_memory, rows_that_fit
+from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
 from utils.bench import free_memory
 from utils.processes import Processes
 from utils.requests import (
@@ -58,6 +67,10 @@ FLAG_OF_FIELD = {
     "num_heavy_hitters": "num_heavy_hitter_tokens",
     "position_rolling": "enable_position_rolling",
 }
+
+
+# Of --quantize; each names its library.
+QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")
 
 
 def seed(text: str) -> int:
@@ -116,6 +129,12 @@ def add_several_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the processes that torchrun started hold a part of the model each",
     )
+    add(
+        "--device_map",
+        choices=("auto",),
+        help="auto: one process spreads the layers over all GPUs, and the CPU's memory",
+    )
+    add("--quantize", choices=QUANTIZERS, help="weights of 8 or 4 bits, made while loading by the library named")
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +201,14 @@ def check_several(args: argparse.Namespace, processes: Processes) -> None:
             "--tensor_parallel: one process was started; start several with torchrun --nproc-per-node 2 "
             "run_summarization.py …, or leave it out"
         )
+    for flag, given in {
+        f"{processes.count} processes": processes.count > 1,
+        "--device": args.device != "auto",
+    }.items():
+        if args.device_map is not None and given:
+            raise InputError(f"--device_map: one process spreads the model over all devices; leave it out, or {flag}")
+    if args.quantize is not None and args.tensor_parallel:
+        raise InputError("--quantize: not with --tensor_parallel; leave one of them out")
     if processes.count > 1 and args.device not in ("auto", "cpu"):
         raise InputError(
             f"--device {args.device}: each of {processes.count} processes takes a GPU of its own; leave it out"
@@ -204,18 +231,61 @@ def own_device(name: str, processes: Processes) -> torch.device:
     return select_device(f"cuda:{processes.local_rank}")
 
 
-def placement(args: argparse.Namespace, processes: Processes) -> dict:
-    """What from_pretrained is told about where the weights go. Raises InputError."""
-    if processes.splits == 1:
-        return {}
-    heads = load_config(args.model_name).num_key_value_heads
-    if heads % processes.count:
-        fitting = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+def placement(args: argparse.Namespace, processes: Processes, device: torch.device) -> dict:
+    """What from_pretrained is told about where weights go, and in what form; nothing for a plain model on one device.
+
+    Raises: InputError for what this checkpoint, device or installation does not allow.
+    """
+    config, place = load_config(args.model_name), {}
+    quantized = getattr(config, "quantization_config", None)
+    if args.quantize is not None:
+        if quantized is not None:
+            raise InputError(f"--quantize {args.quantize}: {args.model_name} holds quantised weights; leave it out")
+        place |= quantization(args, config, device)
+    if processes.splits > 1:
+        heads = config.num_key_value_heads
+        if heads % processes.count:
+            fitting = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise InputError(
+                f"--tensor_parallel: {processes.count} processes cannot share {heads} KV heads; start {fitting}, or "
+                "leave it out, and each process takes a share of the requests"
+            )
+        place["distributed_config"] = DistributedConfig(tp_size=processes.count, tp_plan="auto")
+    elif args.device_map is not None:
+        place["device_map"] = args.device_map
+    elif args.quantize is not None or quantized is not None:
+        place["device_map"] = {"": device}  # quantised there, or not to be moved
+    if "device_map" in place and not has("accelerate"):
+        raise InputError("--device_map and quantised weights: need accelerate; pip install accelerate")
+    return place
+
+
+def quantization(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -> dict:
+    """What from_pretrained is told for --quantize: transformers' own configuration. Raises InputError."""
+    library = args.quantize.split("-")[0]
+    if not has(library):
+        raise InputError(f"--quantize {args.quantize}: needs {library}; pip install {library}")
+    if args.quantize == "bitsandbytes-int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if args.quantize == "bitsandbytes-int4":
+        dtype = (config.dtype if device.type == "cuda" else None) or torch.float32
+        dtype = dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if args.quantize == "torchao-int8":
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    if device.type != "cuda" or args.dtype not in ("auto", "bfloat16"):
         raise InputError(
-            f"--tensor_parallel: {processes.count} processes cannot share {heads} KV heads; start {fitting}, or "
-            "leave it out, and each process takes a share of the requests"
+            f"--quantize {args.quantize}: its kernels need a GPU and bfloat16; pass --dtype bfloat16, or another choice"
         )
-    return {"distributed_config": DistributedConfig(tp_size=processes.count, tp_plan="auto")}
+    tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")  # torch's own kernel
+    return {"quantization_config": TorchAoConfig(tiles), "dtype": torch.bfloat16}
+
+
+def has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def select_device(name: str) -> torch.device:
@@ -483,7 +553,7 @@ class Summarizer:
 
     def _peak_memory(self) -> int:
         """Of all devices that hold the model."""
-        peak = peak_memory(self.model.device)
+        peak = sum(map(peak_memory, devices_of(self.model)))
         return sum(self.processes.gather(peak)) if self.processes.splits > 1 else peak
 
     def choice(self, request: Request, sequence: Sequence) -> dict:
@@ -581,6 +651,7 @@ def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[
         "--greedy": args.greedy,
         "--seed": args.seed,
         "--dtype": args.dtype,
+        "--quantize": args.quantize,
         "--enable_h2o_generation": args.enable_h2o_generation,
     }
     if weights := checkpoint_fingerprint(Path(args.model_name)):
@@ -611,7 +682,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     if todo:
         with processes.together():
             quiet_libraries()
-            model, tokenizer = load_model(args, h2o, device, placement(args, processes))
+            model, tokenizer = load_model(args, h2o, device, placement(args, processes, device))
             prompts = tokenize(requests, tokenizer, model, args.model_name)
             if processes.first:
                 rolling = h2o is not None and h2o.position_rolling

@@ -383,40 +383,68 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def devices_of(model) -> list[torch.device]:
+    """The GPUs that hold layers of a model, or its only device."""
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(gpus, key=lambda device: device.index) or [model.device]
+
+
 @torch.inference_mode()
 def rows_that_fit(model, longest: int, max_tokens: int) -> int:
     """How many sequences a Batcher can decode at once in the memory that is free, its prefills beside them.
 
-    On a GPU a prefill of the longest prompt is measured. On a CPU more than 16 gain nothing.
+    On GPUs a prefill of the longest prompt is measured, on each that holds layers. On a CPU more than 16 gain nothing.
 
     Args: longest: tokens of the longest prompt; max_tokens: of the longest text.
+
+    Raises: torch.OutOfMemoryError where the model's parts are on several processes: the others are in that prefill.
     """
     h2o, config, device = getattr(model, "h2o", None), model.config, model.device
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     logits = 48 * config.vocab_size  # bytes a row: probabilities, sorted, with their order and sums
-    row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
     if device.type != "cuda":
         try:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError):  # only Linux tells
             return 16
+        slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
         return max(1, min(16, int(free // 2 // row)))
     prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // longest)
     cache = DynamicCache(config=config) if h2o is None else HHCache(h2o)
+    devices = devices_of(model)
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = {}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+        before[device] = torch.cuda.memory_allocated(device)
     try:
-        model(torch.zeros(prompts, longest, dtype=torch.long, device=device), past_key_values=cache, logits_to_keep=1)
+        ids = torch.zeros(prompts, longest, dtype=torch.long, device=model.device)
+        chosen = model(ids, past_key_values=cache, logits_to_keep=1).logits.device
     except torch.OutOfMemoryError:
+        if getattr(model, "_device_mesh", None) is not None:
+            raise
         return 1
-    peak = torch.cuda.max_memory_allocated(device) - before
-    if h2o is not None:
-        row = logits + cache.nbytes // prompts
+    peak = {device: torch.cuda.max_memory_allocated(device) - before[device] for device in devices}
+    row = {device: _bytes_per_row(cache, device, longest + max_tokens) for device in devices}
+    row[chosen] += logits
     del cache
     torch.cuda.empty_cache()
-    free = 0.95 * torch.cuda.mem_get_info(device)[0]
-    if h2o is None:  # all prompts of a batch at once; a layer's keys and values are copied as they grow
-        return max(1, int(free // (peak + row)))
-    return max(1, int((free - peak) // row))
+    fitting = []
+    for device in devices:
+        free = 0.95 * torch.cuda.mem_get_info(device)[0]
+        if h2o is None:  # all prompts of a batch at once; a layer's keys and values are copied as they grow
+            fitting.append(free // (peak[device] + row[device]))
+        else:
+            fitting.append((free - peak[device]) // row[device] if row[device] else 2**31)
+    return max(1, int(min(fitting)))
+
+
+def _bytes_per_row(cache: HHCache | DynamicCache, device: torch.device, tokens: int) -> int:
+    """Of the layers on a device, as they are: a part of a model has a part of the heads. A full cache at `tokens`."""
+    layers = [layer for layer in cache.layers if layer.keys.device == device]
+    if isinstance(cache, HHCache):
+        return sum(slots.nbytes for layer in layers for slots in (layer.tensors() | {"mass": layer.mass}).values()) // (
+            len(cache.lengths)
+        )
+    return tokens * sum(t[0, :, 0].nbytes for layer in layers for t in (layer.keys, layer.values))

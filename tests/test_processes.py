@@ -1,8 +1,10 @@
-"""run_summarization.py in several processes, which talk over gloo: tensor parallel, and with the requests shared out.
+"""run_summarization.py in several processes, which talk over gloo: tensor parallel, and with the requests shared out;
+and models that one process spreads over devices, or loads with quantised weights.
 
 Processes are forks of this one, which has imported everything: that takes longer than all else here.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,10 +19,11 @@ import torch
 import torch.distributed.tensor
 import transformers.distributed.tensor_parallel  # noqa: F401
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils.processes import Processes
 from utils.requests import InputError, JsonlFile, part_path, parts_of
@@ -395,16 +398,16 @@ def test_parts_of_a_model(folder, tmp_path):
     decode steps of a Decoder over the heads that a process holds."""
     h2o = H2OConfig(window_length=16, update_interval=4)
     whole = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32)
-    inputs = {"input_ids": torch.arange(5, 45).view(2, 20), "max_new_tokens": 12, "do_sample": False}
+    ids = torch.arange(5, 45).view(2, 20)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     expected = whole.generate(**inputs)
 
     def work(rank):
         processes = Processes.launched()
         processes.tensor_parallel = True
         processes.join()
-        place = run_summarization.placement(
-            run_summarization.argparse.Namespace(model_name=folder / "model"), processes
-        )
+        args = argparse.Namespace(model_name=folder / "model", quantize=None)
+        place = run_summarization.placement(args, processes, torch.device("cpu"))
         model = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32, **place)
         cache = batching.HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
@@ -428,3 +431,93 @@ def test_parts_of_a_model(folder, tmp_path):
     saved = H2OLlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert all(map(torch.equal, saved.state_dict().values(), whole.state_dict().values()))
     assert "distributed" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+# One process: layers spread over devices, quantised weights
+
+
+@pytest.fixture
+def alone_with(folder, tmp_path, monkeypatch):
+    """alone_with(*flags, ...) runs the program in this process: exit status, and the model where one was loaded."""
+    load_model, loaded = run_summarization.load_model, []
+
+    def recorded(*args):
+        loaded.append(load_model(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(run_summarization, "load_model", recorded)
+
+    def alone_with(*flags, model=None, output="out.jsonl"):
+        loaded.clear()
+        argv = ["--input-path", folder / "in.jsonl", "--output-path", tmp_path / output]
+        status = run_summarization.main([*map(str, argv), "--model-name", str(model or folder / "model"), *flags])
+        return status, loaded[0][0] if loaded else None
+
+    return alone_with
+
+
+@both_caches
+def test_layers_spread_over_what_there_is(alone_with, expected, tmp_path, monkeypatch, flags):
+    """A model that is moved once more after it has been spread, or says something else."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args: pytest.fail("moved"))
+    assert alone_with(*flags, "--device_map", "auto")[0] == 0
+    monkeypatch.undo()
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    assert_same_results(Outcome("", [], tmp_path / "out.jsonl", lines, None), expected(flags))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--device", "cpu"], ["--device_map", "--device"]),
+    (["--quantize", "torchao-int4", "--device", "cpu"], ["--quantize torchao-int4", "GPU"]),
+    (["--quantize", "int8"], ["--quantize", "bitsandbytes-int4"]),
+])  # fmt: skip
+def test_placement_that_cannot_be(alone_with, capsys, flags, words):
+    """A traceback of another library, after minutes of loading."""
+    map_too = ["--device_map", "auto"] if "--quantize" not in flags else []
+    assert alone_with(*flags, *map_too) == (2, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def test_library_that_is_not_installed(alone_with, monkeypatch, capsys):
+    """ImportError from the depths of transformers."""
+    monkeypatch.setattr(run_summarization, "has", lambda library: False)
+    for flags in (["--quantize", "torchao-int8", "--device", "cpu"], ["--device_map", "auto"]):
+        assert alone_with(*flags)[0] == 2
+        assert "pip install" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose rows are as long as a group of quantised weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=128)
+
+
+@pytest.mark.parametrize("choice", ["torchao-int8", "bitsandbytes-int8", "bitsandbytes-int4"])
+def test_quantised_weights(alone_with, wide, tmp_path, capsys, choice):
+    """Weights that stay as they were, or are merged as if they were plain; results of both under one ROUGE; a saved
+    checkpoint of them that has to be told what it is."""
+    pytest.importorskip(choice.split("-")[0])
+    flags = ["--device", "cpu", "--greedy", "--sample_num", "2"]
+    for cache in (H2O, []):
+        status, model = alone_with(*cache, *flags, "--quantize", choice, "--overwrite", model=wide)
+        assert status == 0 and not llama._is_plain(model.model.layers[0].self_attn.q_proj)
+    plain = H2OLlamaForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    ids = torch.arange(5, 45)[None]
+
+    def error(other) -> float:
+        expected = other(ids, use_cache=False).logits
+        return ((model(ids, use_cache=False).logits - expected).norm() / expected.norm()).item()
+
+    assert 1e-3 < error(plain) < 1
+    capsys.readouterr()
+    assert alone_with(*flags, model=wide) == (2, None)
+    assert f"--quantize is None, but {choice!r}" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "saved")
+    status, saved = alone_with(*H2O, *flags, model=tmp_path / "saved", output="saved.jsonl")
+    assert status == 0 and type(saved.model.layers[0].mlp.up_proj) is type(model.model.layers[0].mlp.up_proj)
+    assert error(saved) < error(plain) / 3  # bitsandbytes packs 4 bits anew on a CPU, with scales in bfloat16
+    capsys.readouterr()
+    assert alone_with("--quantize", choice, *flags, model=tmp_path / "saved", output="other.jsonl") == (2, None)
+    assert "holds quantised weights" in capsys.readouterr().err
