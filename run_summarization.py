@@ -207,8 +207,9 @@ def check_several(args: argparse.Namespace, processes: Processes) -> None:
     }.items():
         if args.device_map is not None and given:
             raise InputError(f"--device_map: one process spreads the model over all devices; leave it out, or {flag}")
-    if args.quantize is not None and args.tensor_parallel:
-        raise InputError("--quantize: not with --tensor_parallel; leave one of them out")
+    for flag, given in {"quantize": args.quantize, "compile": args.compile}.items():
+        if given and args.tensor_parallel:
+            raise InputError(f"--{flag}: not with --tensor_parallel; leave one of them out")
     if processes.count > 1 and args.device not in ("auto", "cpu"):
         raise InputError(
             f"--device {args.device}: each of {processes.count} processes takes a GPU of its own; leave it out"
