@@ -95,9 +95,9 @@ class Prediction:
 
     def __post_init__(self):
         # counted once: the searches ask for the same weights again and again
-        norms = sum(p.nbytes for p in self.model.parameters() if p.ndim == 1)
-        whole = norms + self.model.get_input_embeddings().weight.nbytes  # transformers' plan leaves these on each
-        self.held = whole + (held_weights(self.model, self.bits) - whole) / self.gpus
+        norms = sum(p.nbytes for name, p in self.model.named_parameters() if "norm" in name)
+        # transformers' plan leaves norms on each GPU, that of 5.17 the embedding as well
+        self.held = norms + (held_weights(self.model, self.bits) - norms) / self.gpus
         self.read = norms + (read_weights(self.model, self.bits) - norms) / self.gpus
         self.flops = weight_flops(self.model) / self.gpus
 

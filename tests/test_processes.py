@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
+from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils.processes import Processes
 from utils.requests import InputError, JsonlFile, part_path, parts_of
@@ -354,6 +355,8 @@ def test_what_one_process_finds_wrong_takes_one_line(start):
 @pytest.mark.parametrize("count, flags, words", [
     (3, SPLIT, ["--tensor_parallel", "3 processes", "2 KV heads", "start 1 or 2"]),
     (2, ["--device", "cuda:1"], ["--device cuda:1", "leave it out"]),
+    (2, [*SPLIT, "--quantize", "bitsandbytes-int4"], ["--quantize", "--tensor_parallel"]),
+    (2, [*SPLIT, *H2O, "--compile"], ["--compile", "--tensor_parallel"]),
     (2, ["--no-such-flag"], ["--no-such-flag", "--help"]),
     (2, ["--score", "sink"], ["--score", "--enable_h2o_generation"]),
     (2, [*SPLIT, "--input-path", "/nowhere"], ["--input-path /nowhere"]),
@@ -395,7 +398,7 @@ def test_parts_alone_are_not_gone_on_with(folder, tmp_path, capsys):
 
 def test_parts_of_a_model(folder, tmp_path):
     """A saved part instead of the whole; a recorded step, or a merged product, that leaves out the sum over the parts;
-    decode steps of a Decoder over the heads that a process holds."""
+    caches of all heads, or weights that scripts/advise.py counts otherwise."""
     h2o = H2OConfig(window_length=16, update_interval=4)
     whole = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32)
     ids = torch.arange(5, 45).view(2, 20)
@@ -412,6 +415,9 @@ def test_parts_of_a_model(folder, tmp_path):
         cache = batching.HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
         assert cache.layers[0].keys.shape[1] == 1 and cache.nbytes * 2 == held
+        parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
+        unsplit = parts[0].nbytes // 2 * (len(parts[0]) == model.config.vocab_size)  # transformers 5.17's embedding
+        assert sum(part.nbytes for part in parts) - unsplit == advised.held
         assert not generation.is_replayable(model)
         generation.CAPTURE_SHARDED = True
         assert generation.is_replayable(model)
@@ -426,6 +432,7 @@ def test_parts_of_a_model(folder, tmp_path):
     cache = batching.HHCache(h2o)
     whole.generate(**inputs, past_key_values=cache)
     held = cache.nbytes
+    advised = load("advise").Prediction(whole, {}, 1, None, None, 1.0, 0.1, gpus=2)
     for process in Group(2, work, tmp_path).wait():
         assert process.status == 0, process.stderr
     saved = H2OLlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
