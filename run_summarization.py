@@ -264,6 +264,10 @@ def placement(args: argparse.Namespace, processes: Processes, device: torch.devi
 def quantization(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -> dict:
     """What from_pretrained is told for --quantize: transformers' own configuration. Raises InputError."""
     library = args.quantize.split("-")[0]
+    if args.quantize == "torchao-int4" and (device.type != "cuda" or args.dtype not in ("auto", "bfloat16")):
+        raise InputError(
+            f"--quantize {args.quantize}: its kernels need a GPU and bfloat16; pass --dtype bfloat16, or another choice"
+        )
     if not has(library):
         raise InputError(f"--quantize {args.quantize}: needs {library}; pip install {library}")
     if args.quantize == "bitsandbytes-int8":
@@ -277,10 +281,6 @@ def quantization(args: argparse.Namespace, config: LlamaConfig, device: torch.de
 
     if args.quantize == "torchao-int8":
         return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
-    if device.type != "cuda" or args.dtype not in ("auto", "bfloat16"):
-        raise InputError(
-            f"--quantize {args.quantize}: its kernels need a GPU and bfloat16; pass --dtype bfloat16, or another choice"
-        )
     tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")  # torch's own kernel
     return {"quantization_config": TorchAoConfig(tiles), "dtype": torch.bfloat16}
 

@@ -27,7 +27,7 @@ from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, ll
 from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils.processes import Processes
-from utils.requests import InputError, JsonlFile, part_path, parts_of
+from utils.requests import InputError, JsonlFile, ResultsFile, part_path, parts_of
 
 H2O = ["--enable_h2o_generation", "--num_window_length", "16", "--update_interval", "4"]
 SPLIT = ["--tensor_parallel"]
@@ -176,6 +176,17 @@ def test_several_processes_write_what_one_would(finish, expected, way, flags):
     assert several.metrics["processes"] == 2 and several.metrics["tensor_parallel"] == bool(way)
 
 
+def test_parts_choose_what_the_first_chooses(finish, expected):
+    """Rounding that differs from GPU to GPU, and then parts of two texts that are fed to one model."""
+
+    def patch(rank):
+        if rank == 1:
+            batching.choose_greedily = lambda logits: logits.argmin(-1)
+
+    flags = [*H2O, "--sample_num", "2"]
+    assert finish(2, *flags, *SPLIT, patch=patch).texts == expected(H2O).texts[:2]
+
+
 def test_wall_times_of_shares_add_up_to_the_run(finish):
     """Seconds of several processes added up, as if one had followed the other."""
 
@@ -257,6 +268,17 @@ def test_killed_at_any_moment_and_gone_on_with_in_another_number(start, finish, 
     assert_same_results(outcome, expected(H2O))
 
 
+def test_processes_without_a_folder_in_common(start, tmp_path):
+    """A KeyError of the first process, or metrics of a part of the results."""
+
+    def patch(rank):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        run_summarization.part_path = lambda path, rank: tmp_path / "elsewhere" / f"part{rank}"
+
+    line = only_error(start(2, *H2O, "--greedy", patch=patch).wait())
+    assert "4 results are missing" in line and "one folder" in line
+
+
 def test_no_results_left_to_share(finish, expected):
     """More processes than requests: one that has none waits, and a second run finds nothing to do."""
     flags = [*H2O, "--sample_num", "2"]
@@ -267,15 +289,15 @@ def test_no_results_left_to_share(finish, expected):
     assert second.files == before and second.stdout == first.stdout
 
 
-def runs_out_of_memory(in_rank: int, at: int):
-    """A patch: the prefill number `at` of one process does not fit."""
+def runs_out_of_memory(ranks: tuple[int, ...], at: int):
+    """A patch: the prefill number `at` of these processes does not fit."""
 
     def patch(rank):
         prefill, tried = batching.Batcher._prefill, []
 
         def limited(self, group, rows):
             tried.append(group)
-            if rank == in_rank and len(tried) == at:
+            if rank in ranks and len(tried) == at:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             prefill(self, group, rows)
 
@@ -284,18 +306,19 @@ def runs_out_of_memory(in_rank: int, at: int):
     return patch
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_memory_that_runs_out_in_one_part_of_the_model(start, finish, expected, tmp_path, rank):
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_memory_that_runs_out_in_parts_of_the_model(start, finish, expected, tmp_path, ranks):
     """The other process waits for ever in the middle of a step, or each says something; results that are lost."""
-    line = only_error(start(2, *H2O, *SPLIT, patch=runs_out_of_memory(rank, at=3)).wait())
-    assert f"process {rank}: out of memory with 1 sequences" in line and "--batch_size" in line
+    line = only_error(start(2, *H2O, *SPLIT, patch=runs_out_of_memory(ranks, at=3)).wait())
+    assert any(f"process {rank}: out of memory with 1 sequences" in line for rank in ranks) and "--batch_size" in line
     assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 2
-    assert_same_results(finish(2, *H2O, *SPLIT), expected(H2O))
+    if len(ranks) > 1:
+        assert_same_results(finish(2, *H2O, *SPLIT), expected(H2O))
 
 
 def test_memory_that_runs_out_where_requests_are_shared_out(finish, expected):
     """Each process halves its own batches: nobody else need know."""
-    outcome = finish(2, *H2O, "--batch_size", "3", patch=runs_out_of_memory(1, at=1))
+    outcome = finish(2, *H2O, "--batch_size", "3", patch=runs_out_of_memory((1,), at=1))
     assert_same_results(outcome, expected(H2O))
 
 
@@ -388,7 +411,12 @@ def test_parts_alone_are_not_gone_on_with(folder, tmp_path, capsys):
     refused("out.jsonl.part1")
     output.touch()
     refused("without its out.metrics.json")
-    assert run_summarization.main([*argv, "--overwrite"]) == 0 and not parts_of(output)
+    anew = ResultsFile(output, {}, overwrite=True)
+    assert parts_of(output)
+    anew.start()
+    assert not parts_of(output)
+    anew.close()
+    assert run_summarization.main([*argv, "--overwrite"]) == 0
     capsys.readouterr()
     other = JsonlFile(part, "index", "result")
     part.write_text('{"index": 0}\n')

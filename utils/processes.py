@@ -42,15 +42,15 @@ class Processes:
     def launched(cls) -> Processes:
         """As the environment says; `join` makes them a group."""
         try:
-            rank, count, local = (int(os.environ.get(n, d)) for n, d in LAUNCHED.items())
-        except ValueError:
+            rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except (KeyError, ValueError):
             return cls()
         return cls(rank, count, local) if count > 1 and 0 <= rank < count else cls()
 
     @staticmethod
     def started_by_launcher() -> bool:
         """Whether torchrun or accelerate started this process, be it as the only one."""
-        return "WORLD_SIZE" in os.environ
+        return "LOCAL_RANK" in os.environ
 
     @property
     def first(self) -> bool:
@@ -123,7 +123,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """What goes wrong in one process goes wrong in all, which end here: one line, exit status 2.
 
-        Raises: what was raised inside; of several processes' InputErrors none, for they end here.
+        Raises: what was raised inside; of several processes' InputErrors none, for they end here. A process that
+        raises something else ends, which the others notice when they come here.
         """
         problem = None
         try:
@@ -132,9 +133,6 @@ class Processes:
             if self.count == 1:
                 raise
             problem = str(error)
-        except Exception:
-            self.gather(f"process {self.rank} failed: its traceback says why")
-            raise
         problems = [problem for problem in self.gather(problem) if problem]
         if problems:
             if self.first:
@@ -220,7 +218,6 @@ class Processes:
             tqdm.write(text, file=sys.stderr)
 
 
-LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 ENDED = "another process has ended before its work was done; results so far are kept, the same command goes on"
 
 
