@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -26,6 +27,7 @@ from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
 from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
+from utils import processes
 from utils.processes import Processes
 from utils.requests import InputError, JsonlFile, ResultsFile, part_path, parts_of
 
@@ -75,15 +77,15 @@ class Group:
                 status = 1
                 try:
                     tqdm.set_lock(threading.RLock())  # its lock spans processes: a killed one would keep it
-                    run_summarization.sys.stdout, run_summarization.sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                     status = work(rank) or 0
                 except BaseException:
                     import traceback
 
                     traceback.print_exc()
                 finally:
-                    run_summarization.sys.stdout.flush()
-                    run_summarization.sys.stderr.flush()
+                    sys.stdout.flush()
+                    sys.stderr.flush()
                     os._exit(status)
             self.children.append(child)
 
@@ -390,6 +392,17 @@ def test_bad_input_takes_one_line(start, count, flags, words):
     assert all(word in line for word in words), line
 
 
+def test_several_processes_without_accelerate(start):
+    """ImportError once a process."""
+
+    def patch(rank):
+        sys.modules["accelerate"] = None
+        processes.GLANCE = 0.01
+
+    line = only_error(start(2, patch=patch).wait())
+    assert "2 processes: need accelerate; pip install accelerate" in line
+
+
 def test_split_model_without_a_launcher(folder, capsys):
     """One process that silently holds the whole model."""
     assert run_summarization.main(["--tensor_parallel", "--model-name", str(folder / "model")]) == 2
@@ -434,11 +447,11 @@ def test_parts_of_a_model(folder, tmp_path):
     expected = whole.generate(**inputs)
 
     def work(rank):
-        processes = Processes.launched()
-        processes.tensor_parallel = True
-        processes.join()
+        group = Processes.launched()
+        group.tensor_parallel = True
+        group.join()
         args = argparse.Namespace(model_name=folder / "model", quantize=None)
-        place = run_summarization.placement(args, processes, torch.device("cpu"))
+        place = run_summarization.placement(args, group, torch.device("cpu"))
         model = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32, **place)
         cache = batching.HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
@@ -455,7 +468,7 @@ def test_parts_of_a_model(folder, tmp_path):
         attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
         assert attention.merged.weight is None
         model.save_pretrained(tmp_path / "saved", is_main_process=rank == 0)
-        processes.close()
+        group.close()
 
     cache = batching.HHCache(h2o)
     whole.generate(**inputs, past_key_values=cache)

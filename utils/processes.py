@@ -74,6 +74,9 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
+            if not self.first:  # which says so, unless a launcher ends it because this one has left
+                time.sleep(25 * GLANCE)
+                self.leave(2)
             raise InputError(
                 f"{self.count} processes: need accelerate; pip install accelerate, or start one process"
             ) from None
