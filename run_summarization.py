@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import platform
 import re
 import resource
@@ -25,14 +26,25 @@ import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
+from transformers.distributed import DistributedConfig
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from h2optimizer.batching import Batcher, Sequence, is_out_of_memory, rows_that_fit
+from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
 from utils.bench import free_memory
+from utils.processes import Processes
 from utils.requests import (
     InputError,
+    JsonlFile,
     OneLineParser,
     Request,
     ResultsFile,
@@ -41,6 +53,7 @@ from utils.requests import (
     count_or_auto,
     fingerprint,
     must_know,
+    part_path,
     read_requests,
 )
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
@@ -54,6 +67,10 @@ FLAG_OF_FIELD = {
     "num_heavy_hitters": "num_heavy_hitter_tokens",
     "position_rolling": "enable_position_rolling",
 }
+
+
+# Of --quantize; each names its library.
+QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")
 
 
 def seed(text: str) -> int:
@@ -86,6 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=seed, default=42, help="seed of sampling")
     add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
     add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
+    add_several_flags(parser)
     add_cache_flags(parser)
     return parser.parse_args(argv)
 
@@ -101,6 +119,22 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="auto: the checkpoint's; on a CPU float32",
     )
     add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
+
+
+def add_several_flags(parser: argparse.ArgumentParser) -> None:
+    """What `check_several` and `placement` read."""
+    add = parser.add_argument
+    add(
+        "--tensor_parallel",
+        action="store_true",
+        help="the processes that torchrun started hold a part of the model each",
+    )
+    add(
+        "--device_map",
+        choices=("auto",),
+        help="auto: one process spreads the layers over all GPUs, and the CPU's memory",
+    )
+    add("--quantize", choices=QUANTIZERS, help="weights of 8 or 4 bits, made while loading by the library named")
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +199,101 @@ def in_flags(message: str) -> str:
     return message if message.startswith("--") else f"--{message}"
 
 
+def check_several(args: argparse.Namespace, processes: Processes) -> None:
+    """Raises InputError for flags that do not go together, or not with how the program was started."""
+    if args.tensor_parallel and not Processes.started_by_launcher():
+        raise InputError(
+            "--tensor_parallel: one process was started; start several with torchrun --nproc-per-node 2 "
+            "run_summarization.py …, or leave it out"
+        )
+    for flag, given in {
+        f"{processes.count} processes": processes.count > 1,
+        "--device": args.device != "auto",
+    }.items():
+        if args.device_map is not None and given:
+            raise InputError(f"--device_map: one process spreads the model over all devices; leave it out, or {flag}")
+    for flag, given in {"quantize": args.quantize, "compile": args.compile}.items():
+        if given and args.tensor_parallel:
+            raise InputError(f"--{flag}: not with --tensor_parallel; leave one of them out")
+    if processes.count > 1 and args.device not in ("auto", "cpu"):
+        raise InputError(
+            f"--device {args.device}: each of {processes.count} processes takes a GPU of its own; leave it out"
+        )
+    if processes.splits > 1 and args.device == "cpu" and torch.cuda.is_available():
+        raise InputError(
+            "--device cpu: --tensor_parallel takes the GPUs that it sees; set CUDA_VISIBLE_DEVICES= as well"
+        )
+
+
+def own_device(name: str, processes: Processes) -> torch.device:
+    """`select_device` for one of several processes, which takes the GPU of its own number. Raises InputError."""
+    if processes.count == 1 or name != "auto" or not torch.cuda.is_available():
+        return select_device(name)
+    if processes.local_rank >= (visible := torch.cuda.device_count()):
+        raise InputError(
+            f"{processes.local_rank + 1} processes on one machine, {visible} CUDA devices are visible: start "
+            f"{visible}, or pass --device cpu"
+        )
+    return select_device(f"cuda:{processes.local_rank}")
+
+
+def placement(args: argparse.Namespace, processes: Processes, device: torch.device) -> dict:
+    """What from_pretrained is told about where weights go, and in what form; nothing for a plain model on one device.
+
+    Raises: InputError for what this checkpoint, device or installation does not allow.
+    """
+    config, place = load_config(args.model_name), {}
+    quantized = getattr(config, "quantization_config", None)
+    if args.quantize is not None:
+        if quantized is not None:
+            raise InputError(f"--quantize {args.quantize}: {args.model_name} holds quantised weights; leave it out")
+        place |= quantization(args, config, device)
+    if processes.splits > 1:
+        heads = config.num_key_value_heads
+        if heads % processes.count:
+            fitting = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise InputError(
+                f"--tensor_parallel: {processes.count} processes cannot share {heads} KV heads; start {fitting}, or "
+                "leave it out, and each process takes a share of the requests"
+            )
+        place["distributed_config"] = DistributedConfig(tp_size=processes.count, tp_plan="auto")
+    elif args.device_map is not None:
+        place["device_map"] = args.device_map
+    elif args.quantize is not None or quantized is not None:
+        place["device_map"] = {"": device}  # quantised there, or not to be moved
+    if "device_map" in place and not has("accelerate"):
+        raise InputError("--device_map and quantised weights: need accelerate; pip install accelerate")
+    return place
+
+
+def quantization(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -> dict:
+    """What from_pretrained is told for --quantize: transformers' own configuration. Raises InputError."""
+    library = args.quantize.split("-")[0]
+    if args.quantize == "torchao-int4" and (device.type != "cuda" or args.dtype not in ("auto", "bfloat16")):
+        raise InputError(
+            f"--quantize {args.quantize}: its kernels need a GPU and bfloat16; pass --dtype bfloat16, or another choice"
+        )
+    if not has(library):
+        raise InputError(f"--quantize {args.quantize}: needs {library}; pip install {library}")
+    if args.quantize == "bitsandbytes-int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if args.quantize == "bitsandbytes-int4":
+        dtype = (config.dtype if device.type == "cuda" else None) or torch.float32
+        dtype = dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if args.quantize == "torchao-int8":
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")  # torch's own kernel
+    return {"quantization_config": TorchAoConfig(tiles), "dtype": torch.bfloat16}
+
+
+def has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
 def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -208,8 +337,11 @@ def unusable(name: str, error: Exception) -> InputError:
     return InputError(f"--model-name {name}: cannot be loaded here or from the hub ({reason})")
 
 
-def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.device):
-    """Model (eval mode) and left-padding tokenizer of a Llama checkpoint. Raises InputError."""
+def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.device, place: dict | None = None):
+    """Model (eval mode) and left-padding tokenizer of a Llama checkpoint. Raises InputError.
+
+    `place` is `placement`'s.
+    """
     name, on_gpu = args.model_name, device.type == "cuda"
     try:
         load_config(name)
@@ -218,6 +350,7 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
             "dtype": getattr(torch, args.dtype) if args.dtype != "auto" else "auto" if on_gpu else torch.float32,
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,  # they are named below
+            **(place or {}),
         }
         if h2o is None:
             model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs)
@@ -225,6 +358,8 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
             model, loading = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
     except InputError:
         raise
+    except torch.OutOfMemoryError:
+        raise too_large(name, device) from None
     except Exception as error:  # a damaged checkpoint fails in any of four libraries
         raise unusable(name, error) from None
     # transformers would fill these at random, and the summaries would be noise.
@@ -239,9 +374,13 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
         pad_token_id=tokenizer.pad_token_id,
     )
     try:
-        return model.to(device).eval(), tokenizer
+        return (model if place else model.to(device)).eval(), tokenizer
     except torch.OutOfMemoryError:
-        raise InputError(f"--model-name {name}: does not fit into the memory of --device {device}") from None
+        raise too_large(name, device) from None
+
+
+def too_large(name: str, device: torch.device) -> InputError:
+    return InputError(f"--model-name {name}: does not fit into the memory of --device {device}")
 
 
 def quiet_libraries() -> None:
@@ -266,12 +405,16 @@ def tokenize(requests: list[Request], tokenizer, model, model_name: str) -> list
     return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
 
-def in_order(prompts: list[Prompt], batch_size: int | str) -> list[Prompt]:
+def in_order(prompts: list[Prompt], batch_size: int | str, processes: Processes | None = None) -> list[Prompt]:
     """The order to decode in: longest prompts first, so that memory runs out early or not at all, and alike together.
 
-    One by one, requests keep their order.
+    One by one, requests keep their order. Processes that share them out deal them, longest first, and get alike shares.
     """
-    return prompts if batch_size == 1 else sorted(prompts, key=lambda prompt: -len(prompt.tokens))
+    shares = processes.shares if processes else 1
+    if batch_size == 1 and shares == 1:
+        return prompts
+    prompts = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
+    return prompts[processes.rank :: shares] if shares > 1 else prompts
 
 
 def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
@@ -295,8 +438,9 @@ class Job:
 class Summarizer:
     """Runs requests through a model, many at once, and fewer when memory runs out."""
 
-    def __init__(self, model, tokenizer, args: argparse.Namespace):
+    def __init__(self, model, tokenizer, args: argparse.Namespace, processes: Processes | None = None):
         self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.processes = processes or Processes()
         self.rouge = Rouge()
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos]) - {None}
@@ -306,7 +450,7 @@ class Summarizer:
         latest = time.perf_counter()
         for job in self.decode(prompts):
             now = time.perf_counter()
-            yield self._result(job, wall_time=now - latest)
+            yield self._result(job, wall_time=(now - latest) / self.processes.shares)
             latest = now
 
     def decode(self, prompts: list[Prompt]) -> Iterator[Job]:
@@ -319,7 +463,9 @@ class Summarizer:
         if rows == "auto":
             longest = max(len(prompt.tokens) for prompt in prompts)
             rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
-            tqdm.write(f"--batch_size auto: up to {rows} sequences at once", file=sys.stderr)
+            if self.processes.splits > 1:
+                rows = min(self.processes.gather(rows))
+            self.processes.say(f"--batch_size auto: up to {rows} sequences at once")
         while jobs:
             rows = min(rows, sum(not sequence.finish_reason for job in jobs for sequence in job.sequences))
             out_of_memory = False
@@ -336,6 +482,11 @@ class Summarizer:
 
     def _fewer(self, rows: int, jobs: list[Job]) -> int:
         """Half as many rows, for jobs that begin anew where they have not ended. Raises InputError."""
+        if self.processes.splits > 1:  # the others are in the middle of a step
+            raise InputError(
+                f"process {self.processes.rank}: out of memory with {rows} sequences; pass a smaller --batch_size "
+                "(results so far are kept, the command then goes on)"
+            )
         if rows == 1:
             prompt = jobs[0].prompt
             raise InputError(
@@ -346,7 +497,7 @@ class Summarizer:
             for choice, sequence in enumerate(job.sequences):
                 if not sequence.finish_reason:
                     job.sequences[choice] = self._sequence(job.prompt, choice)
-        tqdm.write(f"out of memory with {rows} sequences: going on with {(rows + 1) // 2}", file=sys.stderr)
+        self.processes.say(f"out of memory with {rows} sequences: going on with {(rows + 1) // 2}")
         return (rows + 1) // 2
 
     def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
@@ -376,7 +527,8 @@ class Summarizer:
         left = Counter(id(job) for _, job in todo)  # several may end in one step: what counts is what has come out
         sampled = [sequence for sequence, _ in todo if sequence.temperature > 0]
         nucleus = any(sequence.top_p < 1 for sequence in sampled)
-        batcher = Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus)
+        agree = self.processes.agree_on if self.processes.splits > 1 else None
+        batcher = Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus, agree)
         for sequence in batcher.run(sequence for sequence, _ in todo):
             job = job_of[id(sequence)]
             left[id(job)] -= 1
@@ -387,6 +539,7 @@ class Summarizer:
         request, longest = job.prompt.request, max(job.sequences, key=lambda sequence: len(sequence.tokens))
         choices = [self.choice(request, sequence) for sequence in job.sequences]
         decoding = longest.seconds - longest.seconds_to_first_token
+        kv_bytes = sum(sequence.cache["kv_bytes"] for sequence in job.sequences)
         timing = {
             "latency": longest.seconds,
             "time_to_first_token": longest.seconds_to_first_token,
@@ -399,10 +552,15 @@ class Summarizer:
             "request": request.fields,
             "result": {"choices": choices, "request_time": timing},
             "rouge": self.rouge.score(request.summary_gt, choices[0]["text"]),
-            "cache": longest.cache | {"kv_bytes": sum(sequence.cache["kv_bytes"] for sequence in job.sequences)},
+            "cache": longest.cache | {"kv_bytes": kv_bytes * self.processes.splits},  # each process has as many heads
             "tokens_generated": sum(len(sequence.tokens) for sequence in job.sequences),
-            "peak_memory_bytes": peak_memory(self.model.device),
+            "peak_memory_bytes": self._peak_memory(),
         }
+
+    def _peak_memory(self) -> int:
+        """Of all devices that hold the model."""
+        peak = sum(map(peak_memory, devices_of(self.model)))
+        return sum(self.processes.gather(peak)) if self.processes.splits > 1 else peak
 
     def choice(self, request: Request, sequence: Sequence) -> dict:
         """Text up to the stop string or EOS, with the tokens that make it up."""
@@ -431,10 +589,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def summarize_metrics(results: list[dict], device: torch.device) -> dict:
-    """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds."""
+def summarize_metrics(results: list[dict], device: torch.device, idle: float = 0.0) -> dict:
+    """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds.
+
+    `idle` is what processes, on average, have waited for the last one.
+    """
     times = [result["result"]["request_time"] for result in results]
-    seconds = sum(t["wall_time"] for t in times)
+    seconds = sum(t["wall_time"] for t in times) + idle
     tokens = sum(result["tokens_generated"] for result in results)
     mean = {}
     for name in ("time_to_first_token", "time_per_output_token"):
@@ -490,13 +651,8 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
         )
 
 
-def run(args: argparse.Namespace) -> int:
-    h2o = h2o_config(args)
-    device = select_device(args.device)
-    backend = attention_backend(h2o, device)
-    requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
-    if skipped:
-        print(f"warning: {skipped} bad lines of {args.input_path} skipped", file=sys.stderr)
+def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[Request]) -> dict:
+    """What a resumed run must share, by flag; not how many processes run, nor on what."""
     settings = {
         "the form of results": 2,  # another one cannot be gone on with
         "--model-name": args.model_name,
@@ -505,6 +661,7 @@ def run(args: argparse.Namespace) -> int:
         "--greedy": args.greedy,
         "--seed": args.seed,
         "--dtype": args.dtype,
+        "--quantize": args.quantize,
         "--enable_h2o_generation": args.enable_h2o_generation,
     }
     if weights := checkpoint_fingerprint(Path(args.model_name)):
@@ -512,33 +669,83 @@ def run(args: argparse.Namespace) -> int:
     if h2o is not None:
         for name, value in dataclasses.asdict(h2o).items():
             settings[f"--{FLAG_OF_FIELD.get(name, name)}"] = value
-    output = ResultsFile(args.output_path, settings, args.overwrite, source=args.input_path)
+    return settings
 
-    todo = [request for request in requests if request.index not in output.results]
-    if output.results:
-        print(f"{len(output.results)} of {len(requests)} results are there already", file=sys.stderr)
+
+def run(args: argparse.Namespace, processes: Processes) -> int:
+    output, requests, skipped = None, [], 0
+    with processes.together():
+        check_several(args, processes)
+        h2o = h2o_config(args)
+        device = own_device(args.device, processes)
+        backend = attention_backend(h2o, device)
+        if processes.first:  # the one that reads: a pipe gives its lines once
+            requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
+            if skipped:
+                processes.say(f"warning: {skipped} bad lines of {args.input_path} skipped")
+            output = ResultsFile(args.output_path, settings_of(args, h2o, requests), args.overwrite, args.input_path)
+            if output.results:
+                processes.say(f"{len(output.results)} of {len(requests)} results are there already")
+    requests, done = processes.broadcast((requests, set(output.results) if output else None))
+
+    todo, idle = [request for request in requests if request.index not in done], 0.0
     if todo:
-        quiet_libraries()
-        model, tokenizer = load_model(args, h2o, device)
-        prompts = tokenize(requests, tokenizer, model, args.model_name)
-        warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o)
-        prompts = [prompt for prompt in prompts if prompt.request.index not in output.results]
-        output.start()
-        summarize(Summarizer(model, tokenizer, args), in_order(prompts, args.batch_size), output)
-    if todo or not output.metrics:
-        metrics = summarize_metrics([output.results[request.index] for request in requests], device)
-        metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
-        metrics["attention_backend"] = backend
-        output.finish(metrics)
-    print_table(output.metrics)
+        with processes.together():
+            quiet_libraries()
+            model, tokenizer = load_model(args, h2o, device, placement(args, processes, device))
+            prompts = tokenize(requests, tokenizer, model, args.model_name)
+            if processes.first:
+                warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o)
+                output.start()
+        prompts = [prompt for prompt in prompts if prompt.request.index not in done]
+        summarizer = Summarizer(model, tokenizer, args, processes)
+        idle = summarize(summarizer, in_order(prompts, args.batch_size, processes), output, args.output_path)
+    with processes.together():
+        if processes.first:
+            output.absorb()
+            if missing := [request.index for request in requests if request.index not in output.results]:
+                raise InputError(
+                    f"--output-path {args.output_path}: {len(missing)} results are missing, first that of request "
+                    f"{missing[0]}; all processes must write to one folder (the same command goes on)"
+                )
+            if todo or not output.metrics:
+                results = [output.results[request.index] for request in requests]
+                metrics = summarize_metrics(results, device, idle)
+                metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
+                metrics |= {"attention_backend": backend, "processes": processes.count}
+                metrics["tensor_parallel"] = processes.splits > 1
+                output.finish(metrics)
+            print_table(output.metrics)
     return 0
 
 
-def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile) -> None:
-    """Run the requests that are left, writing each result as soon as it is there."""
+def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile | None, path: Path) -> float:
+    """Run this process's prompts, writing each result as soon as it is there; seconds that it waits for the slowest.
+
+    Process 0 writes to `output`, others that have prompts of their own to parts of `path`, which it takes in.
+    """
+    processes, begin = summarizer.processes, time.perf_counter()
+    with processes.lockstep() if processes.splits > 1 else processes.together():
+        if output is not None:
+            with_bar(summarizer, prompts, output)
+        else:
+            part = None if processes.splits > 1 else JsonlFile(part_path(path, processes.rank), "index", "result")
+            for result in summarizer.run(prompts):
+                if part is not None:
+                    part.append(result)
+            if part is not None:
+                part.close()
+        spent = time.perf_counter() - begin
+    spent = processes.gather(spent)
+    return max(spent) - sum(spent) / len(spent)
+
+
+def with_bar(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile) -> None:
     rouge2 = [result["rouge"]["rouge2"] for result in output.results.values()]
     tokens, begin = 0, time.perf_counter()
     with tqdm(total=len(rouge2) + len(prompts), initial=len(rouge2), unit="req", dynamic_ncols=True) as bar:
+        if (shares := summarizer.processes.shares) > 1:
+            bar.set_description_str(f"process 1 of {shares}")
         for result in summarizer.run(prompts):
             output.append(result)
             rouge2.append(result["rouge"]["rouge2"])
@@ -549,15 +756,22 @@ def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile
 
 
 def main(argv: list[str] | None = None) -> int:
+    processes, args = Processes.launched(), None
     try:
-        args = parse_args(argv)
-        return run(args)
+        processes.join()
+        with processes.together():
+            args = parse_args(argv)
+            processes.tensor_parallel = args.tensor_parallel
+        status = run(args, processes)
+        processes.close()
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return processes.leave(2)
     except KeyboardInterrupt:
-        print(f"interrupted: results so far are in {args.output_path}; the same command goes on", file=sys.stderr)
-        return 130
+        if processes.first and args is not None:
+            print(f"interrupted: results so far are in {args.output_path}; the same command goes on", file=sys.stderr)
+        return processes.leave(130)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,7 @@ class Batcher:
         rows: sequences decoded at once.
         eos_token_ids, pad_token_id: as the model's generation config has them.
         sampling: whether any sequence samples; nucleus: whether any has a top_p below 1.
+        agree: makes chosen tokens [B] those of all processes that hold a part of the model each, in place; or None.
     """
 
     def __init__(
@@ -220,7 +221,9 @@ class Batcher:
         pad_token_id: int,
         sampling: bool = False,
         nucleus: bool = False,
+        agree: Choose | None = None,
     ):
+        self.agree = agree
         self.model, self.eos, self.pad_token_id = model, eos_token_ids, pad_token_id
         self.h2o = getattr(model, "h2o", None)
         self.sampler = RowSampler(rows, model.device, nucleus) if sampling else None
@@ -280,20 +283,22 @@ class Batcher:
         logits, cache, mask, source = prefill(self.model, prompts, self.pad_token_id)
         if self.h2o is None:
             self.cache = cache
-            self.decoder = FullCacheDecoder(self.model, cache, self.sampler or choose_greedily, mask)
+            self.decoder = FullCacheDecoder(self.model, cache, self._agreed(self.sampler or choose_greedily), mask)
         else:
             if self.cache is None:
                 self.cache = cache.with_rows(len(self.rows))
                 eos = torch.tensor(sorted(self.eos), device=logits.device) if self.eos else None
-                self.decoder = Decoder(
-                    self.model, self.cache, self.sampler or choose_greedily, eos, self.pad_token_id, logprobs=True
-                )
+                choose_next = self._agreed(self.sampler or choose_greedily)
+                self.decoder = Decoder(self.model, self.cache, choose_next, eos, self.pad_token_id, logprobs=True)
             self.cache.take_rows(rows, cache, source)
-        tokens = choose(logits)
+        tokens = self._agreed(choose)(logits)
         self.decoder.start(tokens, rows)
         for row, sequence in zip(rows, group, strict=True):
             self.rows[row], self._begun[row] = sequence, (begin, self._clock.now())
         self._first.append((group, tokens, token_logprobs(logits, tokens)))
+
+    def _agreed(self, choose: Choose) -> Choose:
+        return choose if self.agree is None else lambda logits: self.agree(choose(logits))
 
     def _decode(self, waiting: bool) -> tuple:
         """Steps up to where sequences can join, or CHUNK; moments before and after, tokens and log-probabilities."""
@@ -386,40 +391,68 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def devices_of(model) -> list[torch.device]:
+    """The GPUs that hold layers of a model, or its only device."""
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(gpus, key=lambda device: device.index) or [model.device]
+
+
 @torch.inference_mode()
 def rows_that_fit(model, longest: int, max_tokens: int) -> int:
     """How many sequences a Batcher can decode at once in the memory that is free, its prefills beside them.
 
-    On a GPU a prefill of the longest prompt is measured. On a CPU more than 16 gain nothing.
+    On GPUs a prefill of the longest prompt is measured, on each that holds layers. On a CPU more than 16 gain nothing.
 
     Args: longest: tokens of the longest prompt; max_tokens: of the longest text.
+
+    Raises: torch.OutOfMemoryError where the model's parts are on several processes: the others are in that prefill.
     """
     h2o, config, device = getattr(model, "h2o", None), model.config, model.device
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     logits = 48 * config.vocab_size  # bytes a row: probabilities, sorted, with their order and sums
-    row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
     if device.type != "cuda":
         try:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError):  # only Linux tells
             return 16
+        slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
         return max(1, min(16, int(free // 2 // row)))
     prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // _columns_at_once(h2o, longest))
     cache = DynamicCache(config=config) if h2o is None else HHCache(h2o)
+    devices = devices_of(model)
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = {}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+        before[device] = torch.cuda.memory_allocated(device)
     try:
-        model(torch.zeros(prompts, longest, dtype=torch.long, device=device), past_key_values=cache, logits_to_keep=1)
+        ids = torch.zeros(prompts, longest, dtype=torch.long, device=model.device)
+        chosen = model(ids, past_key_values=cache, logits_to_keep=1).logits.device
     except torch.OutOfMemoryError:
+        if getattr(model, "_device_mesh", None) is not None:
+            raise
         return 1
-    peak = torch.cuda.max_memory_allocated(device) - before
-    if h2o is not None:
-        row = logits + cache.nbytes // prompts
+    peak = {device: torch.cuda.max_memory_allocated(device) - before[device] for device in devices}
+    row = {device: _bytes_per_row(cache, device, longest + max_tokens) for device in devices}
+    row[chosen] += logits
     del cache
     torch.cuda.empty_cache()
-    free = 0.95 * torch.cuda.mem_get_info(device)[0]
-    if h2o is None:  # all prompts of a batch at once; a layer's keys and values are copied as they grow
-        return max(1, int(free // (peak + row)))
-    return max(1, int((free - peak) // row))
+    fitting = []
+    for device in devices:
+        free = 0.95 * torch.cuda.mem_get_info(device)[0]
+        if h2o is None:  # all prompts of a batch at once; a layer's keys and values are copied as they grow
+            fitting.append(free // (peak[device] + row[device]))
+        else:
+            fitting.append((free - peak[device]) // row[device] if row[device] else 2**31)
+    return max(1, int(min(fitting)))
+
+
+def _bytes_per_row(cache: HHCache | DynamicCache, device: torch.device, tokens: int) -> int:
+    """Of the layers on a device, as they are: a part of a model has a part of the heads. A full cache at `tokens`."""
+    layers = [layer for layer in cache.layers if layer.keys.device == device]
+    if isinstance(cache, HHCache):
+        return sum(slots.nbytes for layer in layers for slots in (layer.tensors() | {"mass": layer.mass}).values()) // (
+            len(cache.lengths)
+        )
+    return tokens * sum(t[0, :, 0].nbytes for layer in layers for t in (layer.keys, layer.values))

@@ -91,11 +91,15 @@ class Prediction:
     card: Card
     share: float
     gain: float
+    gpus: int = 1  # that hold a part of the model each; all figures are of one of them
 
     def __post_init__(self):
         # counted once: the searches ask for the same weights again and again
-        self.held, self.read = held_weights(self.model, self.bits), read_weights(self.model, self.bits)
-        self.flops = weight_flops(self.model)
+        norms = sum(p.nbytes for name, p in self.model.named_parameters() if "norm" in name)
+        # transformers' plan leaves norms on each GPU, that of 5.17 the embedding as well
+        self.held = norms + (held_weights(self.model, self.bits) - norms) / self.gpus
+        self.read = norms + (read_weights(self.model, self.bits) - norms) / self.gpus
+        self.flops = weight_flops(self.model) / self.gpus
 
     def ms(self, cache: str, batch: int, context: int, attainable: bool = True) -> float:
         """Milliseconds of a step at rates that can be reached, or else of its bytes at the datasheet's bandwidth."""
@@ -106,11 +110,15 @@ class Prediction:
 
     def row_read(self, cache: str, context: int) -> float:
         """Bytes of a row's cache that a step reads and writes."""
-        return row_read(self.model.config, self.model.dtype.itemsize, context, self.steps, self.caches[cache])
+        config = self.model.config
+        return row_read(config, self.model.dtype.itemsize, context, self.steps, self.caches[cache]) / self.gpus
 
-    def row_bytes(self, cache: str, context: int) -> int:
+    def row_bytes(self, cache: str, context: int) -> float:
         # the last token is chosen, not fed back: a cache never holds it
-        return row_held(self.model.config, self.model.dtype.itemsize, context + self.steps, self.caches[cache])
+        config = self.model.config
+        row = row_held(config, self.model.dtype.itemsize, context + self.steps, self.caches[cache])
+        logits = 8 * config.vocab_size  # each GPU chooses from all of them
+        return logits + (row - logits) / self.gpus
 
     def largest(self, cache: str, context: int) -> int:
         """Rows that fit beside the weights."""
@@ -218,6 +226,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--window_length", type=count, default=1024, help="slots kept after slimming (%(default)s)")
     add("--update_interval", type=count, default=16, help="steps between slimmings (%(default)s)")
     add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (H200)")
+    add("--gpus", type=count, default=1, help="so many of them, with --tensor_parallel (%(default)s)")
     add("--bandwidth", type=positive, help="TB/s of its memory, by the datasheet, instead of the card's")
     add("--memory", type=positive, help="GiB of its memory, instead of the card's")
     add("--tflops", type=positive, help="bf16 TFLOP/s, dense, instead of the card's; without a card not counted")
@@ -271,14 +280,21 @@ def make_model(args) -> LlamaForCausalLM:
 def run(args) -> None:
     quiet_libraries()
     model, card = make_model(args), args.card
+    if (heads := model.config.num_key_value_heads) % args.gpus:
+        raise InputError(
+            f"--gpus {args.gpus}: {heads} KV heads cannot be shared among so many; give a divisor of {heads}"
+        )
+    args.gpu = f"{args.gpus} x {args.gpu}" if args.gpus > 1 else args.gpu
     if model.dtype == torch.float32:
         card = card._replace(tflops=float("inf"))  # datasheets' are of bf16
     caches = {FULL: None, H2O: args.h2o}
-    prediction = Prediction(model, caches, args.new_tokens - 1, args.weight_bits, card, args.share, args.gain)
+    prediction = Prediction(
+        model, caches, args.new_tokens - 1, args.weight_bits, card, args.share, args.gain, args.gpus
+    )
     largest = {cache: prediction.largest(cache, args.context) for cache in caches}
     if not any(largest.values()):
         held, usable = prediction.held / 2**30, USABLE * card.memory
-        way_out = "a GPU with more --memory" + (" or --weight_bits 4" if args.weight_bits != 4 else "")
+        way_out = "more --gpus, or one with more --memory" + (" or --weight_bits 4" if args.weight_bits != 4 else "")
         if held < usable:
             way_out = f"a smaller --window_length (a row of H2O is too large for the rest), or {way_out}"
         raise InputError(f"{args.gpu}: weights alone need {held:.1f} of {usable:.1f} usable GiB; give {way_out}")
@@ -297,12 +313,24 @@ def run(args) -> None:
     print_table(rows, TABLE)
     print(f"\nfloor_ms at {card.bandwidth:g} TB/s, ms at {args.share:.0%} of it. On an H200 measured steps took")
     print("1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
+    if args.gpus > 1:
+        print("Bytes and rows are of each GPU. The time of their sums, two a layer and step, is not counted.")
     if card.tflops == float("inf"):
         print("The time that multiplying takes is not counted: large batches take longer.")
     if (needed := args.context + args.new_tokens) > positions:
         print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
     print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
-    flags = ("context", "batch", "new_tokens", "window_length", "update_interval", "weight_bits", "share", "gain")
+    flags = (
+        "gpus",
+        "context",
+        "batch",
+        "new_tokens",
+        "window_length",
+        "update_interval",
+        "weight_bits",
+        "share",
+        "gain",
+    )
     report = {"verdict": verdict, "reason": reason, "model": name, "dtype": dtype, "gpu": args.gpu}
     report |= {flag: getattr(args, flag) for flag in flags} | {"bandwidth_TBps": card.bandwidth}
     report |= {"memory_GiB": card.memory, "tflops": None if card.tflops == float("inf") else card.tflops}

@@ -236,6 +236,7 @@ def fails(script, capsys, flags, says):
     (("--weight_bits", "3"), ("--weight_bits",)),
     (("--share", "1.1"), ("--share",)),
     (("--gain", "1"), ("--gain",)),
+    (("--gpus", "3"), ("--gpus 3", "8 KV heads")),
     (("--shape", "7b"), ("--shape",)),
     (("--shape", "8b", "--model-name", "."), ("--model-name", "--shape")),
     (("--model-name", ""), ("--model-name",)),

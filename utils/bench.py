@@ -19,6 +19,11 @@ SHAPES = {
         num_key_value_heads=8, max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     ),
+    "70b": dict(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
     "tiny": dict(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=131072,

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,12 +264,33 @@ class JsonlFile:
         with self._writing():
             self._file.truncate(0)
 
+    def close(self) -> None:
+        self._file.close()
+
+
+def part_path(path: Path, rank: int) -> Path:
+    """Where another process than the first writes its results: one writer a file."""
+    return path.with_name(f"{path.name}.part{rank}")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The parts that are there, as processes that have ended have left them."""
+    named = re.compile(re.escape(path.name) + r"\.part[1-9]\d*")
+    try:
+        return sorted(beside for beside in path.parent.iterdir() if named.fullmatch(beside.name))
+    except OSError:
+        return []
+
+
+KEEP = "choose another --output-path, or pass --overwrite"
+
 
 class ResultsFile(JsonlFile):
     """A jsonl of results, and the metrics JSON beside it.
 
     `finish` puts the results into the order of the requests, by `index`, in one rename. Settings stand in the metrics
-    file from `start` on, so that a run with other settings does not mix with these results.
+    file from `start` on, so that a run with other settings does not mix with these results. Other processes of a run
+    write parts beside it; what they, or those of an earlier run, have left there is taken in by `absorb`.
 
     Args:
         path: the results; the metrics go beside it, with `.metrics.json` in the place of `.jsonl`.
@@ -283,8 +305,11 @@ class ResultsFile(JsonlFile):
         self.settings, self.overwrite = settings, overwrite
         self.metrics: dict = {}  # of a finished run
         self.metrics_path = path.parent / (path.name.removesuffix(".jsonl") + ".metrics.json")
+        parts = parts_of(path)
+        if parts and not overwrite and not path.exists():
+            raise InputError(f"--output-path {path}: is not there, but its {parts[0].name} is; bring it back, {KEEP}")
         super().__init__(path, "index", "result", source, also=self.metrics_path)
-        if not overwrite and path.stat().st_size:
+        if not overwrite and (parts or path.stat().st_size):
             self._resume()
 
     @property
@@ -292,28 +317,43 @@ class ResultsFile(JsonlFile):
         return self.entries
 
     def _resume(self) -> None:
-        keep = "choose another --output-path, or pass --overwrite"
         try:
             metrics = json.loads(self.metrics_path.read_text())
             before = dict(metrics.pop("settings"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
-                f"--output-path {self.path}: exists without its {self.metrics_path.name}; {keep}"
+                f"--output-path {self.path}: exists without its {self.metrics_path.name}; {KEEP}"
             ) from None
         for flag in before | self.settings:
             old, new = before.get(flag), self.settings.get(flag)
             if old != new:
                 raise InputError(
-                    f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same to go on, {keep}"
+                    f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same to go on, {KEEP}"
                 )
-        self.resume(keep)
+        self.resume(KEEP)
         self.metrics = metrics
+        self.absorb()
+
+    def absorb(self) -> None:
+        """Take the results of parts in, and remove these. Raises InputError, also where one is still being written."""
+        for path in parts_of(self.path):
+            part = JsonlFile(path, self.key, self.form)
+            part.resume(KEEP)
+            for index, entry in part.entries.items():
+                if index not in self.entries:
+                    self.append(entry)
+            with self._writing():
+                os.fsync(self._file.fileno())  # before the only other copy goes
+                path.unlink()
+            part.close()
 
     def start(self) -> None:
         """Before the first result: `overwrite` takes effect, and the settings are written. Raises InputError."""
         if self.overwrite:
             self.clear()
         with self._writing():
+            for part in parts_of(self.path) if self.overwrite else ():
+                part.unlink()
             self.write_metrics({})
 
     def finish(self, metrics: dict) -> None:

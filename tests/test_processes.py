@@ -1,0 +1,571 @@
+"""run_summarization.py in several processes, which talk over gloo: tensor parallel, and with the requests shared out;
+and models that one process spreads over devices, or loads with quantised weights.
+
+Processes are forks of this one, which has imported everything: that takes longer than all else here.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import accelerate  # noqa: F401  # once for all forks, as the next two
+import pytest
+import torch
+import torch.distributed.tensor
+import transformers.distributed.tensor_parallel  # noqa: F401
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import run_summarization
+from checkpoints import make_checkpoint, make_requests, write_requests
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
+from test_benchmarks import load
+from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
+from utils import processes
+from utils.processes import Processes
+from utils.requests import InputError, JsonlFile, ResultsFile, part_path, parts_of
+
+H2O = ["--enable_h2o_generation", "--num_window_length", "16", "--update_interval", "4"]
+SPLIT = ["--tensor_parallel"]
+both_caches = pytest.mark.parametrize("flags", [H2O, []], ids=["h2o", "full"])
+REQUESTS = make_requests(4, max_tokens=8) + make_requests(4, max_tokens=8, temperature=0.8, top_p=0.9, n=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    make_checkpoint(folder / "model")
+    write_requests(folder / "in.jsonl", REQUESTS)
+    return folder
+
+
+@dataclasses.dataclass
+class Ended:
+    """What came of one process."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+class Group:
+    """Forks that run `work(rank)`, as a launcher would start them."""
+
+    def __init__(self, count: int, work, folder):
+        self.folder, self.count = folder, count
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.children = []
+        for rank in range(count):
+            if (child := os.fork()) == 0:
+                for number, name in ((1, "stdout"), (2, "stderr")):
+                    os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+                status = 1
+                try:
+                    tqdm.set_lock(threading.RLock())  # its lock spans processes: a killed one would keep it
+                    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                    status = work(rank) or 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(status)
+            self.children.append(child)
+
+    def kill(self, *ranks: int) -> None:
+        for rank in ranks:
+            os.kill(self.children[rank], signal.SIGKILL)
+
+    def wait(self, seconds: float = 60) -> list[Ended]:
+        """What came of each; those that do not end in time are killed, with status -9."""
+        statuses, deadline = {}, time.monotonic() + seconds
+        while len(statuses) < self.count:
+            if time.monotonic() > deadline:
+                self.kill(*(rank for rank in range(self.count) if rank not in statuses))
+                deadline += seconds
+            for rank, child in enumerate(self.children):
+                if rank not in statuses and (ended := os.waitpid(child, os.WNOHANG)) != (0, 0):
+                    statuses[rank] = os.waitstatus_to_exitcode(ended[1])
+            time.sleep(0.01)
+        read = lambda name, rank: (self.folder / f"{name}{rank}").read_text()  # noqa: E731
+        return [Ended(statuses[rank], read("stdout", rank), read("stderr", rank)) for rank in range(self.count)]
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """start(count, *flags, ...) starts the program in so many processes; `patch(rank)` is called in each before it."""
+
+    def start(count, *flags, output="out.jsonl", patch=None):
+        argv = ["--input-path", folder / "in.jsonl", "--output-path", tmp_path / output]
+        argv = [*map(str, argv), "--model-name", str(folder / "model"), "--device", "cpu", *flags]
+
+        def work(rank):
+            if patch is not None:
+                patch(rank)
+            return run_summarization.main(argv)
+
+        return Group(count, work, tmp_path)
+
+    return start
+
+
+@pytest.fixture
+def finish(start, tmp_path):
+    """finish(count, *flags, ...) runs it to its end: one that succeeds, in which process 0 alone has spoken."""
+
+    def finish(count, *flags, **kwargs) -> Outcome:
+        ended = start(count, *flags, **kwargs).wait()
+        assert [process.status for process in ended] == [0] * count, [process.stderr for process in ended]
+        assert not any(process.stdout or process.stderr for process in ended[1:])
+        path = tmp_path / kwargs.get("output", "out.jsonl")
+        assert not parts_of(path)
+        metrics = json.loads(metrics_path(path).read_text())
+        return Outcome(ended[0].stdout, [ended[0].stderr], path, path.read_bytes().splitlines(), metrics)
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """expected(flags): what a single process writes."""
+    made = {}
+
+    def expected(flags) -> Outcome:
+        path = folder / f"expected{len(flags)}.jsonl"
+        if not path.exists():
+            argv = ["--input-path", folder / "in.jsonl", "--output-path", path, "--model-name", folder / "model"]
+            assert run_summarization.main([*map(str, argv), "--device", "cpu", *flags]) == 0
+            made[path] = path.read_bytes().splitlines(), json.loads(metrics_path(path).read_text())
+        return Outcome("", [], path, *made[path])
+
+    return expected
+
+
+def only_error(ended: list[Ended]) -> str:
+    """The one line that all processes together say; each has left with status 2."""
+    assert [process.status for process in ended] == [2] * len(ended), [process.stderr for process in ended]
+    assert not any("Traceback" in process.stderr for process in ended)
+    (line,) = [line for process in ended for line in process.errors]
+    return line
+
+
+@both_caches
+@pytest.mark.parametrize("way", [SPLIT, []], ids=["split", "shared out"])
+def test_several_processes_write_what_one_would(finish, expected, way, flags):
+    """Other samples, a cache that is counted by one process's heads, results lost, twice or out of order, a line on
+    stderr from each process, a throughput that adds up what passed at the same time."""
+    several, one = finish(2, *flags, *way, "--batch_size", "3"), expected(flags)
+    assert_same_results(several, one)
+    for name in ("rouge", "tokens_generated", "kv_bytes_per_request", "slots_kept_per_request", "settings"):
+        assert several.metrics[name] == one.metrics[name]
+    assert several.metrics["processes"] == 2 and several.metrics["tensor_parallel"] == bool(way)
+
+
+def test_parts_choose_what_the_first_chooses(finish, expected):
+    """Rounding that differs from GPU to GPU, and then parts of two texts that are fed to one model."""
+
+    def patch(rank):
+        if rank == 1:
+            batching.choose_greedily = lambda logits: logits.argmin(-1)
+
+    flags = [*H2O, "--sample_num", "2"]
+    assert finish(2, *flags, *SPLIT, patch=patch).texts == expected(H2O).texts[:2]
+
+
+def test_wall_times_of_shares_add_up_to_the_run(finish):
+    """Seconds of several processes added up, as if one had followed the other."""
+
+    def slow(rank):
+        run = run_summarization.Summarizer.decode
+
+        def decode(self, prompts):
+            for job in run(self, prompts):
+                time.sleep(0.1 if rank else 0.05)
+                yield job
+
+        run_summarization.Summarizer.decode = decode
+
+    metrics = finish(2, *H2O, "--greedy", patch=slow).metrics
+    assert 0.4 <= metrics["seconds"] < 0.6  # 4 requests each, of which process 1 takes 0.1 s
+
+
+def writes_until(stops: dict[int, int], writing: int):
+    """A patch: process r stops for ever in the middle of its result after stops[r] whole ones, and says so."""
+
+    def patch(rank):
+        append, done = JsonlFile.append, []
+
+        def append_half(self, result):
+            if rank in stops and len(done) == stops[rank]:
+                self._file.write(json.dumps(result).encode()[:100])
+                self._file.flush()
+                os.write(writing, b".")
+                time.sleep(600)
+            append(self, result)
+            done.append(result)
+
+        JsonlFile.append = append_half
+
+    return patch
+
+
+def killed(start, count: int, *flags, **stops: int) -> None:
+    """Processes, all killed with -9 when each of those in `stops` (r0=…, r1=…) is in the middle of a result."""
+    reading, writing = os.pipe()
+    group = start(count, *flags, patch=writes_until({int(r[1:]): n for r, n in stops.items()}, writing))
+    os.close(writing)
+    try:
+        for _ in stops:
+            assert os.read(reading, 1) == b".", group.wait()
+        time.sleep(0.1)  # the others write what they have
+    finally:
+        os.close(reading)
+        group.kill(*range(count))
+        assert all(process.status == -signal.SIGKILL for process in group.wait())
+
+
+def test_killed_at_any_moment_and_gone_on_with_in_another_number(start, finish, expected, tmp_path):
+    """kill -9 of all: what had been written to a part is lost, or comes twice; a run of more, fewer or split processes
+    that cannot go on with it; parts that stay."""
+    path = tmp_path / "out.jsonl"
+
+    def written() -> dict[int, dict]:
+        lines = [line for file in (path, *parts_of(path)) for line in file.read_bytes().splitlines(keepends=True)]
+        results = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        assert len({result["index"] for result in results}) == len(results)
+        return {result["index"]: result for result in results}
+
+    def includes(later, earlier):
+        return all(later.get(index) == result for index, result in earlier.items())
+
+    killed(start, 3, *H2O, r0=0, r1=1)  # 3 + 3 + 2 requests: nothing in the main file
+    assert not path.read_bytes().count(b"\n") and len(first := written()) == 3
+    killed(start, 2, *H2O, r0=4, r1=1)  # the three, and two more
+    second = written()
+    assert includes(second, first) and len(second) == 5
+    killed(start, 2, *H2O, r0=0)  # while it takes in what the part holds
+    assert written() == second and len(parts_of(path)) == 1
+    killed(start, 2, *H2O, *SPLIT, r0=2)  # the part's, and one more
+    third = written()
+    assert includes(third, second) and len(third) == 6
+    outcome = finish(1, *H2O)
+    assert includes({result["index"]: result for result in outcome.results}, third)
+    assert_same_results(outcome, expected(H2O))
+
+
+def test_processes_without_a_folder_in_common(start, tmp_path):
+    """A KeyError of the first process, or metrics of a part of the results."""
+
+    def patch(rank):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        run_summarization.part_path = lambda path, rank: tmp_path / "elsewhere" / f"part{rank}"
+
+    line = only_error(start(2, *H2O, "--greedy", patch=patch).wait())
+    assert "4 results are missing" in line and "one folder" in line
+
+
+def test_no_results_left_to_share(finish, expected):
+    """More processes than requests: one that has none waits, and a second run finds nothing to do."""
+    flags = [*H2O, "--sample_num", "2"]
+    first = finish(3, *flags)
+    assert [result["index"] for result in first.results] == [0, 1]
+    before = first.files
+    second = finish(2, *flags)
+    assert second.files == before and second.stdout == first.stdout
+
+
+def runs_out_of_memory(ranks: tuple[int, ...], at: int):
+    """A patch: the prefill number `at` of these processes does not fit."""
+
+    def patch(rank):
+        prefill, tried = batching.Batcher._prefill, []
+
+        def limited(self, group, rows):
+            tried.append(group)
+            if rank in ranks and len(tried) == at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            prefill(self, group, rows)
+
+        batching.Batcher._prefill = limited
+
+    return patch
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_memory_that_runs_out_in_parts_of_the_model(start, finish, expected, tmp_path, ranks):
+    """The other process waits for ever in the middle of a step, or each says something; results that are lost."""
+    line = only_error(start(2, *H2O, *SPLIT, patch=runs_out_of_memory(ranks, at=3)).wait())
+    assert any(f"process {rank}: out of memory with 1 sequences" in line for rank in ranks) and "--batch_size" in line
+    assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 2
+    if len(ranks) > 1:
+        assert_same_results(finish(2, *H2O, *SPLIT), expected(H2O))
+
+
+def test_memory_that_runs_out_where_requests_are_shared_out(finish, expected):
+    """Each process halves its own batches: nobody else need know."""
+    outcome = finish(2, *H2O, "--batch_size", "3", patch=runs_out_of_memory((1,), at=1))
+    assert_same_results(outcome, expected(H2O))
+
+
+def test_automatic_batch_size_is_the_least_of_all_parts(finish):
+    """A process with less free memory that gets as many rows as the others: they would not even have the same steps."""
+
+    def patch(rank):
+        run_summarization.rows_that_fit = lambda *args: 3 - rank
+
+    outcome = finish(2, *H2O, *SPLIT, "--batch_size", "auto", patch=patch)
+    assert "--batch_size auto: up to 2 sequences at once" in outcome.stderr[0]
+    assert max(result["result"]["request_time"]["batch_size"] for result in outcome.results) == 2
+
+
+@pytest.mark.parametrize("way", [SPLIT, []], ids=["split", "shared out"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_is_killed_ends_the_others(start, way, rank):
+    """kill -9 of one process, by the kernel for memory, say: the other waits for it as it waits for slow ones."""
+
+    def patch(own):
+        if own == rank:
+            batching.Batcher._decode = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+    killed, other = sorted(start(2, *H2O, *way, patch=patch).wait(20), key=lambda process: process.status)
+    assert (killed.status, other.status) == (-signal.SIGKILL, 2)
+    (line,) = other.errors
+    assert "another process has ended" in line and "Traceback" not in other.stderr
+
+
+def test_process_that_fails_by_itself_ends_the_others(start):
+    """A bug in one process: its traceback is what one gets to see, and nobody hangs."""
+
+    def patch(rank):
+        if rank == 1:
+            batching.Batcher._look = lambda *args: 1 / 0
+
+    for way in (SPLIT, []):
+        first, second = start(2, *H2O, *way, patch=patch).wait(20)
+        assert (first.status, second.status) == (2, 1), first.stderr
+        assert "ZeroDivisionError" in second.stderr and "Traceback" not in first.stderr
+
+
+def test_what_one_process_finds_wrong_takes_one_line(start):
+    """A device, or a checkpoint, that one process cannot use: the others start, or say the same."""
+
+    def patch(rank):
+        if rank == 1:
+            run_summarization.load_model = fails
+
+    def fails(*args):
+        raise InputError("--model-name x: is not on this machine")
+
+    for way in (SPLIT, []):
+        assert "is not on this machine" in only_error(start(2, *H2O, *way, patch=patch).wait())
+
+
+@pytest.mark.parametrize("count, flags, words", [
+    (3, SPLIT, ["--tensor_parallel", "3 processes", "2 KV heads", "start 1 or 2"]),
+    (2, ["--device", "cuda:1"], ["--device cuda:1", "leave it out"]),
+    (2, [*SPLIT, "--quantize", "bitsandbytes-int4"], ["--quantize", "--tensor_parallel"]),
+    (2, [*SPLIT, *H2O, "--compile"], ["--compile", "--tensor_parallel"]),
+    (2, ["--no-such-flag"], ["--no-such-flag", "--help"]),
+    (2, ["--score", "sink"], ["--score", "--enable_h2o_generation"]),
+    (2, [*SPLIT, "--input-path", "/nowhere"], ["--input-path /nowhere"]),
+])  # fmt: skip
+def test_bad_input_takes_one_line(start, count, flags, words):
+    """As many lines as processes, or none, or one process that waits for one that has left."""
+    line = only_error(start(count, *flags).wait())
+    assert all(word in line for word in words), line
+
+
+def test_several_processes_without_accelerate(start):
+    """ImportError once a process."""
+
+    def patch(rank):
+        sys.modules["accelerate"] = None
+        processes.GLANCE = 0.01
+
+    line = only_error(start(2, patch=patch).wait())
+    assert "2 processes: need accelerate; pip install accelerate" in line
+
+
+def test_split_model_without_a_launcher(folder, capsys):
+    """One process that silently holds the whole model."""
+    assert run_summarization.main(["--tensor_parallel", "--model-name", str(folder / "model")]) == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err
+
+
+def test_parts_alone_are_not_gone_on_with(folder, tmp_path, capsys):
+    """Results of unknown settings under one ROUGE, or two runs at once; --overwrite that leaves them for the next."""
+    output = tmp_path / "out.jsonl"
+    part = part_path(output, 1)
+    part.write_text('{"index": 0}\n')
+    argv = ["--input-path", folder / "in.jsonl", "--output-path", output, "--model-name", folder / "model"]
+    argv = [*map(str, argv), "--device", "cpu", "--greedy", "--sample_num", "2"]
+
+    def refused(words: str, *flags) -> None:
+        assert run_summarization.main([*argv, *flags]) == 2
+        assert words in capsys.readouterr().err and part.read_text() == '{"index": 0}\n'
+
+    refused("out.jsonl.part1")
+    output.touch()
+    refused("without its out.metrics.json")
+    anew = ResultsFile(output, {}, overwrite=True)
+    assert parts_of(output)
+    anew.start()
+    assert not parts_of(output)
+    anew.close()
+    assert run_summarization.main([*argv, "--overwrite"]) == 0
+    capsys.readouterr()
+    other = JsonlFile(part, "index", "result")
+    part.write_text('{"index": 0}\n')
+    refused("another run is writing it")
+    other.close()
+
+
+def test_parts_of_a_model(folder, tmp_path):
+    """A saved part instead of the whole; a recorded step, or a merged product, that leaves out the sum over the parts;
+    caches of all heads, or weights that scripts/advise.py counts otherwise."""
+    h2o = H2OConfig(window_length=16, update_interval=4)
+    whole = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32)
+    ids = torch.arange(5, 45).view(2, 20)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    expected = whole.generate(**inputs)
+
+    def work(rank):
+        group = Processes.launched()
+        group.tensor_parallel = True
+        group.join()
+        args = argparse.Namespace(model_name=folder / "model", quantize=None)
+        place = run_summarization.placement(args, group, torch.device("cpu"))
+        model = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32, **place)
+        cache = batching.HHCache(h2o)
+        assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
+        assert cache.layers[0].keys.shape[1] == 1 and cache.nbytes * 2 == held
+        parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
+        unsplit = parts[0].nbytes // 2 * (len(parts[0]) == model.config.vocab_size)  # transformers 5.17's embedding
+        assert sum(part.nbytes for part in parts) - unsplit == advised.held
+        assert not generation.is_replayable(model)
+        generation.CAPTURE_SHARDED = True
+        assert generation.is_replayable(model)
+        model.model.layers[0].self_attn.q_proj.forward = lambda x: x
+        assert not generation.is_replayable(model)
+        attention = model.model.layers[0].self_attn
+        attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
+        assert attention.merged.weight is None
+        model.save_pretrained(tmp_path / "saved", is_main_process=rank == 0)
+        group.close()
+
+    cache = batching.HHCache(h2o)
+    whole.generate(**inputs, past_key_values=cache)
+    held = cache.nbytes
+    advised = load("advise").Prediction(whole, {}, 1, None, None, 1.0, 0.1, gpus=2)
+    for process in Group(2, work, tmp_path).wait():
+        assert process.status == 0, process.stderr
+    saved = H2OLlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert all(map(torch.equal, saved.state_dict().values(), whole.state_dict().values()))
+    assert "distributed" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+# One process: layers spread over devices, quantised weights
+
+
+@pytest.fixture
+def alone_with(folder, tmp_path, monkeypatch):
+    """alone_with(*flags, ...) runs the program in this process: exit status, and the model where one was loaded."""
+    load_model, loaded = run_summarization.load_model, []
+
+    def recorded(*args):
+        loaded.append(load_model(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(run_summarization, "load_model", recorded)
+
+    def alone_with(*flags, model=None, output="out.jsonl"):
+        loaded.clear()
+        argv = ["--input-path", folder / "in.jsonl", "--output-path", tmp_path / output]
+        status = run_summarization.main([*map(str, argv), "--model-name", str(model or folder / "model"), *flags])
+        return status, loaded[0][0] if loaded else None
+
+    return alone_with
+
+
+@both_caches
+def test_layers_spread_over_what_there_is(alone_with, expected, tmp_path, monkeypatch, flags):
+    """A model that is moved once more after it has been spread, or says something else."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args: pytest.fail("moved"))
+    assert alone_with(*flags, "--device_map", "auto")[0] == 0
+    monkeypatch.undo()
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    assert_same_results(Outcome("", [], tmp_path / "out.jsonl", lines, None), expected(flags))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--device", "cpu"], ["--device_map", "--device"]),
+    (["--quantize", "torchao-int4", "--device", "cpu"], ["--quantize torchao-int4", "GPU"]),
+    (["--quantize", "int8"], ["--quantize", "bitsandbytes-int4"]),
+])  # fmt: skip
+def test_placement_that_cannot_be(alone_with, capsys, flags, words):
+    """A traceback of another library, after minutes of loading."""
+    map_too = ["--device_map", "auto"] if "--quantize" not in flags else []
+    assert alone_with(*flags, *map_too) == (2, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def test_library_that_is_not_installed(alone_with, monkeypatch, capsys):
+    """ImportError from the depths of transformers."""
+    monkeypatch.setattr(run_summarization, "has", lambda library: False)
+    for flags in (["--quantize", "torchao-int8", "--device", "cpu"], ["--device_map", "auto"]):
+        assert alone_with(*flags)[0] == 2
+        assert "pip install" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose rows are as long as a group of quantised weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=128)
+
+
+@pytest.mark.parametrize("choice", ["torchao-int8", "bitsandbytes-int8", "bitsandbytes-int4"])
+def test_quantised_weights(alone_with, wide, tmp_path, capsys, choice):
+    """Weights that stay as they were, or are merged as if they were plain; results of both under one ROUGE; a saved
+    checkpoint of them that has to be told what it is."""
+    pytest.importorskip(choice.split("-")[0])
+    flags = ["--device", "cpu", "--greedy", "--sample_num", "2"]
+    for cache in (H2O, []):
+        status, model = alone_with(*cache, *flags, "--quantize", choice, "--overwrite", model=wide)
+        assert status == 0 and not llama._is_plain(model.model.layers[0].self_attn.q_proj)
+    plain = H2OLlamaForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    ids = torch.arange(5, 45)[None]
+
+    def error(other) -> float:
+        expected = other(ids, use_cache=False).logits
+        return ((model(ids, use_cache=False).logits - expected).norm() / expected.norm()).item()
+
+    assert 1e-3 < error(plain) < 1
+    capsys.readouterr()
+    assert alone_with(*flags, model=wide) == (2, None)
+    assert f"--quantize is None, but {choice!r}" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(wide).save_pretrained(tmp_path / "saved")
+    status, saved = alone_with(*H2O, *flags, model=tmp_path / "saved", output="saved.jsonl")
+    assert status == 0 and type(saved.model.layers[0].mlp.up_proj) is type(model.model.layers[0].mlp.up_proj)
+    assert error(saved) < error(plain) / 3  # bitsandbytes packs 4 bits anew on a CPU, with scales in bfloat16
+    capsys.readouterr()
+    assert alone_with("--quantize", choice, *flags, model=tmp_path / "saved", output="other.jsonl") == (2, None)
+    assert "holds quantised weights" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""The processes of one run, as torchrun or `accelerate launch` start them: what they agree on, and who speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from utils.requests import InputError
+
+PATIENCE = timedelta(days=30)  # a process waits for another that still decodes; one that has died is noticed at once
+GLANCE = 0.2  # seconds between two looks at whether another process has failed
+
+
+@dataclass
+class Processes:
+    """This process among those of its run; alone where no launcher says otherwise.
+
+    With `tensor_parallel` all of them are one model, and decode the same in lockstep. Otherwise each is a whole one.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # among those of this machine
+    tensor_parallel: bool = False
+
+    def __post_init__(self):
+        self._state = self._store = None
+        self._finished = threading.Event()
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """As the environment says; `join` makes them a group."""
+        try:
+            rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except (KeyError, ValueError):
+            return cls()
+        return cls(rank, count, local) if count > 1 and 0 <= rank < count else cls()
+
+    @staticmethod
+    def started_by_launcher() -> bool:
+        """Whether torchrun or accelerate started this process, be it as the only one."""
+        return "LOCAL_RANK" in os.environ
+
+    @property
+    def first(self) -> bool:
+        """Whether it reads and writes the files, and speaks."""
+        return self.rank == 0
+
+    @property
+    def shares(self) -> int:
+        """How many processes share out the requests."""
+        return 1 if self.tensor_parallel else self.count
+
+    @property
+    def splits(self) -> int:
+        """How many processes hold a part of the model each."""
+        return self.count if self.tensor_parallel else 1
+
+    def join(self) -> None:
+        """Find the others. Raises InputError, without accelerate."""
+        if self.count == 1:
+            return
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            if not self.first:  # which says so, unless a launcher ends it because this one has left
+                time.sleep(25 * GLANCE)
+                self.leave(2)
+            raise InputError(
+                f"{self.count} processes: need accelerate; pip install accelerate, or start one process"
+            ) from None
+        on_gpu = torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # NCCL is set up where a tensor of a GPU asks for it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # threads are the launcher's business
+            try:
+                self._state = PartialState(cpu=not on_gpu, backend=backend, timeout=PATIENCE)
+            except NotImplementedError as error:  # GPUs that cannot talk to each other
+                raise InputError(" ".join(str(error).split())) from None
+
+    # What all of them know
+
+    def gather(self, value) -> list:
+        """The value of each process, on each of them. Raises InputError where a process has ended."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        with self._hearing():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        """Process 0's value. Raises InputError where a process has ended."""
+        values = [value]
+        if self.count > 1:
+            with self._hearing():
+                distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def agree_on(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Process 0's choice, in place: rounding that differed somewhere must not tear the model's parts asunder."""
+        distributed.broadcast(tokens, src=0)
+        return tokens
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise InputError(ENDED) from error
+
+    # Failing
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong in one process goes wrong in all, which end here: one line, exit status 2.
+
+        Raises: what was raised inside; of several processes' InputErrors none, for they end here. A process that
+        raises something else ends, which the others notice when they come here.
+        """
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            if self.count == 1:
+                raise
+            problem = str(error)
+        problems = [problem for problem in self.gather(problem) if problem]
+        if problems:
+            if self.first:
+                print(f"error: {problems[0]}", file=sys.stderr, flush=True)
+            with suppress(InputError):
+                self.gather(None)  # a launcher ends the others as soon as one has left
+            self.leave(2)
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """What goes wrong in one process, in the middle of a step that the others wait in, ends all of them.
+
+        Nothing can be agreed on there. Who fails leaves word, and the others look for it beside their work.
+        """
+        if self.count == 1:
+            yield
+            return
+        server = distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if self.first else None
+        host, port = os.environ.get("MASTER_ADDR", "localhost"), self.broadcast(server and server.port)
+        self._store = distributed.TCPStore(host, port, timeout=timedelta(seconds=60))
+        watched = distributed.TCPStore(host, port, timeout=timedelta(seconds=60))
+        watcher = threading.Thread(target=self._watch, args=(watched,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception) and _is_from_a_collective(error):
+                time.sleep(10 * GLANCE)  # who has failed says why, and the watcher ends this process
+                error = InputError(ENDED)
+            if not isinstance(error, InputError):
+                self._leave_word()
+                raise
+            if self._store_add("claimed") == 1:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            self._leave_word()
+            if self.first:
+                time.sleep(5 * GLANCE)  # the others look here
+            self.leave(2)
+        self._finished.set()
+        watcher.join()
+        with suppress(InputError):
+            self.gather(None)  # process 0 holds what the others look at
+
+    def _watch(self, store) -> None:
+        while not self._finished.wait(GLANCE):
+            try:
+                failed = store.check(["failed"])
+            except RuntimeError:  # process 0 has ended, and left no word
+                failed = True
+                if self.rank == 1 and not self._finished.is_set():
+                    print(f"error: {ENDED}", file=sys.stderr, flush=True)
+            if failed and not self._finished.is_set():
+                self.leave(2)
+
+    def _store_add(self, key: str) -> int:
+        try:
+            return self._store.add(key, 1)
+        except RuntimeError:  # process 0 has ended
+            return self.rank
+
+    def _leave_word(self) -> None:
+        self._finished.set()
+        self._store_add("failed")
+
+    def leave(self, status: int) -> int:
+        """The exit status; of several processes this one ends with it here and now, waiting for no other."""
+        if self.count > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+    def close(self) -> None:
+        """After the last word to the others."""
+        if self._state is not None:
+            with suppress(InputError):
+                self.gather(None)
+            self._state.destroy_process_group()
+
+    def say(self, text: str) -> None:
+        """A line on stderr, beside a bar, by process 0."""
+        if self.first:
+            tqdm.write(text, file=sys.stderr)
+
+
+ENDED = "another process has ended before its work was done; results so far are kept, the same command goes on"
+
+
+def _is_from_a_collective(error: Exception) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
