@@ -212,7 +212,7 @@ def check_several(args: argparse.Namespace, processes: Processes) -> None:
     }.items():
         if args.device_map is not None and given:
             raise InputError(f"--device_map: one process spreads the model over all devices; leave it out, or {flag}")
-    for flag, given in {"quantize": args.quantize, "compile": args.compile}.items():
+    for flag, given in {"quantize": args.quantize, "compile": getattr(args, "compile", False)}.items():
         if given and args.tensor_parallel:
             raise InputError(f"--{flag}: not with --tensor_parallel; leave one of them out")
     if processes.count > 1 and args.device not in ("auto", "cpu"):

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-import accelerate  # noqa: F401  # once for all forks, as the next two
+import accelerate  # once for all forks, as the next two
 import pytest
 import torch
 import torch.distributed.tensor
@@ -76,6 +76,7 @@ class Group:
                 os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
                 status = 1
                 try:
+                    accelerate.PartialState._reset_state()  # lm_eval may have let it look around, alone
                     tqdm.set_lock(threading.RLock())  # its lock spans processes: a killed one would keep it
                     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                     status = work(rank) or 0
