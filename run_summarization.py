@@ -100,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="sequences decoded together, halved when memory runs out; auto: as many as fit into the free memory",
     )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
+    add("--chat", action="store_true", help="wrap each request in the tokenizer's chat template, for instruct models")
     add("--seed", type=seed, default=42, help="seed of sampling")
     add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
     add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
@@ -398,9 +399,38 @@ class Prompt:
     tokens: list[int]
 
 
-def tokenize(requests: list[Request], tokenizer, model, model_name: str) -> list[Prompt]:
+def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
+    """A conversation of user and assistant in turn in the tokenizer's chat template, ready for the next reply.
+
+    Raises: InputError where there is no template, or it cannot say this.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"--chat: the tokenizer of {model_name} has no chat template; take an instruct model, or leave it out"
+        )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    to_reply = len(texts) % 2 == 1
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_reply)
+    except Exception as error:  # a program of the model's authors
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave it out") from None
+
+
+def end_as_chats_do(model, tokenizer) -> None:
+    """Let the tokenizer's own end-of-sequence token end a text too: some instruct models' settings leave it out."""
+    settings, eos = model.generation_config, tokenizer.eos_token_id
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = [token for token in dict.fromkeys([*known, eos]) if token is not None] or None
+
+
+def tokenize(requests: list[Request], tokenizer, model, model_name: str, chat: bool = False) -> list[Prompt]:
     """Requests with their tokens. Raises InputError where tokenizer and model do not belong together."""
-    encoded = tokenizer([request.article for request in requests])["input_ids"]
+    if chat:  # the template says where a text begins
+        texts = [render_chat(tokenizer, [request.article], model_name) for request in requests]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    else:
+        encoded = tokenizer([request.article for request in requests])["input_ids"]
     must_know(model, model_name, max(max(tokens, default=0) for tokens in encoded))
     return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
@@ -659,6 +689,7 @@ def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[
         "--sample_num": args.sample_num,
         "--input-path": f"sha256 {fingerprint(requests)[:16]}",
         "--greedy": args.greedy,
+        "--chat": args.chat,
         "--seed": args.seed,
         "--dtype": args.dtype,
         "--quantize": args.quantize,
@@ -693,7 +724,9 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         with processes.together():
             quiet_libraries()
             model, tokenizer = load_model(args, h2o, device, placement(args, processes, device))
-            prompts = tokenize(requests, tokenizer, model, args.model_name)
+            prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
+            if args.chat:
+                end_as_chats_do(model, tokenizer)
             if processes.first:
                 warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o)
                 output.start()

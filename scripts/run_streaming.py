@@ -39,11 +39,13 @@ from run_summarization import (
     add_cache_flags,
     add_model_flags,
     attention_backend,
+    end_as_chats_do,
     first_stop,
     h2o_config,
     load_model,
     peak_memory,
     quiet_libraries,
+    render_chat,
     seed,
     select_device,
 )
@@ -176,14 +178,7 @@ class Wording:
         return self.closing[1:] if self.closing[:1] == [pending] else self.closing
 
     def _render(self, texts: list[str]) -> str:
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=len(messages) % 2 == 1
-            )
-        except Exception as error:  # no template, or one that raises
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--chat: no use of the chat template of {self.name} ({reason}); leave it out") from None
+        return render_chat(self.tokenizer, texts, self.name)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -426,10 +421,10 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     model, tokenizer = load_model(args, h2o, device)
     wording = Wording(tokenizer, args.model_name, args.chat)
+    if args.chat:
+        end_as_chats_do(model, tokenizer)
     eos = model.generation_config.eos_token_id
     eos = set(eos if isinstance(eos, list) else [eos]) - {None}
-    if args.chat and tokenizer.eos_token_id is not None:
-        eos.add(tokenizer.eos_token_id)
     every = args.report_every or (args.stream_tokens or 100_000) // 100 or 1
     name = "full cache" if h2o is None else f"window {h2o.window_length}, N = {h2o.update_interval}"
     report = Report(args.report, every, name + (", rolling" if h2o is not None and h2o.position_rolling else ""))

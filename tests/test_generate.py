@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from conftest import (
     BACKENDS,
     VOCAB,
+    Llamas,
     addresses,
     assert_close,
     assert_invariants,
@@ -552,6 +553,17 @@ ROPES = {
                "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn's attention": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "attention_factor": 1.5,
+                         "beta_fast": 16.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+# Frequencies of these follow the longest position so far; beyond 16 they change.
+GROWING = {
+    "dynamic": {"max_position_embeddings": 16,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "longrope": {"max_position_embeddings": 64,
+                 "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+                                     "original_max_position_embeddings": 16,
+                                     "short_factor": [1.0] * 4 + [1.5] * 4, "long_factor": [1.0] * 3 + [4.0] * 5}},
 }  # fmt: skip
 CONFIGS = {name: {"rope_parameters": rope} for name, rope in ROPES.items()} | {
     "attention_bias": {"attention_bias": True, "mlp_bias": True},
@@ -575,6 +587,72 @@ def test_other_llamas(config):
         conversation(
             llamas, [new_cache(**flags, backend=backend)], flags, [prompt(11), *([t] for t in prompt(6)), prompt(4)]
         )
+
+
+def frequencies(config, length: int) -> torch.Tensor:
+    """RoPE's for 16 dimensions and a text of this length: float64 [8]."""
+    rope, theta, by = config["rope_parameters"], 10000.0, 1.0
+    if rope["rope_type"] == "dynamic" and length > 16:  # bloc97's NTK
+        theta *= (rope["factor"] * length / 16 - (rope["factor"] - 1)) ** (16 / 14)
+    elif rope["rope_type"] == "longrope":  # arXiv 2402.13753
+        by = torch.tensor(rope["long_factor" if length > 16 else "short_factor"], dtype=torch.float64)
+    return theta ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16) / by
+
+
+@pytest.mark.parametrize("config", GROWING.values(), ids=GROWING)
+def test_frequencies_that_follow_the_length(config):
+    """Keys that are rotated anew without rolling, where stock Llama leaves them as they are; or that are not with it,
+    where positions are slots and all keys have the frequencies of the step; frequencies of evicted tokens."""
+    llamas = make_llamas(**config)
+    for rows, backend in itertools.product(([prompt(12)], [prompt(13), prompt(4)], [prompt(25), prompt(9)]), BACKENDS):
+        assert_is_stock(llamas, rows, 9, window_length=64, backend=backend)
+    for length in (12, 25):
+        flags = {"window_length": 64, "update_interval": 2, "position_rolling": True}
+        oracle, cache = new_oracle(llamas, **flags), new_cache(**flags)
+        for block in [prompt(length), *([token] for token in prompt(8, 1))]:
+            oracle.inv_freq = frequencies(config, oracle.length() + len(block))
+            assert_close(forward(llamas.h2o, [block], cache)[0], oracle.forward(block), what=f"{oracle.seen} tokens")
+    rotary = llamas.stock.model.rotary_emb
+    llamas.stock(torch.tensor([prompt(3)]))  # back to the first frequencies, the oracle's
+    assert torch.equal(rotary.inv_freq, rotary.original_inv_freq)
+    flags = {"window_length": 8, "update_interval": 2, "position_rolling": True, "prefill_chunk": 6}
+    conversation(llamas, [new_cache(**flags)], flags, [prompt(40), *([token] for token in prompt(6)), prompt(14)])
+
+
+@pytest.mark.parametrize("config", GROWING.values(), ids=GROWING)
+def test_padding_stands_at_no_position(config):
+    """A later turn whose padding comes to stand beyond all tokens, and changes the frequencies of all rows."""
+    llamas, flags = make_llamas(**config), {"window_length": 32}
+    together, alone = new_cache(**flags), new_cache(**flags)
+    forward(llamas.h2o, [prompt(2), prompt(14)], together)
+    forward(llamas.h2o, [prompt(14)], alone)
+    _, turn = forward(llamas.h2o, [prompt(5, 1), prompt(1, 1)], together)  # 5 columns from position 14 on: 18
+    assert_close(turn, forward(llamas.h2o, [prompt(1, 1)], alone)[0])
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_theta": 10000.0},
+    {"rope_theta": 5000.0, "rope_scaling": None},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_theta": 10000.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                              "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+], ids=["Llama 1", "Llama 2", "linear", "dynamic", "Llama 3.1"])  # fmt: skip
+def test_checkpoints_as_earlier_versions_wrote_them(tmp_path, rope):
+    """A config without KV heads and head_dim, or a rope_scaling beside rope_theta, that is read as another model's."""
+    make_llamas(num_key_value_heads=4, max_position_embeddings=16).stock.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config | rope))
+    stock, h2o = (kind.from_pretrained(tmp_path).eval() for kind in (LlamaForCausalLM, H2OLlamaForCausalLM))
+    theta, scaling = rope.get("rope_theta", 10000.0), rope.get("rope_scaling") or {}
+    frequencies = theta ** -(torch.arange(0, 16, 2) / 16)
+    plain = torch.allclose(h2o.model.rotary_emb.inv_freq, frequencies)
+    assert plain == (not scaling or scaling.get("type") == "dynamic"), "tells nothing"
+    assert torch.equal(h2o.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
+    assert_is_stock(Llamas(stock, h2o), [prompt(20), prompt(5)], 5, window_length=32)
 
 
 def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):

@@ -20,6 +20,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralConfig
 
@@ -1045,6 +1046,52 @@ def test_run_killed_between_last_result_and_metrics(run, monkeypatch, request):
     assert outcome.metrics["requests"] == 5 and outcome.metrics["peak_memory_bytes"] > 0
 
 
+# Chats
+
+TEMPLATE = (
+    "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def instruct_model(checkpoint, folder, template=TEMPLATE, eos="</s>") -> Path:
+    """The checkpoint with a chat template, and a tokenizer that begins each text with <s> as Llama's do."""
+    shutil.copytree(checkpoint, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.chat_template, tokenizer.eos_token = template, eos
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@both_caches
+def test_chat_wraps_requests_in_the_template(run, checkpoint, tmp_path, flags):
+    """A template that is not used, a text that begins twice, or one that runs past the end of the assistant's turn."""
+    requests = make_requests(3, max_tokens=12)
+    model = instruct_model(checkpoint, tmp_path / "instruct")
+    wrapped = [request | {"article": f"[user] {request['article']}\n[assistant] "} for request in requests]
+    expected = run(wrapped, *flags, model=model, output="wrapped")
+    chat = run(requests, *flags, "--chat", model=model)
+    assert chat.texts == expected.texts != run(requests, *flags, model=model, output="plain").texts
+    assert [r["cache"]["tokens_seen"] for r in chat.results] == [r["cache"]["tokens_seen"] for r in expected.results]
+
+    said = chat.choices[0]["logprobs"]["tokens"]
+    ends = instruct_model(checkpoint, tmp_path / "ends", eos=said[4])
+    until = said[: said.index(said[4])]
+    ended = run(requests, *flags, "--chat", model=ends, output="ended").choices[0]
+    assert (ended["logprobs"]["tokens"], ended["finish_reason"]) == (until, "stop")
+    unended = run(wrapped, *flags, model=ends, output="unended").choices[0]  # the checkpoint's settings do not list it
+    assert unended["logprobs"]["tokens"] == said
+
+
+def test_chat_without_a_template_that_works(refused, checkpoint, tmp_path):
+    """Base models in the words of a chat, or a traceback out of a template."""
+    refused(make_requests(1), "--chat", words=["--chat: the tokenizer of", "no chat template"])
+    broken = instruct_model(checkpoint, tmp_path / "broken", "{{ raise_exception('only\nsystem') }}")
+    refused(make_requests(1), "--chat", model=broken, words=["--chat: the chat template of", "only system"])
+
+
 CHANGES = {
     "--num_window_length": [*H2O, "--num_window_length", "32"],
     "--num_heavy_hitter_tokens": [*H2O, "--num_heavy_hitter_tokens", "2"],
@@ -1054,6 +1101,7 @@ CHANGES = {
     "--sample_num": [*H2O, "--sample_num", "2"],
     "--seed": [*H2O, "--seed", "1"],
     "--greedy": [*H2O, "--greedy"],
+    "--chat": [*H2O, "--chat"],
     "--dtype": [*H2O, "--dtype", "bfloat16"],
 }
 

@@ -60,7 +60,8 @@ class Step:
             return (column + seen[0])[None]
         if self.decode:
             return self.rows.mirror(device)[1].long()[:, None] - 1
-        return torch.tensor(seen, device=device)[:, None] + column
+        seen, last = torch.tensor([seen, self.rows.seen], device=device)[..., None]
+        return torch.minimum(seen + column, last - 1)  # padding stands nowhere: some frequencies follow the farthest
 
     def scored_columns(self, device: torch.device) -> torch.Tensor:
         """The query columns of each row that add mass: bool [B, columns]."""
