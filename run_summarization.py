@@ -457,6 +457,13 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
+def says_stop(tokenizer, stops: tuple[str, ...], tokens: list[int]) -> bool:
+    """Whether the text of these tokens, looked at after each of them, has come to hold a stop string."""
+    # One that has just appeared lies in the last tokens; UTF-8 takes at most 4 tokens a character.
+    parts = tokens[-4 * max(map(len, stops)) - 4 :], tokens
+    return all(first_stop(tokenizer.decode(part, skip_special_tokens=True), stops) is not None for part in parts)
+
+
 @dataclasses.dataclass
 class Job:
     """A request on its way: the sequences of its n choices."""
@@ -539,16 +546,8 @@ class Summarizer:
             temperature=temperature,
             top_p=top_p,
             seed=(self.args.seed, request.index, choice),
-            has_ended=partial(self._says_stop, request.stop) if request.stop else None,
+            has_ended=partial(says_stop, self.tokenizer, request.stop) if request.stop else None,
         )
-
-    def _says_stop(self, stops: tuple[str, ...], tokens: list[int]) -> bool:
-        # A stop string that has just appeared lies in the last tokens; UTF-8 takes at most 4 tokens a character.
-        tail = tokens[-4 * max(map(len, stops)) - 4 :]
-        return self._holds(tail, stops) and self._holds(tokens, stops)
-
-    def _holds(self, tokens: list[int], stops: tuple[str, ...]) -> bool:
-        return first_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), stops) is not None
 
     def _ended(self, jobs: list[Job], rows: int) -> Iterator[Job]:
         """Each job when the last of its sequences has ended."""

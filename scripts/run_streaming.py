@@ -40,12 +40,12 @@ from run_summarization import (
     add_model_flags,
     attention_backend,
     end_as_chats_do,
-    first_stop,
     h2o_config,
     load_model,
     peak_memory,
     quiet_libraries,
     render_chat,
+    says_stop,
     seed,
     select_device,
 )
@@ -53,6 +53,7 @@ from utils.bench import exit_status, print_table, synchronize
 from utils.requests import InputError, OneLineParser, count, must_know
 
 GIVEN, SAID = "given", "said"
+PICTURES = (".png", ".svg")  # beside a report
 
 
 @dataclass
@@ -79,6 +80,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="print no text")
     add("--report", type=Path, help="perplexity, ms a token and memory along the stream, jsonl; plots beside it")
     add("--report_every", type=count, help="tokens of a line of it; 1 %% of --stream_tokens, or 1,000")
+    add("--overwrite", action="store_true", help="replace the report that is there")
     add("--beside", type=Path, nargs="+", default=[], help="other reports to draw in the same figure")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
@@ -88,6 +90,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--top_p {args.top_p}: must be above 0, at most 1")
     if args.beside and args.report is None:
         parser.error("--beside: is drawn with --report; give that")
+    if args.report is not None and args.report.suffix in PICTURES:
+        parser.error(f"--report {args.report}: is where a figure goes; end it in .jsonl")
     if args.input_path == "-" and args.stream_tokens:
         parser.error("--stream_tokens goes round a file; leave it out with --input-path -")
     return args
@@ -123,7 +127,7 @@ def turns_of(fields, where: str) -> list[Turn]:
     if name is None:
         raise InputError(f"{where}: has none of turns (a list), prompt, article; mend it")
     texts = fields[name] if name == "turns" else [fields[name]]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not isinstance(texts, list) or not texts or not all(map(is_text, texts)):
         raise InputError(f"{where}: {name!r} must be {'a list of texts' if name == 'turns' else 'a text'}; mend it")
     stop, most = fields.get("stop") or [], fields.get("max_tokens")
     stop = [stop] if isinstance(stop, str) else stop
@@ -134,12 +138,19 @@ def turns_of(fields, where: str) -> list[Turn]:
     return [Turn(text, most, tuple(stop), opens=number == 0) for number, text in enumerate(texts)]
 
 
+def is_text(value) -> bool:
+    """Whether it is a string of something, with no half of a surrogate pair, which is JSON but no text."""
+    return isinstance(value, str) and bool(value.strip()) and value.encode(errors="ignore").decode() == value
+
+
 def typed_turns() -> Iterator[Turn]:
-    """Lines of the standard input, until it ends or says /quit."""
+    """Lines of the standard input, until it ends or says /quit. Raises InputError where there is none."""
+    if sys.stdin is None:
+        raise InputError("--input-path -: the standard input is closed; give a file")
     for number in numbers():
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline().decode(errors="replace")
         if not line or line.strip() == "/quit":
             return
         if line.strip():
@@ -160,6 +171,8 @@ class Wording:
         self.closing: list[int] = []  # what the template puts after a reply
         if chat:
             self.before = self._render([self.USER, self.REPLY])
+            if self.REPLY not in self.before:
+                raise InputError(f"--chat: the chat template of {model_name} rewrites what was said; leave it out")
             self.closing = self._encode(self.before[self.before.rindex(self.REPLY) + len(self.REPLY) :])
 
     def tokens(self, turn: Turn, first: bool) -> list[int]:
@@ -225,12 +238,16 @@ def memory(device: torch.device) -> int:
 class Report:
     """Lines of a stream's figures, written as they come; no more than one block of them is kept."""
 
-    def __init__(self, path: Path | None, every: int, name: str):
+    def __init__(self, path: Path | None, every: int, name: str, overwrite: bool = False):
         self.path, self.every, self.block, self.passed, self._file = path, every, Block(), 0, None
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w", encoding="utf-8")
+                self._file = path.open("w" if overwrite else "x", encoding="utf-8")
+            except FileExistsError:
+                raise InputError(
+                    f"--report {path}: is there already; choose another path, or pass --overwrite"
+                ) from None
             except OSError as error:
                 raise InputError(f"--report {path}: cannot be written ({error.strerror})") from None
             self._write({"stream": name})
@@ -243,7 +260,7 @@ class Report:
             self.block = Block()
 
     def end(self, stream: Stream, why: str | None) -> None:
-        """The last block, and a line on why the stream ended, None where it was meant to."""
+        """The last block, and a line on what ended the stream: memory, or None."""
         if any(self.block.tokens.values()):
             self._write(self.block.line(stream, self.passed))
         self._write({"ended": why, "tokens": self.passed})
@@ -335,7 +352,7 @@ def plot(path: Path, others: list[Path]) -> list[Path]:
     axes[-1].set_xlabel("tokens given and said" + (" (x: memory ran out)" if any(r[2] for r in reports) else ""))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    pictures = [path.with_suffix(f".{kind}") for kind in ("png", "svg")]
+    pictures = [path.with_suffix(suffix) for suffix in PICTURES]
     for picture in pictures:
         figure.savefig(picture, dpi=150)
     pyplot.close(figure)
@@ -375,15 +392,11 @@ class Talk:
             if self.streamer is not None and token not in stream.eos:
                 self.streamer.put(torch.tensor([token]))  # prints what can no longer change
             begin = time.perf_counter()
-            if turn.stop and self._stops(said, turn.stop):
+            if turn.stop and says_stop(self.tokenizer, turn.stop, said):
                 stream.pending = None  # not fed yet, and not meant to be
                 break
         if self.streamer is not None:
             self.streamer.end()
-
-    def _stops(self, said: list[int], stops: tuple[str, ...]) -> bool:
-        tail = said[-4 * max(map(len, stops)) - 4 :]  # UTF-8 takes at most 4 tokens a character
-        return first_stop(self.tokenizer.decode(tail, skip_special_tokens=True), stops) is not None
 
     def _warn(self) -> None:
         positions, h2o = self.stream.model.config.max_position_embeddings, self.stream.h2o
@@ -427,7 +440,8 @@ def run(args: argparse.Namespace) -> int:
     eos = set(eos if isinstance(eos, list) else [eos]) - {None}
     every = args.report_every or (args.stream_tokens or 100_000) // 100 or 1
     name = "full cache" if h2o is None else f"window {h2o.window_length}, N = {h2o.update_interval}"
-    report = Report(args.report, every, name + (", rolling" if h2o is not None and h2o.position_rolling else ""))
+    name += ", rolling" if h2o is not None and h2o.position_rolling else ""
+    report = Report(args.report, every, name, args.overwrite)
     stream = Stream(model, eos, args.temperature, args.top_p, args.seed)
     talk = Talk(stream, tokenizer, wording, report, args)
     ended = None
@@ -452,10 +466,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, also where memory ended the stream; 2 after one line about what can be put right."""
-    return exit_status(
-        lambda: run(parse_args(argv)), "give a smaller window", "the report up to here is kept, where one was asked for"
-    )
+    """Exit status: 0, also where memory ended the full cache; 2 after one line about what can be put right."""
+    kept = "the report up to here is kept, where one was asked for"
+    try:
+        return exit_status(lambda: run(parse_args(argv)), "give a smaller window", kept)
+    except BrokenPipeError:  # whoever read the text has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

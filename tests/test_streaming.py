@@ -138,7 +138,7 @@ def streamed(script, checkpoint, tmp_path, capsys, monkeypatch):
         path = tmp_path / "in.jsonl"
         if isinstance(given, str):
             path = "-"
-            monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode(errors="surrogateescape"))))
         elif given is not None:
             path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in given))
         argv = ["--input-path", path, "--model-name", checkpoint, "--device", "cpu", "--max_tokens", 9, *flags]
@@ -315,6 +315,9 @@ def test_positions_that_run_out_are_said_once(streamed):
     ([{"prompt": "a"}], ["--beside", "x.jsonl"], "--beside"),
     ([{"prompt": "a"}], ["--report", "/nowhere/r.jsonl", "--beside", "/nowhere/y.jsonl"], "--beside /nowhere/y.jsonl"),
     ([{"prompt": "a"}], ["--report", "/proc/r.jsonl"], "--report /proc/r.jsonl: cannot be written"),
+    ([{"prompt": "a"}], ["--report", "/proc/self/stat"], "--report /proc/self/stat: is there already; choose another"),
+    ([{"prompt": "a"}], ["--report", "r.png"], "--report r.png: is where a figure goes"),
+    (['{"prompt": "\\ud800"}'], [], "line 1: 'prompt' must be a text"),
     ([{"prompt": "a"}], ["--num_window_length", "16"], "--num_window_length: does nothing without"),
     ("a\n", ["--stream_tokens", "9"], "--stream_tokens goes round a file"),
 ])  # fmt: skip
@@ -323,6 +326,15 @@ def test_bad_input_is_one_line(streamed, lines, flags, words):
     code, out, err, _ = streamed(lines, *flags)
     assert code == 2 and not out and len(err) == 1
     assert err[0].startswith("error: ") and words in err[0]
+
+
+def test_standard_inputs_that_are_odd(streamed, script, monkeypatch):
+    """A chat that one stray byte ends, or that has nobody to talk to."""
+    code, out, err, _ = streamed("a \udcff b\n", *FLAGS)
+    assert code == 0 and out.strip() and not err
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(script.InputError, match="--input-path -: the standard input is closed"):
+        next(script.typed_turns())
 
 
 def test_nothing_grows_with_the_stream(gqa):
