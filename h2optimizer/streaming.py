@@ -59,7 +59,7 @@ class Stream:
         """
         said = [] if self.pending is None else [self.pending]
         self.pending = None
-        skip = int(bool(said) or self._logits is None)  # what was said has been scored, or nothing stands before it
+        skip = int(self._logits is None)  # the stream's first token, or a reply's last, scored when it was said
         nll, scored, tokens = 0.0, len(said) + len(tokens) - skip, said + tokens
         for begin in range(0, len(tokens), self.piece):
             part = torch.tensor([tokens[begin : begin + self.piece]], device=self.model.device)

@@ -6,16 +6,19 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
 import run_summarization
 from checkpoints import made_up_text, make_checkpoint
-from conftest import prompt
+from conftest import forward, prompt
 from h2optimizer import H2OConfig
+from h2optimizer.batching import sample_rows
 from h2optimizer.streaming import Stream
 from test_benchmarks import load
+from test_run_summarization import instruct_model
 from utils.cache import HHCache
 
 SMALL = dict(window_length=16, num_heavy_hitters=6, update_interval=4)
@@ -97,18 +100,24 @@ def test_reply_ends_at_an_eos_token_or_where_it_is_cut(gqa):
     assert ended.feed([3, 4, 5])[1] == 2 and ended.fed == fed + 3
 
 
-def test_samples_follow_the_seed(gqa):
-    """A temperature that is not used, numbers of one reply that come again in the next, or a generator of torch's."""
+def test_samples_are_the_seeds(gqa):
+    """A temperature or top_p that is not used, a number that is drawn once for several tokens, a generator of torch's."""
     gqa.h2o.h2o = H2OConfig(**SMALL)
-    said = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(len(said))
-        stream = Stream(gqa.h2o, set(), temperature=1.5, top_p=0.95, seed=seed)
-        said.append([])
-        for turn in (TURNS[0], TURNS[0]):
-            stream.feed(turn)
-            said[-1].append([token for token, _ in stream.say(9)])
-    assert said[0] == said[1] != said[2] and said[0][0] != said[0][1]
+    stream, cache, random = Stream(gqa.h2o, set(), 1.5, 0.6, seed=7), HHCache(gqa.h2o.h2o), np.random.default_rng((7,))
+    settings, last = (torch.tensor([1.5]), torch.tensor([0.6])), []
+    for turn in (TURNS[3], TURNS[1]):
+        stream.feed(turn)
+        reply, tokens, fed = [token for token, _ in stream.say(9)], last + turn, []
+        for begin in range(0, len(tokens), 5):
+            cache.evict_for_space(len(tokens[begin : begin + 5]))
+            (logits,) = forward(gqa.h2o, [tokens[begin : begin + 5]], cache)
+        for token in reply:
+            number = torch.tensor([[random.random(dtype=np.float32)]])
+            assert sample_rows(logits[-1:], *settings, number, nucleus=True).item() == token
+            if len(fed) < len(reply) - 1:
+                fed.append(token)
+                (logits,) = forward(gqa.h2o, [[token]], cache)
+        last = reply[-1:]
 
 
 # The command line
@@ -182,15 +191,26 @@ def test_every_form_of_input(streamed, tokenizer):
     assert [stream.fed] * 4 == [each.fed for each in streamed.streams[:4]]
 
 
-def test_replies_end_where_their_turn_says(streamed, tokenizer):
+def test_replies_end_where_their_turn_says(streamed, script, tokenizer, monkeypatch):
     """max_tokens or stop strings of a request that do nothing; a stop string that is fed with the next turn."""
     _, out, _, _ = streamed([{"prompt": TEXTS[0]}], *FLAGS)
     reply = out.splitlines()[1]
     stop = reply[4:6]
     assert reply.index(stop) == 4
+    said, say = [], script.Stream.say
+
+    def counted(stream, tokens):
+        said.append(0)
+        for each in say(stream, tokens):
+            said[-1] += 1
+            yield each
+
+    monkeypatch.setattr(script.Stream, "say", counted)
     _, out, _, _ = streamed(
         [{"prompt": TEXTS[0], "stop": [stop]}, {"prompt": TEXTS[1], "max_tokens": 2}, {"prompt": TEXTS[2]}], *FLAGS
     )
+    assert streamed.streams[-1].fed == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS[:3]) + sum(said) - 2
+    assert said == [said[0], 2, 9] and said[0] < 9  # not fed: the token that brought the stop string, and the last
     _, first, _, second, _, third = out.splitlines()
     assert stop in first and len(tokenizer(first)["input_ids"]) < 9 and reply.startswith(first)
     assert len(tokenizer(second)["input_ids"]) <= 2 < len(third)
@@ -284,11 +304,15 @@ def test_interrupted_stream_keeps_its_report(streamed, script, monkeypatch, tmp_
     assert end["tokens"] == line["given"] + 3
 
 
-def test_report_without_matplotlib(streamed, monkeypatch, tmp_path):
-    """Hours of a stream that are lost because a figure cannot be drawn."""
+def test_report_without_matplotlib(streamed, tokenizer, monkeypatch, tmp_path):
+    """Hours of a stream that are lost because a figure cannot be drawn; a perplexity over tokens that were not scored."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err, lines = streamed([{"prompt": TEXTS[0]}], *FLAGS, "--report", tmp_path / "report.jsonl")
     assert code == 2 and "pip install matplotlib" in err[-1] and len(lines) == 3
+    tokens = tokenizer(TEXTS[0])["input_ids"]
+    _, (nll,), (scored,), *_ = in_loop(streamed.streams[0].model, [tokens], 9, 5)
+    assert lines[1]["given"] == len(tokens) == scored + 1  # nothing stands before the first
+    assert lines[1]["perplexity_given"] == pytest.approx(math.exp(nll / scored), rel=1e-4)
 
 
 def test_positions_that_run_out_are_said_once(streamed):
@@ -326,6 +350,31 @@ def test_bad_input_is_one_line(streamed, lines, flags, words):
     code, out, err, _ = streamed(lines, *flags)
     assert code == 2 and not out and len(err) == 1
     assert err[0].startswith("error: ") and words in err[0]
+
+
+def test_only_what_opens_a_conversation_begins_as_a_text(script, checkpoint, tmp_path):
+    """BOS in the middle of a conversation, or none at its beginning."""
+    tokenizer = AutoTokenizer.from_pretrained(instruct_model(checkpoint, tmp_path / "begins"))
+    (path := tmp_path / "in.jsonl").write_text('{"turns": ["a b", "a b"]}\n{"prompt": "a b"}\n')
+    turns = [script.Wording(tokenizer, "x", chat=False).tokens(turn, False) for turn in script.read_turns(path)]
+    assert turns[0] == turns[2] == [tokenizer.bos_token_id, *turns[1]] and tokenizer.bos_token_id not in turns[1]
+
+
+def test_tenths(script, capsys):
+    """The first tenth for the second, which is warmer; means of blocks that hold few tokens and many alike."""
+    lines = [
+        {"tokens": n, "given": 100, "said": 1 + n % 2, "perplexity_given": 8.0, "ms_given": 1.0} for n in range(40)
+    ]
+    for n, line in enumerate(lines):
+        line |= {"ms_said": 6.0 if n % 2 else 3.0, "memory_bytes": 2**20 * (n + 1), "slots": 7}
+        line["perplexity_given"] *= 4 if n in (36, 38) else 1
+    script.print_tenths(lines)
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header == ["perplexity", "ms_given", "ms_said", "memory_MiB", "slots"]
+    assert rows[0][2:] == ["8.000", "1.000", "5.000", "6.5", "7.0"] and rows[1][2:5] == ["16.000", "1.000", "5.000"]
+    assert rows[2] == ["ratio", "2.000", "1.000", "1.000", f"{38.5 / 6.5:.1f}", "1.0"]
+    script.print_tenths(lines[:19])
+    assert not capsys.readouterr().out
 
 
 def test_standard_inputs_that_are_odd(streamed, script, monkeypatch):
