@@ -101,7 +101,7 @@ def test_reply_ends_at_an_eos_token_or_where_it_is_cut(gqa):
 
 
 def test_samples_are_the_seeds(gqa):
-    """A temperature or top_p that is not used, a number that is drawn once for several tokens, a generator of torch's."""
+    """A temperature or top_p that is not used, a number drawn once for several tokens, a generator of torch's."""
     gqa.h2o.h2o = H2OConfig(**SMALL)
     stream, cache, random = Stream(gqa.h2o, set(), 1.5, 0.6, seed=7), HHCache(gqa.h2o.h2o), np.random.default_rng((7,))
     settings, last = (torch.tensor([1.5]), torch.tensor([0.6])), []
@@ -305,7 +305,7 @@ def test_interrupted_stream_keeps_its_report(streamed, script, monkeypatch, tmp_
 
 
 def test_report_without_matplotlib(streamed, tokenizer, monkeypatch, tmp_path):
-    """Hours of a stream that are lost because a figure cannot be drawn; a perplexity over tokens that were not scored."""
+    """Hours of a stream that are lost because a figure cannot be drawn; a perplexity over tokens not scored."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err, lines = streamed([{"prompt": TEXTS[0]}], *FLAGS, "--report", tmp_path / "report.jsonl")
     assert code == 2 and "pip install matplotlib" in err[-1] and len(lines) == 3
@@ -362,11 +362,9 @@ def test_only_what_opens_a_conversation_begins_as_a_text(script, checkpoint, tmp
 
 def test_tenths(script, capsys):
     """The first tenth for the second, which is warmer; means of blocks that hold few tokens and many alike."""
-    lines = [
-        {"tokens": n, "given": 100, "said": 1 + n % 2, "perplexity_given": 8.0, "ms_given": 1.0} for n in range(40)
-    ]
+    lines = [{"tokens": n, "given": 100, "perplexity_given": 8.0, "ms_given": 1.0} for n in range(40)]
     for n, line in enumerate(lines):
-        line |= {"ms_said": 6.0 if n % 2 else 3.0, "memory_bytes": 2**20 * (n + 1), "slots": 7}
+        line |= {"said": 1 + n % 2, "ms_said": 6.0 if n % 2 else 3.0, "memory_bytes": 2**20 * (n + 1), "slots": 7}
         line["perplexity_given"] *= 4 if n in (36, 38) else 1
     script.print_tenths(lines)
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
