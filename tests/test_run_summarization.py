@@ -279,7 +279,7 @@ def test_schema_of_results_and_metrics(run, flags):
     assert settings["--seed"] == 42 and settings["--enable_h2o_generation"] is bool(flags)
     if flags:
         assert settings["--num_window_length"] == 24 and settings["--update_interval"] == 4
-        assert len(settings) == 10 + len(dataclasses.fields(H2OConfig)), "every flag of the cache stands in the file"
+        assert len(settings) == 11 + len(dataclasses.fields(H2OConfig)), "every flag of the cache stands in the file"
 
 
 def test_single_tokens_have_no_time_per_token(run):
