@@ -37,6 +37,7 @@ from h2optimizer import H2OConfig, attention, generation
 from h2optimizer.batching import Batcher, Sequence
 from h2optimizer.fidelity import compare
 from h2optimizer.scoring import score_in_batches
+from h2optimizer.streaming import Stream
 from utils.cache import HHCache
 
 pytestmark = [
@@ -652,6 +653,26 @@ def test_sequences_do_not_depend_on_the_batch(gqa_on_gpu, fresh, flags):
         if flags is not None and flags.get("backend") != "sdpa":
             assert set(batcher.decoder._graphs) == {"scored", "slimming"}
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("flags", [{}, {"position_rolling": True}, {"update_interval": 1}, None], ids=str)
+def test_streams_are_the_cpus_and_hold_no_more(gqa, gqa_on_gpu, flags):
+    """Graphs that go on from where the last reply ended instead of from the turn fed, or memory turn by turn."""
+    said, losses, held = [], [], []
+    for pair in (gqa, gqa_on_gpu):
+        model = pair.stock
+        if flags is not None:
+            model, pair.h2o.h2o = pair.h2o, H2OConfig(**{"window_length": 24, "update_interval": 4, **flags})
+        stream = Stream(model, set())
+        said.append([])
+        for turn in range(12):
+            nll, _ = stream.feed(prompt((23, 4, 1, 9)[turn % 4], turn))
+            said[-1].append([token for token, _ in stream.say(9)])
+            losses.append(nll)
+            held.append(torch.cuda.memory_allocated())
+    assert said[0] == said[1] and losses[12:] == pytest.approx(losses[:12], rel=1e-3, abs=1e-3)
+    if flags is not None:
+        assert len(set(held[-6:])) == 1 and set(stream._decoder._graphs) == {"scored", "slimming"}
 
 
 def test_memory_is_flat_over_30_generates(fresh):
