@@ -276,6 +276,13 @@ def _at_queries(table: torch.Tensor, step) -> torch.Tensor:
 class H2OLlamaForCausalLM(LlamaForCausalLM):
     """Llama whose `generate` keeps an `HHCache`. Checkpoints are plain Llama's, in both directions.
 
+    RoPE types `dynamic` and `longrope` take their frequencies from the farthest position of a forward, of all its rows;
+    padding has none. Without position_rolling these are original positions, evicted or not, and a key keeps the
+    rotation it was cached with, as in stock Llama. With it they are slots: frequencies follow what the cache holds,
+    never more than its capacity and the columns of a forward, and all keys are rotated with those of the step. Those of
+    `dynamic` belong to the model, not to a cache: as in stock Llama they stay at the farthest position seen until a
+    forward lies within the original context again, whichever text that is of; `cache.reset()` does not touch them.
+
     Args:
         config: a LlamaConfig.
         h2o: the cache's settings, H2OConfig() unless given; assign `model.h2o` to change them for the next `generate`.
@@ -370,7 +377,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             end = min(begin + chunk, columns)
             step = cache.begin(batch_size, columns, new, chunk=(begin, end))
             if cache.h2o.position_rolling:  # H2O: positions are slot indices
-                positions = torch.arange(step.width, device=inputs.device)[None]
+                positions = step.slot_positions(inputs.device)
             else:
                 positions = step.positions(inputs.device) if position_ids is None else position_ids[:, begin:end]
             taken = inputs[:, begin:end]

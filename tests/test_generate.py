@@ -619,10 +619,11 @@ def test_frequencies_that_follow_the_length(config):
     conversation(llamas, [new_cache(**flags)], flags, [prompt(40), *([token] for token in prompt(6)), prompt(14)])
 
 
+@pytest.mark.parametrize("rolling", [False, True])
 @pytest.mark.parametrize("config", GROWING.values(), ids=GROWING)
-def test_padding_stands_at_no_position(config):
+def test_padding_stands_at_no_position(config, rolling):
     """A later turn whose padding comes to stand beyond all tokens, and changes the frequencies of all rows."""
-    llamas, flags = make_llamas(**config), {"window_length": 32}
+    llamas, flags = make_llamas(**config), {"window_length": 32, "position_rolling": rolling}
     together, alone = new_cache(**flags), new_cache(**flags)
     forward(llamas.h2o, [prompt(2), prompt(14)], together)
     forward(llamas.h2o, [prompt(14)], alone)

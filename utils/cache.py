@@ -63,6 +63,16 @@ class Step:
         seen, last = torch.tensor([seen, self.rows.seen], device=device)[..., None]
         return torch.minimum(seen + column, last - 1)  # padding stands nowhere: some frequencies follow the farthest
 
+    def slot_positions(self, device: torch.device) -> torch.Tensor:
+        """Positions of slots and new columns where slots are the positions (position_rolling): int64 [1, width].
+
+        Columns past the longest row are padding in every row; they stand at its last slot, for some frequencies follow
+        the farthest position.
+        """
+        longest = max(start + new for start, new in zip(self.start, self.new, strict=True))
+        slots = torch.arange(self.width, device=device)
+        return (slots if longest == self.width else slots.clamp(max=longest - 1))[None]
+
     def scored_columns(self, device: torch.device) -> torch.Tensor:
         """The query columns of each row that add mass: bool [B, columns]."""
 
