@@ -100,7 +100,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="sequences decoded together, halved when memory runs out; auto: as many as fit into the free memory",
     )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
-    add("--chat", action="store_true", help="wrap each request in the tokenizer's chat template, for instruct models")
+    add(
+        "--chat",
+        action="store_true",
+        help="wrap each request in the tokenizer's chat template, for instruct models; "
+        "the tokenizer's own end-of-sequence token then ends a text, too",
+    )
     add("--seed", type=seed, default=42, help="seed of sampling")
     add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
     add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
@@ -411,10 +416,13 @@ def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     to_reply = len(texts) % 2 == 1
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_reply)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_reply)
+        reason = "" if text else "it makes no text of a message"
     except Exception as error:  # a program of the model's authors
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave it out") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if reason:
+        raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave it out")
+    return text
 
 
 def end_as_chats_do(model, tokenizer) -> None:

@@ -555,6 +555,8 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
     "yarn's attention": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "attention_factor": 1.5,
                          "beta_fast": 16.0, "original_max_position_embeddings": 16},
+    "yarn's mscale": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 2.0, "mscale_all_dim": 0.5,
+                      "truncate": False, "original_max_position_embeddings": 16},
 }  # fmt: skip
 # Frequencies of these follow the longest position so far; beyond 16 they change.
 GROWING = {
@@ -565,6 +567,8 @@ GROWING = {
                                      "original_max_position_embeddings": 16,
                                      "short_factor": [1.0] * 4 + [1.5] * 4, "long_factor": [1.0] * 3 + [4.0] * 5}},
 }  # fmt: skip
+attention = GROWING["longrope"]["rope_parameters"] | {"attention_factor": 1.5}
+GROWING["longrope's attention"] = GROWING["longrope"] | {"rope_parameters": attention}
 CONFIGS = {name: {"rope_parameters": rope} for name, rope in ROPES.items()} | {
     "attention_bias": {"attention_bias": True, "mlp_bias": True},
     "head_dim": {"head_dim": 24, "num_key_value_heads": 1},

@@ -386,7 +386,7 @@ def test_hidden_states_once_asked_for_do_not_end_capture(model, captured):
     assert captured
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "linear", "llama3", "longrope"])
+@pytest.mark.parametrize("rope", ["dynamic", "linear", "llama3", "longrope", "yarn"])
 def test_scaled_positions(captured, rope):
     """Frequencies that are chosen on the host by the length, in a step that is recorded once."""
     parameters = {
@@ -394,15 +394,16 @@ def test_scaled_positions(captured, rope):
         "linear": {"factor": 2.0},
         "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0},
+        "yarn": {"factor": 2.0, "attention_factor": 1.5},
     }[rope]
-    if rope in ("llama3", "longrope"):
+    if rope in ("llama3", "longrope", "yarn"):
         parameters["original_max_position_embeddings"] = 16
     rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, **parameters}
     model = make_llamas(max_position_embeddings=16, rope_parameters=rope_parameters).h2o
     outputs, caches = both_ways(model, captured, [prompt(13), prompt(9)], own=True)
     assert sequences(outputs[0]) == sequences(outputs[1])
     (decoder,) = caches[0].decoders.values()
-    assert decoder.static == (rope in ("linear", "llama3"))
+    assert decoder.static == (rope in ("linear", "llama3", "yarn"))
 
 
 def test_autocast_is_not_captured(model, captured):

@@ -1090,6 +1090,53 @@ def test_chat_without_a_template_that_works(refused, checkpoint, tmp_path):
     refused(make_requests(1), "--chat", words=["--chat: the tokenizer of", "no chat template"])
     broken = instruct_model(checkpoint, tmp_path / "broken", "{{ raise_exception('only\nsystem') }}")
     refused(make_requests(1), "--chat", model=broken, words=["--chat: the chat template of", "only system"])
+    silent = instruct_model(checkpoint, tmp_path / "silent", "{{ '' }}")
+    refused(
+        make_requests(1),
+        "--chat",
+        model=silent,
+        output="silent.jsonl",
+        words=["--chat: the chat template of", "no text"],
+    )
+
+
+# Checkpoints as they are published
+
+PUBLISHED = {
+    "Llama 1": {"rope_theta": 10000.0, "num_key_value_heads": None},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "Llama 3.1": {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                  "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "longrope": {"rope_scaling": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
+                 "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_checkpoints(run, tmp_path, published):
+    """A rope_scaling of the checkpoint's config.json that only one of the two caches follows, or neither; or the second
+    of the end-of-sequence tokens that config.json alone lists."""
+    model, heads = tmp_path / "model", 4 if "num_key_value_heads" in published else 2
+    make_checkpoint(model, num_key_value_heads=heads, max_position_embeddings=32)
+    path, requests = model / "config.json", make_requests(2, max_tokens=8)
+    config = json.loads(path.read_text())
+    (model / "generation_config.json").unlink()
+    unscaled = run(requests, model=model, output="unscaled.jsonl").texts
+    config.pop("rope_parameters")
+    config = {name: value for name, value in (config | published).items() if value is not None}
+    path.write_text(json.dumps(config))
+    full = run(requests, model=model, output="full.jsonl")
+    assert (full.texts == unscaled) == ("rope_scaling" not in published)
+    wide = [*H2O, "--num_window_length", "256"]
+    assert run(requests, *wide, model=model, output="wide.jsonl").texts == full.texts
+
+    said = tokens_of(full.choices[0])
+    vocab = AutoTokenizer.from_pretrained(model).get_vocab()
+    path.write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], vocab[said[3]]]}))
+    ended = run(requests, *wide, model=model, output="ended.jsonl").choices[0]
+    assert (tokens_of(ended), ended["finish_reason"]) == (said[: said.index(said[3])], "stop")
 
 
 CHANGES = {
@@ -1131,6 +1178,15 @@ def test_replaced_checkpoint_is_refused_on_resuming(run, refused, checkpoint, tm
     (model / "model.safetensors").write_bytes(weights)
     refused(requests, *H2O, model=model, words=["what --model-name holds is ", "--overwrite"])
     assert first.files == before
+
+
+def test_replaced_chat_template_is_refused_on_resuming(run, refused, checkpoint, tmp_path):
+    """Prompts of two templates in one file of results: transformers keeps a template in a file of its own."""
+    model, requests = instruct_model(checkpoint, tmp_path / "model"), make_requests(2, max_tokens=3)
+    before = run(requests, *H2O, "--chat", model=model).files
+    (model / "chat_template.jinja").write_text(TEMPLATE.replace("user", "human").replace("[", "<"))
+    outcome = refused(requests, *H2O, "--chat", model=model, words=["what --model-name holds is ", "--overwrite"])
+    assert outcome.files == before
 
 
 def test_edited_default_is_refused_on_resuming(run, refused, monkeypatch):

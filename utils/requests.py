@@ -150,7 +150,8 @@ def fingerprint(requests: list[Request]) -> str:
 def checkpoint_fingerprint(folder: Path) -> str | None:
     """SHA-256 over names, sizes and first MiB of a checkpoint's files; None where the folder is not on this machine."""
     try:
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".model"))
+        kinds = (".json", ".jinja", ".safetensors", ".bin", ".model")  # .jinja: the chat template
+        files = sorted(file for file in folder.iterdir() if file.suffix in kinds)
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as opened:
