@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
 from utils.bench import free_memory
@@ -731,6 +731,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         with processes.together():
             quiet_libraries()
             model, tokenizer = load_model(args, h2o, device, placement(args, processes, device))
+            generation.CAPTURE_SHARDED = processes.splits > 1  # Processes.close asks nothing of NCCL
             prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
             if args.chat:
                 end_as_chats_do(model, tokenizer)
@@ -802,9 +803,7 @@ def main(argv: list[str] | None = None) -> int:
         with processes.together():
             args = parse_args(argv)
             processes.tensor_parallel = args.tensor_parallel
-        status = run(args, processes)
-        processes.close()
-        return status
+        return processes.close(run(args, processes))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return processes.leave(2)

@@ -162,7 +162,7 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int) -> Prefilled:
     outputs = model(ids.to(device), attention_mask=mask, past_key_values=cache, logits_to_keep=1, **positions)
     logits, mask = outputs.logits[source, -1], mask[source]
     if h2o is None and len(rows) < len(prompts):
-        cache.batch_select_indices(torch.tensor(source, device=device))
+        cache.batch_select_indices(torch.tensor(source))  # on the host: layers may be on several devices
         source = list(range(len(prompts)))
     return Prefilled(logits, cache, mask, source)
 

@@ -294,7 +294,9 @@ def is_replayable(model) -> bool:
 
 
 CAPTURE_ELSEWHERE = False  # tests run the same steps where there are no graphs
-CAPTURE_SHARDED = False  # of a tensor-parallel model; NCCL can be recorded, but here that has yet to run on two GPUs
+# Of a tensor-parallel model, whose recorded steps hold NCCL's communicator: its end (destroy_process_group) waits for
+# them for ever. A program that says True drops the model and its caches before that, or ends without it.
+CAPTURE_SHARDED = False
 
 
 def sample(

@@ -35,7 +35,7 @@ class Processes:
     tensor_parallel: bool = False
 
     def __post_init__(self):
-        self._state = self._store = None
+        self._store = None
         self._finished = threading.Event()
 
     @classmethod
@@ -85,7 +85,7 @@ class Processes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # threads are the launcher's business
             try:
-                self._state = PartialState(cpu=not on_gpu, backend=backend, timeout=PATIENCE)
+                PartialState(cpu=not on_gpu, backend=backend, timeout=PATIENCE)
             except NotImplementedError as error:  # GPUs that cannot talk to each other
                 raise InputError(" ".join(str(error).split())) from None
 
@@ -200,6 +200,17 @@ class Processes:
         self._finished.set()
         self._store_add("failed")
 
+    def close(self, status: int) -> int:
+        """The exit status; of several processes this one ends with it here, after the last word to the others.
+
+        The group is not taken apart first: the end of an NCCL communicator would wait for every CUDA graph with its
+        calls, for ever where one is still referred to.
+        """
+        if self.count > 1:
+            with suppress(InputError):
+                self.gather(None)
+        return self.leave(status)
+
     def leave(self, status: int) -> int:
         """The exit status; of several processes this one ends with it here and now, waiting for no other."""
         if self.count > 1:
@@ -207,13 +218,6 @@ class Processes:
             sys.stderr.flush()
             os._exit(status)
         return status
-
-    def close(self) -> None:
-        """After the last word to the others."""
-        if self._state is not None:
-            with suppress(InputError):
-                self.gather(None)
-            self._state.destroy_process_group()
 
     def say(self, text: str) -> None:
         """A line on stderr, beside a bar, by process 0."""
