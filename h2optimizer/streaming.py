@@ -50,20 +50,31 @@ class Stream:
         most = max(1, self.h2o.recent // 2)
         return most if self.h2o.prefill_chunk is None else min(most, self.h2o.prefill_chunk)
 
+    def pieces(self, tokens: list[int]) -> Iterator[list[int]]:
+        """A turn's tokens as they are fed at once; `feed` may be called with each, which comes to the same.
+
+        The first has room for the reply's last token, and is empty where there is none for more.
+        """
+        room = self.piece - (self.pending is not None)
+        yield tokens[:room]
+        for begin in range(room, len(tokens), self.piece):
+            yield tokens[begin : begin + self.piece]
+
     @torch.inference_mode()
     def feed(self, tokens: list[int]) -> tuple[float, int]:
-        """Let the cache see a turn's tokens, at least one, after the last of the reply before it.
+        """Let the cache see a turn's tokens, at least one, after the last of the reply before it: `pending`.
 
         Returns: the sum of their negative log-likelihoods in nats, each after what the cache held then, and how many
         were scored: all but the stream's first, and the first after a reply whose last token was taken away.
         """
+        pieces = list(self.pieces(tokens))
         said = [] if self.pending is None else [self.pending]
         self.pending = None
         skip = int(self._logits is None)  # the stream's first token, or a reply's last, scored when it was said
-        nll, scored, tokens = 0.0, len(said) + len(tokens) - skip, said + tokens
-        for begin in range(0, len(tokens), self.piece):
-            part = torch.tensor([tokens[begin : begin + self.piece]], device=self.model.device)
-            where = {}
+        nll, scored = 0.0, len(said) + len(tokens) - skip
+        for piece in pieces:
+            part = torch.tensor([said + piece], device=self.model.device)
+            said, where = [], {}
             if self.h2o is None:
                 where["position_ids"] = torch.arange(self.fed, self.fed + part.shape[1], device=part.device)[None]
             else:

@@ -22,8 +22,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import count as numbers
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ from run_summarization import (
     attention_backend,
     end_as_chats_do,
     h2o_config,
+    has,
     load_model,
     peak_memory,
     quiet_libraries,
@@ -84,8 +85,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--beside", type=Path, nargs="+", default=[], help="other reports to draw in the same figure")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
-    if not 0 <= args.temperature <= 1000:
-        parser.error(f"--temperature {args.temperature}: must lie between 0 and 1000")
+    if args.temperature and not 1e-3 <= args.temperature <= 1000:
+        parser.error(f"--temperature {args.temperature}: must be 0, or between 0.001 and 1000")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top_p {args.top_p}: must be above 0, at most 1")
     if args.beside and args.report is None:
@@ -129,8 +130,8 @@ def turns_of(fields, where: str) -> list[Turn]:
     texts = fields[name] if name == "turns" else [fields[name]]
     if not isinstance(texts, list) or not texts or not all(map(is_text, texts)):
         raise InputError(f"{where}: {name!r} must be {'a list of texts' if name == 'turns' else 'a text'}; mend it")
-    stop, most = fields.get("stop") or [], fields.get("max_tokens")
-    stop = [stop] if isinstance(stop, str) else stop
+    stop, most = fields.get("stop"), fields.get("max_tokens")
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise InputError(f"{where}: 'stop' must be a string or a list of strings, none empty; mend it")
     if most is not None and (type(most) is not int or most < 1):
@@ -147,14 +148,18 @@ def typed_turns() -> Iterator[Turn]:
     """Lines of the standard input, until it ends or says /quit. Raises InputError where there is none."""
     if sys.stdin is None:
         raise InputError("--input-path -: the standard input is closed; give a file")
-    for number in numbers():
+    opens = True
+    while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline().decode(errors="replace")
+        if opens:
+            line = line.removeprefix("\ufeff")
         if not line or line.strip() == "/quit":
             return
         if line.strip():
-            yield Turn(line.rstrip("\n"), opens=number == 0)
+            yield Turn(line.rstrip("\r\n"), opens=opens)
+            opens = False
 
 
 class Wording:
@@ -186,9 +191,11 @@ class Wording:
             raise InputError(f"--chat: the chat template of {self.name} rewrites earlier turns; leave it out")
         return self._encode(text[len(self.before) :])
 
-    def close(self, pending: int | None) -> list[int]:
-        """What follows a reply's last token, None where it was taken away, before the next turn."""
-        return self.closing[1:] if self.closing[:1] == [pending] else self.closing
+    def close(self, stream: Stream) -> list[int]:
+        """What follows a reply, before the next turn; an end-of-sequence token other than its first is taken away."""
+        if self.closing and stream.pending in stream.eos and stream.pending != self.closing[0]:
+            stream.pending = None
+        return self.closing[1:] if self.closing[:1] == [stream.pending] else self.closing
 
     def _render(self, texts: list[str]) -> str:
         return render_chat(self.tokenizer, texts, self.name)
@@ -201,26 +208,38 @@ class Wording:
 
 
 @dataclass
+class Passed:
+    """Tokens given, or said, in a stretch of the stream, and sums over them."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    scored: int = 0  # tokens that `nll` is of
+    seconds: float = 0.0
+    timed: int = 0  # tokens that the model computed in them: a reply's last is fed with the next turn, as given
+
+    def __add__(self, other: Passed) -> Passed:
+        return Passed(*(getattr(self, of.name) + getattr(other, of.name) for of in fields(Passed)))
+
+
 class Block:
-    """Sums over a stretch of the stream."""
+    """What has passed in a stretch of the stream."""
 
-    tokens: dict[str, int] = field(default_factory=lambda: {GIVEN: 0, SAID: 0})
-    nll: dict[str, float] = field(default_factory=lambda: {GIVEN: 0.0, SAID: 0.0})
-    scored: dict[str, int] = field(default_factory=lambda: {GIVEN: 0, SAID: 0})
-    seconds: dict[str, float] = field(default_factory=lambda: {GIVEN: 0.0, SAID: 0.0})
+    def __init__(self):
+        self.of = {GIVEN: Passed(), SAID: Passed()}
 
-    def add(self, kind: str, tokens: int, nll: float, scored: int, seconds: float) -> None:
-        for of, value in ((self.tokens, tokens), (self.nll, nll), (self.scored, scored), (self.seconds, seconds)):
-            of[kind] += value
+    @property
+    def tokens(self) -> int:
+        return sum(passed.tokens for passed in self.of.values())
 
     def line(self, stream: Stream, passed: int) -> dict:
+        """With no perplexity where the model gives none: NaN is no JSON."""
         line = {"tokens": passed}
-        for kind in (GIVEN, SAID):
-            line[kind] = self.tokens[kind]
-            if self.scored[kind]:
-                line[f"perplexity_{kind}"] = math.exp(min(self.nll[kind] / self.scored[kind], 700.0))
-            if self.tokens[kind]:
-                line[f"ms_{kind}"] = 1e3 * self.seconds[kind] / self.tokens[kind]
+        for kind, of in self.of.items():
+            line |= {kind: of.tokens, f"scored_{kind}": of.scored, f"timed_{kind}": of.timed}
+            if of.scored and math.isfinite(of.nll):
+                line[f"perplexity_{kind}"] = math.exp(min(of.nll / of.scored, 700.0))
+            if of.timed:
+                line[f"ms_{kind}"] = 1e3 * of.seconds / of.timed
         return line | {"memory_bytes": memory(stream.model.device), "kv_bytes": stream.kv_bytes, "slots": stream.slots}
 
 
@@ -239,31 +258,33 @@ class Report:
     """Lines of a stream's figures, written as they come; no more than one block of them is kept."""
 
     def __init__(self, path: Path | None, every: int, name: str, overwrite: bool = False):
-        self.path, self.every, self.block, self.passed, self._file = path, every, Block(), 0, None
+        self.path, self.every, self.name, self.block, self._file = path, every, name, Block(), None
+        self.passed, self.ended = 0, None  # tokens; why memory ended the stream, or None
         if path is not None:
+            for file in (path, *pictures_of(path)):
+                if file.exists() and not file.is_file():
+                    raise InputError(f"--report {path}: {file} is no regular file; choose another path")
+                if file.exists() and not overwrite:
+                    raise InputError(f"--report {path}: {file} is there already; choose another path, or --overwrite")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w" if overwrite else "x", encoding="utf-8")
-            except FileExistsError:
-                raise InputError(
-                    f"--report {path}: is there already; choose another path, or pass --overwrite"
-                ) from None
+                self._file = path.open("w", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"--report {path}: cannot be written ({error.strerror})") from None
             self._write({"stream": name})
 
-    def add(self, stream: Stream, kind: str, tokens: int, nll: float, scored: int, seconds: float) -> None:
-        self.block.add(kind, tokens, nll, scored, seconds)
-        self.passed += tokens
-        if sum(self.block.tokens.values()) >= self.every:
+    def add(self, stream: Stream, kind: str, passed: Passed) -> None:
+        self.block.of[kind] += passed
+        self.passed += passed.tokens
+        if self.block.tokens >= self.every:
             self._write(self.block.line(stream, self.passed))
             self.block = Block()
 
-    def end(self, stream: Stream, why: str | None) -> None:
-        """The last block, and a line on what ended the stream: memory, or None."""
-        if any(self.block.tokens.values()):
+    def end(self, stream: Stream) -> None:
+        """The last block, and a line on what ended the stream."""
+        if self.block.tokens:
             self._write(self.block.line(stream, self.passed))
-        self._write({"ended": why, "tokens": self.passed})
+        self._write({"ended": self.ended, "tokens": self.passed})
 
     def _write(self, line: dict) -> None:
         if self._file is None:
@@ -280,12 +301,14 @@ def read_report(path: Path) -> tuple[str, list[dict], str | None]:
     try:
         name, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         ended = lines.pop()["ended"] if lines and "ended" in lines[-1] else None
-        if all({"tokens", "memory_bytes", "slots"} <= line.keys() for line in lines):
-            return name["stream"], lines, ended
+        if not all({"tokens", "memory_bytes", "slots"} <= line.keys() for line in lines):
+            raise ValueError
+        if all(math.isfinite(value) for line in lines for value in line.values()):
+            return str(name["stream"]), lines, ended
         raise ValueError
     except OSError as error:
         raise InputError(f"--beside {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"--beside {path}: not a report of this script; leave it out") from None
 
 
@@ -303,13 +326,15 @@ def print_tenths(lines: list[dict]) -> None:
 
 def means(lines: list[dict]) -> dict[str, float]:
     """Of a stretch of a report: by token where tokens differ, else by line."""
-    got = {}
-    for name, weight in (("ms_given", GIVEN), ("ms_said", SAID)):
-        if total := sum(line[weight] for line in lines if name in line):
-            got[name] = sum(line[name] * line[weight] for line in lines if name in line) / total
-    if total := sum(line[GIVEN] for line in lines if "perplexity_given" in line):
-        nll = sum(math.log(line["perplexity_given"]) * line[GIVEN] for line in lines if "perplexity_given" in line)
-        got["perplexity"] = math.exp(nll / total)
+
+    def mean(name: str, weight: str, of=float) -> float | None:
+        total = sum(line[weight] for line in lines if name in line)
+        return sum(of(line[name]) * line[weight] for line in lines if name in line) / total if total else None
+
+    got = {name: mean(name, f"timed_{kind}") for name, kind in (("ms_given", GIVEN), ("ms_said", SAID))}
+    nll = mean("perplexity_given", "scored_given", math.log)
+    got["perplexity"] = None if nll is None else math.exp(nll)
+    got = {name: value for name, value in got.items() if value is not None}
     got["memory_MiB"] = sum(line["memory_bytes"] for line in lines) / len(lines) / 2**20
     got["slots"] = sum(line["slots"] for line in lines) / len(lines)
     return got
@@ -317,11 +342,9 @@ def means(lines: list[dict]) -> dict[str, float]:
 
 def plot(path: Path, others: list[Path]) -> list[Path]:
     """Perplexity, milliseconds and memory against tokens, one line a report; PNG and SVG. Raises InputError."""
+    import matplotlib
+
     reports = [read_report(of) for of in (path, *others)]
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--report: the figures need matplotlib: pip install matplotlib; the report is kept") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -352,14 +375,59 @@ def plot(path: Path, others: list[Path]) -> list[Path]:
     axes[-1].set_xlabel("tokens given and said" + (" (x: memory ran out)" if any(r[2] for r in reports) else ""))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    pictures = [path.with_suffix(suffix) for suffix in PICTURES]
-    for picture in pictures:
-        figure.savefig(picture, dpi=150)
+    for picture in pictures_of(path):
+        try:
+            figure.savefig(picture, dpi=150)
+        except OSError as error:
+            raise InputError(f"--report: {picture} cannot be written ({error.strerror}); the report is kept") from None
     pyplot.close(figure)
-    return pictures
+    return pictures_of(path)
+
+
+def pictures_of(report: Path) -> list[Path]:
+    return [report.with_suffix(suffix) for suffix in PICTURES]
 
 
 # The stream
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """On the standard output. Raises InputError where it takes no more; BrokenPipeError where nobody reads it."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        leave_stdout()
+        raise InputError(
+            f"the standard output cannot be written ({error.strerror}); send it elsewhere, or pass --quiet"
+        ) from None
+
+
+def leave_stdout() -> None:
+    """What is still to be written there goes nowhere, or the interpreter's end would be an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Printer(TextStreamer):
+    """Prints a reply's words as they are complete, at the same cost for each however long the reply."""
+
+    KEPT = 32  # tokens, enough for the letters of a word
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.token_cache) < 2 * self.KEPT:
+            return
+        text, kept = (self.tokenizer.decode(of, **self.decode_kwargs) for of in (self.token_cache, self._latest()))
+        waiting = text[self.print_len :]
+        if kept.endswith(waiting):  # what has been printed is forgotten
+            self.token_cache, self.print_len = self._latest(), len(kept) - len(waiting)
+
+    def _latest(self) -> list[int]:
+        return self.token_cache[-self.KEPT :]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print_text(text, end="\n" if stream_end else "")
 
 
 class Talk:
@@ -367,44 +435,50 @@ class Talk:
 
     def __init__(self, stream: Stream, tokenizer, wording: Wording, report: Report, args: argparse.Namespace):
         self.stream, self.tokenizer, self.wording, self.report, self.args = stream, tokenizer, wording, report, args
-        self.streamer = None if args.quiet else TextStreamer(tokenizer, skip_special_tokens=True)
+        self.printer = None if args.quiet else Printer(tokenizer, skip_special_tokens=True)
         self.warned = False
 
     def turn(self, turn: Turn) -> None:
         """Raises RuntimeError when memory runs out."""
         stream, tokens = self.stream, self.wording.tokens(turn, first=not self.stream.fed)
         if stream.fed:
-            tokens = self.wording.close(stream.pending) + tokens
+            tokens = self.wording.close(stream) + tokens
         if not tokens:
             return
         must_know(stream.model, self.args.model_name, max(tokens))
-        begin = time.perf_counter()
-        nll, scored = stream.feed(tokens)
-        synchronize()
-        self.report.add(stream, GIVEN, len(tokens), nll, scored, time.perf_counter() - begin)
+        for piece in stream.pieces(tokens):
+            begin, before = time.perf_counter(), stream.fed
+            nll, scored = stream.feed(piece)
+            synchronize()
+            seconds = time.perf_counter() - begin
+            self.report.add(stream, GIVEN, Passed(len(piece), nll, scored, seconds, stream.fed - before))
         self._warn()
         said: list[int] = []
         begin = time.perf_counter()
         for token, logprob in stream.say(turn.max_tokens or self.args.max_tokens):
             said.append(token)
-            now = time.perf_counter()
-            self.report.add(stream, SAID, 1, -logprob, 1, now - begin)
-            if self.streamer is not None and token not in stream.eos:
-                self.streamer.put(torch.tensor([token]))  # prints what can no longer change
+            step = (time.perf_counter() - begin, 1) if len(said) > 1 else ()  # the first is what `feed` computed
+            self.report.add(stream, SAID, Passed(1, -logprob, 1, *step))
+            if self.printer is not None and token not in stream.eos:
+                self.printer.put(torch.tensor([token]))  # prints what can no longer change
             begin = time.perf_counter()
             if turn.stop and says_stop(self.tokenizer, turn.stop, said):
                 stream.pending = None  # not fed yet, and not meant to be
                 break
-        if self.streamer is not None:
-            self.streamer.end()
+        if self.printer is not None:
+            self.printer.end()
 
     def _warn(self) -> None:
         positions, h2o = self.stream.model.config.max_position_embeddings, self.stream.h2o
         needs = self.stream.fed if h2o is None or not h2o.position_rolling else h2o.capacity
         if needs > positions and not self.warned:
-            way_out = "a smaller window" if h2o is not None and h2o.position_rolling else "--enable_position_rolling"
-            warning = f"the stream has passed the model's {positions} positions; expect poor text without {way_out}"
-            tqdm.write(f"warning: {warning}", file=sys.stderr)
+            if h2o is not None and h2o.position_rolling:
+                warning = (
+                    f"window and interval need {needs} positions, the model has {positions}; take a smaller window"
+                )
+            else:
+                warning = f"the stream has passed the model's {positions} positions; pass --enable_position_rolling"
+            tqdm.write(f"warning: {warning}, or expect poor text", file=sys.stderr)
             self.warned = True
 
 
@@ -413,15 +487,18 @@ def passing(turns: list[Turn], talk: Talk, tokens: int | None) -> Iterator[Turn]
     report = talk.report
     with tqdm(total=tokens, unit="token", dynamic_ncols=True, disable=not talk.args.quiet) as bar:
         while True:
+            before = report.passed
             for turn in turns:
                 if not talk.args.quiet:
-                    print(f">>> {turn.text.strip()}")
+                    print_text(f">>> {turn.text.strip()}")
                 yield turn
                 bar.update(report.passed - bar.n)
                 if tokens is not None and report.passed >= tokens:
                     return
             if tokens is None:
                 return
+            if report.passed == before:
+                raise InputError(f"--input-path {talk.args.input_path}: no turn holds a token of this tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -431,6 +508,11 @@ def run(args: argparse.Namespace) -> int:
     turns = None if args.input_path == "-" else read_turns(Path(args.input_path))
     for other in args.beside:
         read_report(other)
+    for flag, other in [("--input-path", Path(args.input_path)), *(("--beside", other) for other in args.beside)]:
+        if args.report is not None and args.report.exists() and other.exists() and args.report.samefile(other):
+            raise InputError(f"--report {args.report}: is given as {flag} too; choose another path")
+    if args.report is not None and not has("matplotlib"):
+        raise InputError("--report: draws its figures with matplotlib; pip install matplotlib, or leave it out")
     quiet_libraries()
     model, tokenizer = load_model(args, h2o, device)
     wording = Wording(tokenizer, args.model_name, args.chat)
@@ -444,34 +526,53 @@ def run(args: argparse.Namespace) -> int:
     report = Report(args.report, every, name, args.overwrite)
     stream = Stream(model, eos, args.temperature, args.top_p, args.seed)
     talk = Talk(stream, tokenizer, wording, report, args)
-    ended = None
     try:
-        for turn in typed_turns() if turns is None else passing(turns, talk, args.stream_tokens):
+        follow(talk, typed_turns() if turns is None else passing(turns, talk, args.stream_tokens))
+    except BaseException:
+        with suppress(InputError):  # what has failed first is said
+            conclude(talk)
+        raise
+    conclude(talk)
+    return 0
+
+
+def follow(talk: Talk, turns: Iterator[Turn]) -> None:
+    """Ends where memory does with the full cache; an H2O cache should not let it: raises InputError."""
+    stream, report = talk.stream, talk.report
+    try:
+        for turn in turns:
             talk.turn(turn)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        ended = f"out of memory after {report.passed:,} tokens, with {stream.kv_bytes / 2**20:,.0f} MiB of KV cache"
-        if h2o is not None:
-            raise InputError(f"{ended}; give a smaller window, or a --prefill_chunk") from None
-        print(f"{name}: {ended}", file=sys.stderr)
-    finally:
-        report.end(stream, ended)
-        if args.report is not None:
-            lines = read_report(args.report)[1]
-            print_tenths(lines)
-            if lines:
-                print("figures: " + ", ".join(map(str, plot(args.report, args.beside))), file=sys.stderr)
-    return 0
+        held = f"{stream.kv_bytes / 2**20:,.0f} MiB of KV cache"
+        report.ended = f"out of memory after {report.passed:,} tokens, with {held}"
+        if stream.h2o is not None:
+            way_out = "give a smaller window, --update_interval or --prefill_chunk"
+            raise InputError(f"{report.ended}; {way_out}") from None
+        print(f"{report.name}: {report.ended}", file=sys.stderr)
+
+
+def conclude(talk: Talk) -> None:
+    """The report's end, its table and its figures. Raises InputError where one cannot be written."""
+    path = talk.args.report
+    talk.report.end(talk.stream)
+    if path is not None:
+        lines = read_report(path)[1]
+        print_tenths(lines)
+        if lines:
+            print("figures: " + ", ".join(map(str, plot(path, talk.args.beside))), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, also where memory ended the full cache; 2 after one line about what can be put right."""
     kept = "the report up to here is kept, where one was asked for"
+    with suppress(AttributeError):  # letters that a terminal does not know are no end
+        sys.stdout.reconfigure(errors="replace")
     try:
         return exit_status(lambda: run(parse_args(argv)), "give a smaller window", kept)
     except BrokenPipeError:  # whoever read the text has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()
         return 1
 
 
