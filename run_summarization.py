@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import io
 import platform
 import re
 import resource
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -505,9 +507,15 @@ class Summarizer:
             choices = sampling(job.prompt.request, self.args.greedy)[2]
             job.sequences = [self._sequence(job.prompt, choice) for choice in range(choices)]
         rows = self.args.batch_size
-        if rows == "auto":
+        if rows == "auto" and prompts:
             longest = max(len(prompt.tokens) for prompt in prompts)
-            rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+            try:
+                rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+            except torch.OutOfMemoryError:  # the others may have the room, and wait
+                raise InputError(
+                    f"process {self.processes.rank}: out of memory with the longest prompt ({longest} tokens) alone; "
+                    "start more processes, or pass a --prefill_chunk"
+                ) from None
             if self.processes.splits > 1:
                 rows = min(self.processes.gather(rows))
             self.processes.say(f"--batch_size auto: up to {rows} sequences at once")
@@ -801,7 +809,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         processes.join()
         with processes.together():
-            args = parse_args(argv)
+            with redirect_stdout(sys.stdout if processes.first else io.StringIO()):  # one --help is enough
+                args = parse_args(argv)
             processes.tensor_parallel = args.tensor_parallel
         return processes.close(run(args, processes))
     except InputError as error:

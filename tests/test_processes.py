@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import accelerate  # once for all forks, as the next two
 import pytest
@@ -282,9 +283,10 @@ def test_processes_without_a_folder_in_common(start, tmp_path):
     assert "4 results are missing" in line and "one folder" in line
 
 
-def test_no_results_left_to_share(finish, expected):
+@pytest.mark.parametrize("batch_size", ["1", "auto"])
+def test_no_results_left_to_share(finish, expected, batch_size):
     """More processes than requests: one that has none waits, and a second run finds nothing to do."""
-    flags = [*H2O, "--sample_num", "2"]
+    flags = [*H2O, "--sample_num", "2", "--batch_size", batch_size]
     first = finish(3, *flags)
     assert [result["index"] for result in first.results] == [0, 1]
     before = first.files
@@ -317,6 +319,21 @@ def test_memory_that_runs_out_in_parts_of_the_model(start, finish, expected, tmp
     assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 2
     if len(ranks) > 1:
         assert_same_results(finish(2, *H2O, *SPLIT), expected(H2O))
+
+
+def test_memory_that_the_longest_prompt_exceeds_in_parts_of_the_model(start):
+    """A traceback of each process, or one that waits for the other's number of rows."""
+
+    def patch(rank):
+        def fits(*args):
+            if rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return 1
+
+        run_summarization.rows_that_fit = fits
+
+    line = only_error(start(2, *H2O, *SPLIT, "--batch_size", "auto", patch=patch).wait())
+    assert line.startswith("error: process 1: out of memory with the longest prompt (") and "--prefill_chunk" in line
 
 
 def test_memory_that_runs_out_where_requests_are_shared_out(finish, expected):
@@ -404,6 +421,47 @@ def test_several_processes_without_accelerate(start):
     assert "2 processes: need accelerate; pip install accelerate" in line
 
 
+@pytest.mark.parametrize("absent", [0, 1])
+def test_processes_of_a_left_over_environment(folder, tmp_path, absent):
+    """One that waits for ever for others that nobody has started."""
+
+    def work(rank):
+        if rank == absent:
+            return 0
+        processes.MEETING = timedelta(seconds=1)
+        return run_summarization.main(["--output-path", str(tmp_path / "out.jsonl")])
+
+    ended = Group(2, work, tmp_path).wait()
+    assert [process.status for process in ended] == ([0, 2] if absent == 0 else [2, 0])
+    (error,) = ended[1 - absent].errors  # beside what torch says
+    assert error.startswith("error: 2 processes: they did not meet (") and "Traceback" not in ended[1 - absent].stderr
+    assert error.endswith("with RANK, LOCAL_RANK and WORLD_SIZE unset")
+
+
+def test_launcher_that_says_not_where(monkeypatch, capsys):
+    """A traceback of a port that is none."""
+    environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes.Processes, "leave", lambda self, status: status)
+    for name in ("MASTER_PORT", "MASTER_ADDR"):
+        assert run_summarization.main(["--help"]) == 2
+        assert capsys.readouterr().err.startswith("error: 2 processes: they did not meet (")
+        monkeypatch.delenv(name)
+
+
+def test_help_is_said_once(tmp_path):
+    """As many times as there are processes."""
+
+    def work(rank):
+        with pytest.raises(SystemExit, match="0"):
+            run_summarization.main(["--help"])
+
+    ended = Group(2, work, tmp_path).wait()
+    assert [process.status for process in ended] == [0, 0], ended[0].stderr
+    assert ended[0].stdout.startswith("usage: ") and not ended[1].stdout
+
+
 def test_split_model_without_a_launcher(folder, capsys):
     """One process that silently holds the whole model."""
     assert run_summarization.main(["--tensor_parallel", "--model-name", str(folder / "model")]) == 2
@@ -432,6 +490,11 @@ def test_parts_alone_are_not_gone_on_with(folder, tmp_path, capsys):
     anew.close()
     assert run_summarization.main([*argv, "--overwrite"]) == 0
     capsys.readouterr()
+    part.mkdir()
+    before = output.read_bytes()
+    assert before and run_summarization.main([*argv, "--overwrite"]) == 2
+    assert "out.jsonl.part1 is no regular file" in capsys.readouterr().err and output.read_bytes() == before
+    part.rmdir()
     other = JsonlFile(part, "index", "result")
     part.write_text('{"index": 0}\n')
     refused("another run is writing it")

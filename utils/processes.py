@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from utils.requests import InputError
 
+MEETING = timedelta(minutes=2)  # for all processes to have come
 PATIENCE = timedelta(days=30)  # a process waits for another that still decodes; one that has died is noticed at once
 GLANCE = 0.2  # seconds between two looks at whether another process has failed
 
@@ -68,7 +70,7 @@ class Processes:
         return self.count if self.tensor_parallel else 1
 
     def join(self) -> None:
-        """Find the others. Raises InputError, without accelerate."""
+        """Find the others. Raises InputError, without accelerate, and where they do not come."""
         if self.count == 1:
             return
         try:
@@ -85,9 +87,25 @@ class Processes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # threads are the launcher's business
             try:
+                store = self._meet()  # held until the group has its own
                 PartialState(cpu=not on_gpu, backend=backend, timeout=PATIENCE)
+                del store
             except NotImplementedError as error:  # GPUs that cannot talk to each other
                 raise InputError(" ".join(str(error).split())) from None
+
+    def _meet(self) -> distributed.Store:
+        """Where all processes have come: those of a left-over environment wait for nobody, in torch, for ever."""
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch does not return to Python while it waits
+        try:
+            return next(distributed.rendezvous("env://", self.rank, self.count, timeout=MEETING))[0]
+        except (ValueError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise InputError(
+                f"{self.count} processes: they did not meet ({reason}); start them with torchrun, or one with RANK, "
+                "LOCAL_RANK and WORLD_SIZE unset"
+            ) from None
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     # What all of them know
 

@@ -197,16 +197,16 @@ class JsonlFile:
         key: the field that tells entries apart; `entries` holds the last line of each.
         form: what an entry is called in messages.
         source: the file of requests, which it may not be.
-        also: another file that is written beside it, under the same conditions.
+        also: other files that are written, or removed, beside it, under the same conditions.
 
     Raises: InputError when a path cannot be written, is in use, or is something else.
     """
 
-    def __init__(self, path: Path, key: str, form: str, source: Path | None = None, also: Path | None = None):
+    def __init__(self, path: Path, key: str, form: str, source: Path | None = None, also: Iterable[Path] = ()):
         self.path, self.key, self.form = path, key, form
         self.entries: dict = {}
         with self._writing():
-            for written in (path, also):
+            for written in (path, *also):
                 self._must_be_ours(written, source)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
@@ -226,8 +226,8 @@ class JsonlFile:
         except OSError as error:
             raise InputError(f"--output-path {self.path}: cannot be written ({error.strerror}){note}") from None
 
-    def _must_be_ours(self, path: Path | None, source: Path | None) -> None:
-        if path is None or not path.exists():
+    def _must_be_ours(self, path: Path, source: Path | None) -> None:
+        if not path.exists():
             return
         if not path.is_file():  # a device could not be replaced by a file
             raise InputError(f"--output-path {self.path}: {path} is no regular file; choose another path")
@@ -309,7 +309,7 @@ class ResultsFile(JsonlFile):
         parts = parts_of(path)
         if parts and not overwrite and not path.exists():
             raise InputError(f"--output-path {path}: is not there, but its {parts[0].name} is; bring it back, {KEEP}")
-        super().__init__(path, "index", "result", source, also=self.metrics_path)
+        super().__init__(path, "index", "result", source, also=(self.metrics_path, *parts))
         if not overwrite and (parts or path.stat().st_size):
             self._resume()
 
@@ -350,11 +350,12 @@ class ResultsFile(JsonlFile):
 
     def start(self) -> None:
         """Before the first result: `overwrite` takes effect, and the settings are written. Raises InputError."""
-        if self.overwrite:
-            self.clear()
         with self._writing():
             for part in parts_of(self.path) if self.overwrite else ():
                 part.unlink()
+        if self.overwrite:
+            self.clear()
+        with self._writing():
             self.write_metrics({})
 
     def finish(self, metrics: dict) -> None:
