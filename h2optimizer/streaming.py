@@ -62,7 +62,7 @@ class Stream:
 
     @torch.inference_mode()
     def feed(self, tokens: list[int]) -> tuple[float, int]:
-        """Let the cache see a turn's tokens, at least one, after the last of the reply before it: `pending`.
+        """Let the cache see a turn's tokens, after the last of the reply before it (`pending`): at least one in all.
 
         Returns: the sum of their negative log-likelihoods in nats, each after what the cache held then, and how many
         were scored: all but the stream's first, and the first after a reply whose last token was taken away.

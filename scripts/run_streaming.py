@@ -268,7 +268,7 @@ class Report:
                     raise InputError(f"--report {path}: {file} is there already; choose another path, or --overwrite")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w", encoding="utf-8")
+                self._file = path.open("w" if overwrite else "x", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"--report {path}: cannot be written ({error.strerror})") from None
             self._write({"stream": name})
@@ -301,9 +301,8 @@ def read_report(path: Path) -> tuple[str, list[dict], str | None]:
     try:
         name, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         ended = lines.pop()["ended"] if lines and "ended" in lines[-1] else None
-        if not all({"tokens", "memory_bytes", "slots"} <= line.keys() for line in lines):
-            raise ValueError
-        if all(math.isfinite(value) for line in lines for value in line.values()):
+        needed = {"tokens", "memory_bytes", "slots"}
+        if all(needed <= line.keys() and all(map(math.isfinite, line.values())) for line in lines):
             return str(name["stream"]), lines, ended
         raise ValueError
     except OSError as error:
@@ -385,7 +384,7 @@ def plot(path: Path, others: list[Path]) -> list[Path]:
 
 
 def pictures_of(report: Path) -> list[Path]:
-    return [report.with_suffix(suffix) for suffix in PICTURES]
+    return [report.parent / (report.stem + suffix) for suffix in PICTURES]
 
 
 # The stream

@@ -438,6 +438,15 @@ def test_processes_of_a_left_over_environment(folder, tmp_path, absent):
     assert error.endswith("with RANK, LOCAL_RANK and WORLD_SIZE unset")
 
 
+def test_interrupted_before_the_others_have_come(tmp_path):
+    """Ctrl-C that nobody hears until the wait is over."""
+    group = Group(2, lambda rank: 0 if rank else Processes.launched().join(), tmp_path)
+    os.waitpid(group.children[1], 0)
+    time.sleep(2)  # the first waits by now
+    os.kill(group.children[0], signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(group.children[0], 0)[1]) == -signal.SIGINT
+
+
 def test_launcher_that_says_not_where(monkeypatch, capsys):
     """A traceback of a port that is none."""
     environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}

@@ -354,6 +354,8 @@ def test_positions_that_run_out_are_said_once(streamed):
     for flags, warnings in ((FLAGS, 1), ([], 1), (ROLLING, 0)):
         _, _, err, _ = streamed(lines, *flags, "--stream_tokens", "400", "--quiet")
         assert len([line for line in err if line.startswith("warning: ")]) == warnings
+    _, _, err, _ = streamed(lines, *ROLLING, "--num_window_length", "300")  # the stream is shorter
+    assert err[0].startswith("warning: window and interval need 304 positions, the model has 256;")
 
 
 @pytest.mark.parametrize("lines, flags, words", [
@@ -377,6 +379,7 @@ def test_positions_that_run_out_are_said_once(streamed):
     ([{"prompt": "a"}], ["--report", "/proc/r.jsonl"], "--report /proc/r.jsonl: cannot be written"),
     ([{"prompt": "a"}], ["--report", "/proc/self/stat"], "--report /proc/self/stat: /proc/self/stat is there already"),
     ([{"prompt": "a"}], ["--report", "/dev/null", "--overwrite"], "--report /dev/null: /dev/null is no regular file"),
+    ([{"prompt": "a"}], ["--report", "."], "--report .: . is no regular file"),
     ([{"prompt": "a"}], ["--report", "r.png"], "--report r.png: is where a figure goes"),
     (['{"prompt": "\\ud800"}'], [], "line 1: 'prompt' must be a text"),
     ([{"prompt": "a"}], ["--num_window_length", "16"], "--num_window_length: does nothing without"),
@@ -428,7 +431,7 @@ def test_standard_inputs_that_are_odd(streamed, script, monkeypatch):
         next(script.typed_turns())
 
 
-def test_chat_of_another_system(streamed, tokenizer, checkpoint, tmp_path, monkeypatch):
+def test_chat_of_another_system(streamed, checkpoint, tmp_path, monkeypatch):
     """BOS left out after an empty first line; a byte order mark, or the return of a line's end, that is fed."""
     fed, feed = [], Stream.feed
     monkeypatch.setattr(Stream, "feed", lambda stream, tokens: fed.append(tokens) or feed(stream, tokens))
@@ -457,8 +460,9 @@ def test_report_replaces_nothing_else(streamed, tmp_path):
     {"tokens": "a", "memory_bytes": 1, "slots": 3},
     {"tokens": 1, "memory_bytes": 1, "slots": 3, "perplexity_given": None},
     {"tokens": 1, "memory_bytes": 1, "slots": 3, "perplexity_given": math.nan},
+    {"tokens": 10**400, "memory_bytes": 1, "slots": 3},
     "[" * 100_000,
-], ids=["text", "null", "NaN", "deep"])  # fmt: skip
+], ids=["text", "null", "NaN", "huge", "deep"])  # fmt: skip
 def test_other_report_that_is_none(streamed, tmp_path, line):
     """A traceback, at the end of the stream, of what was to be drawn beside it."""
     other = tmp_path / "other.jsonl"
@@ -501,6 +505,15 @@ def test_long_reply_is_printed_as_it_is(script, tokenizer, capsys):
     printer.end()
     assert capsys.readouterr().out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
     assert len(tokens) > 1000 and longest < 200
+
+
+def test_letters_that_the_terminal_does_not_know(script, checkpoint, tmp_path, monkeypatch):
+    """A chat that ends at the first of them."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "café"}))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    argv = ["--input-path", tmp_path / "in.jsonl", "--model-name", checkpoint, "--device", "cpu", "--max_tokens", 2]
+    assert script.main([*map(str, argv)]) == 0
+    assert sys.stdout.buffer.getvalue().startswith(b">>> caf?\n")
 
 
 def test_text_that_cannot_be_printed(script, monkeypatch):

@@ -351,11 +351,10 @@ class ResultsFile(JsonlFile):
     def start(self) -> None:
         """Before the first result: `overwrite` takes effect, and the settings are written. Raises InputError."""
         with self._writing():
-            for part in parts_of(self.path) if self.overwrite else ():
-                part.unlink()
-        if self.overwrite:
-            self.clear()
-        with self._writing():
+            if self.overwrite:
+                for part in parts_of(self.path):  # before the results: one that cannot be removed costs none
+                    part.unlink()
+                self.clear()
             self.write_metrics({})
 
     def finish(self, metrics: dict) -> None:
