@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from h2optimizer.generation import CHUNK, Choose, Decoder, choose_greedily, token_logprobs
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 
 PREFILL_TOKENS = 16384  # columns that a Batcher prefills at once, those of a chunk where prompts come in chunks
 
@@ -159,7 +159,7 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int) -> Prefilled:
     else:
         cache, mask = DynamicCache(config=model.config), mask.to(device)
         positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
-    outputs = model(ids.to(device), attention_mask=mask, past_key_values=cache, logits_to_keep=1, **positions)
+    outputs = model(ids.to(device), attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **positions)
     logits, mask = outputs.logits[source, -1], mask[source]
     if h2o is None and len(rows) < len(prompts):
         cache.batch_select_indices(torch.tensor(source))  # on the host: layers may be on several devices
@@ -193,7 +193,7 @@ class FullCacheDecoder:
         """The model's outputs for a next token of each row, int64 [B]; `kwargs` are its forward's."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        inputs = {"attention_mask": self.mask, "position_ids": self.position[:, None], "past_key_values": self.cache}
+        inputs = {"attention_mask": self.mask, "position_ids": self.position[:, None], CACHE_ARGUMENT: self.cache}
         self.position = self.position + 1
         return self.model(tokens[:, None], **inputs, **kwargs)
 
@@ -428,7 +428,7 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
         before[device] = torch.cuda.memory_allocated(device)
     try:
         ids = torch.zeros(prompts, longest, dtype=torch.long, device=model.device)
-        chosen = model(ids, past_key_values=cache, logits_to_keep=1).logits.device
+        chosen = model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits.device
     except torch.OutOfMemoryError:
         if getattr(model, "_device_mesh", None) is not None:
             raise

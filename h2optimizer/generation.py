@@ -23,7 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 
 CHUNK = 16  # most steps between two looks of the host at the tokens
 KEPT_CACHES = 8  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
@@ -42,8 +42,8 @@ def decode_logits(model, token: torch.Tensor, position_ids: torch.Tensor, cache:
         input_ids=token,
         attention_mask=token.new_empty(1, 1, 1, 1),  # as in H2OLlamaForCausalLM.forward
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_ARGUMENT: cache},
     ).last_hidden_state
     return model.lm_head(states[:, -1])
 
@@ -242,7 +242,7 @@ def can_capture(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
 ) -> bool:
     """Whether `sample` gives what transformers' loop gives."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE_ARGUMENT)
     if not isinstance(cache, HHCache) or not cache.h2o.capture or cache.h2o.slimming != "H":
         return False
     if synced_gpus or streamer is not None or generation_config.is_assistant or model.training:
@@ -309,7 +309,7 @@ def sample(
     dropped. A cache that outlives the call never ends a step ahead: where a step could be the last, the host looks at
     once.
     """
-    cache = kwargs["past_key_values"]
+    cache = kwargs[CACHE_ARGUMENT]
     outlives = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     eos = [criteria.eos_token_id for criteria in stopping_criteria if isinstance(criteria, EosTokenCriteria)]
     eos = torch.cat([ids.reshape(-1) for ids in eos]).to(input_ids.device) if eos else None
@@ -321,7 +321,7 @@ def sample(
 
     key = (len(input_ids), cache.h2o, model.dtype, model.device)
     if not outlives:
-        cache = kwargs["past_key_values"] = model.kept_caches.take(key) or cache
+        cache = kwargs[CACHE_ARGUMENT] = model.kept_caches.take(key) or cache
     logits = None
     while logits is None:
         try:
@@ -367,7 +367,7 @@ def sample(
     if not outlives:
         model.kept_caches.put(key, cache)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_ARGUMENT: cache})
     return input_ids
 
 

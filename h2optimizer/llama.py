@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from h2optimizer import generation
 from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
-from utils.cache import KERNEL_DTYPES, HHCache
+from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
@@ -218,11 +218,13 @@ class H2OLlamaAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
+        cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not isinstance(past_key_values, HHCache):
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        cache, step = past_key_values, past_key_values.step
+        cache = past_key_values if cache is None else cache  # H2O: by either name that transformers has for it
+        if not isinstance(cache, HHCache):
+            return super().forward(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
+        step = cache.step
         if step is None:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
@@ -323,9 +325,10 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As LlamaForCausalLM's; `past_key_values` may be an HHCache, and is a new one when none is given.
+        """As LlamaForCausalLM's; `past_key_values`, or `cache`, may be an HHCache, and is a new one when none is given.
 
         With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may pad on the left; reading it
         waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. With
@@ -336,9 +339,9 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         recomputing = self.training and self.model.gradient_checkpointing  # its layers go without a cache
-        if past_key_values is None and use_cache and not recomputing:
-            past_key_values = HHCache(self.h2o)
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache and not recomputing:
+            cache = HHCache(self.h2o)
         if not isinstance(cache, HHCache):
             kwargs |= dict(labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep)
             return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
@@ -387,8 +390,8 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                 # H2O: a ready-made 4-D mask keeps stock Llama from building one; the cache knows what each query sees
                 attention_mask=inputs.new_empty(1, 1, 1, 1),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=use_cache,
+                **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
             cache.end()
@@ -405,18 +408,25 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache, hidden_states=all_hidden_states, attentions=None
+            loss=loss, logits=logits, hidden_states=all_hidden_states, attentions=None, **{CACHE_ARGUMENT: cache}
         )
+
+    def generate(self, *args, **kwargs):
+        # H2O: the cache under either name, whichever this version of transformers has
+        for name in ("past_key_values", "cache"):
+            if name in kwargs and name != CACHE_ARGUMENT:
+                kwargs[CACHE_ARGUMENT] = kwargs.pop(name)
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # H2O: generate makes an HHCache where stock Llama makes a DynamicCache
-        if model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get(CACHE_ARGUMENT) is None:
             if not generation_config.use_cache or generation_config.cache_implementation is not None:
                 raise ValueError(
                     "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation "
                     "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
                 )
-            model_kwargs["past_key_values"] = HHCache(self.h2o)
+            model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o)
             self.merge_projections()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -432,18 +442,16 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         self,
         input_ids,
         next_sequence_length=None,
-        past_key_values=None,
         attention_mask=None,
-        inputs_embeds=None,
+        inputs_embeds=None,  # named, as `generate` asks whether it is
         is_first_iteration=False,
         **kwargs,
     ):
-        if isinstance(past_key_values, HHCache) and not is_first_iteration and next_sequence_length == 1:
+        if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and not is_first_iteration and next_sequence_length == 1:
             attention_mask = None  # H2O: decode tokens are real: no mask to read back from the device
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from h2optimizer.batching import FullCacheDecoder, RowSampler, Sequence
 from h2optimizer.generation import Decoder, choose_greedily, token_logprobs
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 
 
 class Stream:
@@ -79,7 +79,7 @@ class Stream:
                 where["position_ids"] = torch.arange(self.fed, self.fed + part.shape[1], device=part.device)[None]
             else:
                 self.cache.evict_for_space(part.shape[1])
-            logits = self.model(part, past_key_values=self.cache, **where).logits[0]
+            logits = self.model(part, **{CACHE_ARGUMENT: self.cache}, **where).logits[0]
             if len(of := part[0, skip:]):
                 before = logits[:-1] if self._logits is None else torch.cat([self._logits, logits[:-1]])
                 nll -= float(token_logprobs(before[-len(of) :], of).sum(dtype=torch.float64))

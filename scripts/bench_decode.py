@@ -64,7 +64,7 @@ from utils.bench import (
     sizes,
     synchronize,
 )
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.requests import InputError, OneLineParser, count
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
@@ -263,7 +263,7 @@ def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> float:
         if in_place:
             cache = Cache(layers=[FullLayer(*states, context) for states in buffers])
         for position in positions[:steps]:
-            logits = stock(token, position_ids=position, past_key_values=cache).logits[:, -1]
+            logits = stock(token, position_ids=position, **{CACHE_ARGUMENT: cache}).logits[:, -1]
             token = logits.argmax(-1, keepdim=True)
 
     decode(3)
@@ -275,7 +275,7 @@ def prefilled_row(model, h2o: H2OConfig, context: int) -> HHCache:
     """A cache of one row that has seen a whole context."""
     cache = HHCache(h2o)
     prompt = torch.randint(1, model.config.vocab_size, (1, context), device=model.device)
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    model(prompt, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     return cache
 
 
@@ -450,13 +450,13 @@ def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     cache = DynamicCache(config=system.model.config) if system.h2o is None else HHCache(system.h2o)
-    system.model(prompt, past_key_values=cache, logits_to_keep=1)
+    system.model(prompt, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
     token = prompt[:, :1]
     for _ in range(3):
-        system.model(token, past_key_values=cache)
+        system.model(token, **{CACHE_ARGUMENT: cache})
     synchronize()
     with profile(activities=activities) as prof:
-        system.model(token, past_key_values=cache)
+        system.model(token, **{CACHE_ARGUMENT: cache})
     names = [event.name for event in prof.events()]
     return {
         "launches": sum("LaunchKernel" in name for name in names),

@@ -6,14 +6,17 @@ Models", arXiv 2306.14048. Keeping the oldest slots instead is StreamingLLM, arX
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What transformers' models call their cache, as argument and as output: `cache` from 5.24 on.
+CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 def kernels_take(states: torch.Tensor) -> bool:
