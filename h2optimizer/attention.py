@@ -144,7 +144,7 @@ def flash_attention(
         wanted = _lse_argument(flash.flash_attn_func) if step.scored else {}
         output = flash.flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, **wanted)
     else:
-        ends = step.rows.mirror(q.device)[0] if step.decode else step.spans(q.device)[0] + step.columns
+        ends = step.attended(q.device) if step.decode else step.spans(q.device)[0] + step.columns
         output = flash.flash_attn_with_kvcache(
             q, k, v, cache_seqlens=ends, softmax_scale=scaling, causal=True, return_softmax_lse=step.scored
         )
@@ -267,7 +267,7 @@ def _kernel_decode(
     from h2optimizer.kernels.decode import decode_attention
 
     mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device) if step.scored else None
-    lengths = step.rows.mirror(key.device)[0]
+    lengths = step.attended(key.device)
     first_head = group_reduce == "first"
     return decode_attention(query, key, value, lengths, scaling, mass=mass, rope=rope, first_head=first_head), mass
 
@@ -283,11 +283,12 @@ def kernel_decode_step(
     from h2optimizer.kernels import decode
 
     h2o = slots.h2o
+    lengths = step.attended(slots.device) if step.partial else slots.lengths
     # as an operator only where torch.compile looks on: its dispatch costs the host 20 us
     run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
     return run(
         projected, *rope, slots.keys, slots.values, slots.mass if step.scored else None,
-        slots.count if step.scored else None, slots.lengths, scaling, float(h2o.score_decay),
+        slots.count if step.scored else None, lengths, scaling, float(h2o.score_decay),
         h2o.group_reduce == "first", h2o.position_rolling,
     )  # fmt: skip
 

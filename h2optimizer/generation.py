@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -119,14 +119,19 @@ class Decoder:
 
     @torch.inference_mode(False)  # the same mode in each call, or torch.compile compiles again, maybe in a recording
     @torch.no_grad()
-    def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Up to CHUNK steps; returns tokens and log-probabilities [B, steps]. Waits for nothing."""
+    def decode(self, steps: int, new: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Up to CHUNK steps; returns tokens and log-probabilities [B, steps]. Waits for nothing.
+
+        `new` is 1 for rows that bring a token to these steps, 0 for those fed padding; all bring one unless given.
+        """
         self.column.zero_()
         for _ in range(steps):
             if self.static:
-                self._next()
+                self._next(new)
             else:
-                self._keep(self._model()(self.token[:, None], past_key_values=self._cache()).logits[:, -1])
+                mask = None if new is None else torch.tensor(new)[:, None]
+                inputs = {"attention_mask": mask, CACHE_ARGUMENT: self._cache()}
+                self._keep(self._model()(self.token[:, None], **inputs).logits[:, -1])
         return self.tokens[:, :steps].clone(), None if self.logprobs is None else self.logprobs[:, :steps].clone()
 
     def ends(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -136,10 +141,10 @@ class Decoder:
         # not torch.isin, which sorts where there are ten or more, and then waits for the device
         return (tokens[..., None] == self.eos_token_ids).any(dim=-1)
 
-    def _next(self) -> None:
+    def _next(self, new: list[int] | None) -> None:
         cache = self._cache()
-        step = cache.begin(len(self.token), 1, static=True)
-        self._play("scored" if step.scored else "unscored", self._step)
+        step = cache.begin(len(self.token), 1, new, static=True)
+        self._play(f"{step.scored=} {step.partial=} {any(step.rows.gaps)=}", self._step)
         if step.due:
             self._play("slimming", cache.slim_all)
         cache.end()
@@ -147,12 +152,14 @@ class Decoder:
     def _step(self) -> None:
         """All that the device does in a step, but slimming."""
         cache = self._cache()
-        cache.step.rows.count_step()
+        step = cache.step
+        step.rows.count_step(step.partial)
         if cache.h2o.position_rolling:
             position_ids = torch.arange(cache.h2o.capacity, device=self.token.device)[None]
         else:
-            position_ids = cache.step.positions(self.token.device)
-        self._keep(self._forward(self._model(), self.token[:, None], position_ids, cache))
+            position_ids = step.positions(self.token.device)
+        forward = decode_logits if step.partial else self._forward  # not worth compiling once more
+        self._keep(forward(self._model(), self.token[:, None], position_ids, cache))
 
     def _keep(self, logits: torch.Tensor) -> None:
         tokens = torch.where(self.finished, self.pad_token_id, self.choose(logits))
@@ -205,6 +212,30 @@ def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
 
 
 # generate
+
+
+class EndedRows(StoppingCriteriaList):
+    """Stopping criteria that remember which rows they have ended: what `generate` feeds these afterwards is padding.
+
+    Where no end-of-sequence token is asked for, `generate` feeds them what they would say next: text, not padding.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        super().__init__(criteria)
+        self._pads = any(hasattr(each, "eos_token_id") for each in criteria)
+        self._ended: torch.Tensor | None = None  # after the newest token
+        self._before: torch.Tensor | None = None  # it is padding in these rows
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self._before, self._ended = self._ended, ended if self._ended is None else ended | self._ended
+        return ended
+
+    def mask(self) -> torch.Tensor | None:
+        """[B, 1] for the newest tokens, 0 for padding; None where it is that of no row. Waits for the device."""
+        if not self._pads or self._before is None or not self._before.any():
+            return None
+        return (~self._before).long()[:, None]
 
 
 class KeptCaches:
@@ -307,7 +338,7 @@ def sample(
     End-of-sequence tokens are noticed on the device. The host looks after up to CHUNK steps, where something but the
     length can end the call; other criteria then see every prefix, and what was decoded past the last row's end is
     dropped. A cache that outlives the call never ends a step ahead: where a step could be the last, the host looks at
-    once.
+    once, and rows that have ended bring no token to the steps that follow.
     """
     cache = kwargs[CACHE_ARGUMENT]
     outlives = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
@@ -337,7 +368,9 @@ def sample(
     new = decoder.choose(logits)
     decoder.start(new)
     new, ended = new[:, None], torch.zeros_like(decoder.finished)
+    bring = None  # which rows bring a token to the next step; all where the cache ends with the call
     while True:
+        before = ended
         done = []  # for each new column, whether it ends the last row
         if others:
             for column in new.unbind(1):
@@ -360,10 +393,12 @@ def sample(
         left = CHUNK if max_length is None else max_length - input_ids.shape[1]
         if left <= 0:
             break
+        if outlives and eos is not None and len(input_ids) > 1:
+            bring = (~before).long().tolist()  # the newest token of a row that had ended before it is padding
         if others and eos is not None:  # rows that they ended: the decoder knows of its own only
             decoder.finished.copy_(ended)
             decoder.token.copy_(input_ids[:, -1])
-        new = decoder.decode(min(at_a_time, left))[0]
+        new = decoder.decode(min(at_a_time, left), bring)[0]
     if not outlives:
         model.kept_caches.put(key, cache)
     if generation_config.return_dict_in_generate:

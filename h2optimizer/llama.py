@@ -3,7 +3,7 @@
 Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama is marked `# H2O:`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from h2optimizer import generation
 from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
+from h2optimizer.columns import Columns
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
@@ -232,7 +233,8 @@ class H2OLlamaAttention(LlamaAttention):
         merged = self.merged.product(hidden_states, *projections) if step.decode else None
         projected = [projection(hidden_states) for projection in projections] if merged is None else [merged]
         slots = cache.layers[self.layer_idx] if step.decode else None
-        if slots is not None and slots.decodes_by_kernel(step) and not any(p.requires_grad for p in projected):
+        by_kernel = slots is not None and slots.decodes_by_kernel(step) and projected[0].dtype == slots.keys.dtype
+        if by_kernel and not any(p.requires_grad for p in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
             attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
         else:
@@ -253,6 +255,7 @@ class H2OLlamaAttention(LlamaAttention):
         if not h2o.position_rolling:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
         keys, values = cache.update(key_states, value_states, self.layer_idx)
+        keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
         slots, key_rope = cache.layers[self.layer_idx], None
         if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
             key_rope = (cos[0], sin[0])
@@ -265,7 +268,10 @@ class H2OLlamaAttention(LlamaAttention):
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        return attn_output.transpose(1, 2).flatten(2).contiguous()
+        attn_output = attn_output.transpose(1, 2).flatten(2).contiguous()
+        if step.padded:  # H2O: padding attends to nothing, and so depends on no token to its right
+            attn_output = attn_output.masked_fill(step.padding(attn_output.device)[..., None], 0.0)
+        return attn_output
 
 
 def _at_queries(table: torch.Tensor, step) -> torch.Tensor:
@@ -287,10 +293,11 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
     Args:
         config: a LlamaConfig.
-        h2o: the cache's settings, H2OConfig() unless given; assign `model.h2o` to change them for the next `generate`.
+        h2o: the cache's settings, an H2OConfig or a dict of its fields, H2OConfig() unless given; assign `model.h2o`
+            to change them for the next `generate`. Raises ValueError for anything else.
     """
 
-    def __init__(self, config, h2o: H2OConfig | None = None):
+    def __init__(self, config, h2o: H2OConfig | dict | None = None):
         super().__init__(config)
         self.h2o = H2OConfig() if h2o is None else h2o
         for layer_idx, layer in enumerate(self.model.layers):  # H2O: same weights and names
@@ -301,6 +308,21 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         self.model.norm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.kept_caches = generation.KeptCaches()
         self.post_init()
+
+    @property
+    def h2o(self) -> H2OConfig:
+        return self._h2o
+
+    @h2o.setter
+    def h2o(self, h2o: H2OConfig | dict) -> None:
+        if isinstance(h2o, dict):
+            names = [field.name for field in fields(H2OConfig)]
+            if unknown := [name for name in h2o if name not in names]:
+                raise ValueError(f"h2o: {unknown[0]!r} is no field of H2OConfig; it has {', '.join(names)}")
+            h2o = H2OConfig(**h2o)
+        if not isinstance(h2o, H2OConfig):
+            raise ValueError(f"h2o={h2o!r:.60}: must be an H2OConfig, or a dict of its fields")
+        self._h2o = h2o
 
     def merge_projections(self) -> None:
         """Put the weights of q, k and v side by side, and those of gate and up, where kernels decode.
@@ -330,15 +352,19 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
     ) -> CausalLMOutputWithPast:
         """As LlamaForCausalLM's; `past_key_values`, or `cache`, may be an HHCache, and is a new one when none is given.
 
-        With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may pad on the left; reading it
-        waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. With
-        position_rolling the cache gives the positions, and `position_ids` is not read. More columns than the cache's
-        `prefill_chunk` are taken in chunks of so many, in memory for one, but for the logits and states asked for.
+        With `labels` there is no cache unless one is given or `use_cache=True`: that is stock Llama, at its cost.
 
-        Raises: ValueError for a mask with zeros to the right of a token, or that hides tokens which the cache holds.
+        With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may hold zeros anywhere; reading
+        it waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. A
+        padded column gives what the token before it gives, and depends on no token to its right. With position_rolling
+        the cache gives the positions, and `position_ids` is not read. More columns than the cache's `prefill_chunk` are
+        taken in chunks of so many, in memory for one, but for the logits and states asked for.
+
+        Raises: ValueError for a mask that hides tokens which the cache has seen, or an input without columns.
         """
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         recomputing = self.training and self.model.gradient_checkpointing  # its layers go without a cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not recomputing:
             cache = HHCache(self.h2o)
@@ -354,39 +380,25 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
 
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        batch_size, columns = inputs.shape[:2]
-        new = [columns] * batch_size
-        if attention_mask is not None:
-            new = _tokens_per_row(attention_mask, batch_size, columns, cache)
-
-        # H2O: padding is dropped on entry. Tokens move to the left, where causal attention needs no mask, and back.
-        to_right = None
-        if min(new) < columns:
-            padding = columns - torch.tensor(new, device=inputs.device)[:, None]
-            column = torch.arange(columns, device=inputs.device)
-            to_left, to_right = (column + padding) % columns, (column - padding) % columns
-            inputs = _take_columns(inputs, to_left)
-            position_ids = None if position_ids is None else _take_columns(position_ids.expand(batch_size, -1), to_left)
-        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        columns = Columns(*inputs.shape[:2], attention_mask, cache)  # H2O: padding is dropped on entry
+        inputs = columns.to_left(inputs)
+        if position_ids is not None:
+            position_ids = columns.to_left(position_ids.expand(len(inputs), -1))
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
         # H2O: a long prompt comes in chunks, with a slimming after each, where that is asked for
         hidden_states, all_hidden_states = None, None
-        chunk = cache.h2o.prefill_chunk or columns
-        as_it_is = to_right is None and chunk >= columns
-        if not as_it_is:
-            every = torch.arange(columns, device=inputs.device)[None] if to_right is None else to_right
-            every = every.expand(batch_size, -1)
-        for begin in range(0, columns, chunk):
-            end = min(begin + chunk, columns)
-            step = cache.begin(batch_size, columns, new, chunk=(begin, end))
+        for begin, end in columns.chunks(cache.h2o.prefill_chunk):
+            step = cache.begin(*inputs.shape[:2], columns.new, chunk=(begin, end), real=columns.real)
             if cache.h2o.position_rolling:  # H2O: positions are slot indices
                 positions = step.slot_positions(inputs.device)
             else:
-                positions = step.positions(inputs.device) if position_ids is None else position_ids[:, begin:end]
-            taken = inputs[:, begin:end]
+                positions = columns.spread(step.positions(inputs.device), begin, end)
+                positions = positions if position_ids is None else position_ids[:, begin:end]
+            chunk = inputs[:, begin:end]
             outputs = self.model(
-                input_ids=taken if inputs_embeds is None else None,
-                inputs_embeds=None if inputs_embeds is None else taken,
+                input_ids=chunk if inputs_embeds is None else None,
+                inputs_embeds=None if inputs_embeds is None else chunk,
                 # H2O: a ready-made 4-D mask keeps stock Llama from building one; the cache knows what each query sees
                 attention_mask=inputs.new_empty(1, 1, 1, 1),
                 position_ids=positions,
@@ -394,15 +406,12 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                 **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
-            cache.end()
-            if as_it_is:
-                hidden_states, all_hidden_states = outputs.last_hidden_state[:, slice_indices], outputs.hidden_states
-                break
-            hidden_states = _put_columns(hidden_states, outputs.last_hidden_state, begin, every[:, slice_indices])
+            cache.end(columns.gaps if position_ids is None else None)
+            hidden_states = columns.keep(hidden_states, outputs.last_hidden_state, begin, wanted)
             if outputs.hidden_states is not None:
                 before = all_hidden_states or [None] * len(outputs.hidden_states)
                 layers = zip(before, outputs.hidden_states, strict=True)
-                all_hidden_states = tuple(_put_columns(kept, states, begin, every) for kept, states in layers)
+                all_hidden_states = tuple(columns.keep(kept, states, begin) for kept, states in layers)
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
@@ -412,10 +421,21 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         )
 
     def generate(self, *args, **kwargs):
+        """As GenerationMixin's, through an HHCache; `past_key_values`, or `cache`, may be one of the caller's.
+
+        Padding may stand anywhere in the inputs. A row that has ended while others go on leaves nothing more in the
+        cache, whatever is fed to it.
+
+        Raises: ValueError where `use_cache=False` or another cache_implementation is asked for, and for fewer tokens
+            than a given cache has seen.
+        """
         # H2O: the cache under either name, whichever this version of transformers has
         for name in ("past_key_values", "cache"):
             if name in kwargs and name != CACHE_ARGUMENT:
                 kwargs[CACHE_ARGUMENT] = kwargs.pop(name)
+        # H2O: a checkpoint's use_cache is the wish of those who trained it, not of the caller
+        if kwargs.get("generation_config") in (None, self.generation_config):
+            kwargs.setdefault("use_cache", True)
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -426,17 +446,49 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                     "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation "
                     "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
                 )
+            self._refuse_prefix_tuning()
             model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o)
             self.merge_projections()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _refuse_prefix_tuning(self) -> None:
+        adapted = getattr(self.prepare_inputs_for_generation, "__self__", self)  # peft puts its own method there
+        kind = getattr(getattr(adapted, "active_peft_config", None), "peft_type", None)
+        if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(
+                f"{kind.value}: its keys and values come from no token, and an HHCache cannot rank them; use "
+                "LlamaForCausalLM, or prompt tuning"
+            )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if not isinstance(model_kwargs.get(CACHE_ARGUMENT), HHCache | None):
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        # H2O: the cache counts each row's tokens; only holes, which take no positions here, need saying
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            return None
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)  # the step after a padded column counts on from it
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
+        cache, embeds = model_kwargs.get(CACHE_ARGUMENT), model_kwargs.get("inputs_embeds")
+        given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
+        whole = mask is None or mask.shape[1] == given  # else they are the new tokens only
+        if isinstance(cache, HHCache) and whole and given <= cache.get_seq_length():
+            raise ValueError(
+                f"{given} tokens were given, and the cache has seen {cache.get_seq_length()}: give the whole text so "
+                "far and at least one token more, or reset() the cache"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         # H2O: the steps of a bounded cache are all alike: replay them, where nothing is asked for that needs the host
         request = (input_ids, logits_processor, stopping_criteria, generation_config)
         if generation.can_capture(self, *request, **kwargs):
             return generation.sample(self, *request, **kwargs)
-        return super()._sample(*request, **kwargs)
+        if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and len(input_ids) > 1:
+            kwargs["ended_rows"] = stopping_criteria = generation.EndedRows(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -445,11 +497,13 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         attention_mask=None,
         inputs_embeds=None,  # named, as `generate` asks whether it is
         is_first_iteration=False,
+        ended_rows=None,
         **kwargs,
     ):
         if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and not is_first_iteration and next_sequence_length == 1:
-            attention_mask = None  # H2O: decode tokens are real: no mask to read back from the device
-        return super().prepare_inputs_for_generation(
+            # H2O: decode tokens are real, no mask to read back from the device, but for rows that have ended
+            attention_mask = None if ended_rows is None else ended_rows.mask()
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -457,6 +511,10 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if isinstance(cache := inputs.get(CACHE_ARGUMENT), HHCache):
+            del inputs[CACHE_ARGUMENT]
+            inputs["past_key_values"] = cache  # H2O: peft, which comes next, knows no other name
+        return inputs
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As PreTrainedModel's; the checkpoint names plain Llama as its architecture.
@@ -469,41 +527,3 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         self.config.architectures = ["LlamaForCausalLM"]
         if is_main_process:
             self.config.save_pretrained(save_directory)
-
-
-def _take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Row b's columns columns[b] of states [B, n(, H)]: [B, m(, H)]."""
-    columns = columns.to(states.device)  # the last layer's, where layers are spread over devices
-    return states.gather(1, columns if states.ndim == 2 else columns[..., None].expand(-1, -1, states.shape[-1]))
-
-
-def _put_columns(kept: torch.Tensor | None, states: torch.Tensor, begin: int, columns: torch.Tensor) -> torch.Tensor:
-    """`kept` [B, m, H] with those of its columns, [B, m] int64, that `states` [B, n, H] holds, from column `begin` on.
-
-    Without `kept` the others are anything.
-    """
-    at = columns.to(states.device) - begin
-    there = _take_columns(states, at.clamp(0, states.shape[1] - 1))
-    if kept is None:
-        return there
-    return torch.where(((at >= 0) & (at < states.shape[1]))[..., None], there, kept)
-
-
-def _tokens_per_row(attention_mask: torch.Tensor, batch_size: int, columns: int, cache: HHCache) -> list[int]:
-    """Real tokens in the last `columns` columns of a left-padded mask; those before must be as the cache saw them."""
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < columns:
-        raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)}: must be 2-D, [batch, tokens] with 0 for left padding, for "
-            f"inputs {(batch_size, columns)}"
-        )
-    past, mask = attention_mask[:, :-columns].bool(), attention_mask[:, -columns:].bool()
-    left_padded = (mask[:, 1:] >= mask[:, :-1]).all(dim=1)
-    seen, new, ordered = torch.stack([past.sum(dim=1), mask.sum(dim=1), left_padded]).tolist()
-    if not all(ordered):
-        raise ValueError("attention_mask: pad on the left (tokenizer.padding_side='left'), a token precedes padding")
-    if past.shape[1] and seen != cache.seen:
-        raise ValueError(
-            f"attention_mask: rows have {seen} tokens before this input, the cache has seen {cache.seen or 0}; tokens "
-            "cannot be hidden afterwards: give the mask of the new columns only, or reset() the cache"
-        )
-    return new

@@ -11,10 +11,11 @@ from utils.cache import select_slots
 
 
 def append(query, key, value, cos, sin, keys, values, lengths, rolling):
-    at, row = lengths.long() - 1, torch.arange(len(lengths))
+    at, row = (lengths.long() - 1).clamp(min=0), torch.arange(len(lengths))
+    there = (lengths > 0)[:, None, None]  # of a row without a token nothing is written
     rope = [(table[at] if rolling else table)[:, None, None] for table in (cos, sin)]
-    keys[row, :, at] = (key if rolling else rotate(key, *rope))[:, :, 0]
-    values[row, :, at] = value[:, :, 0]
+    keys[row, :, at] = torch.where(there, (key if rolling else rotate(key, *rope))[:, :, 0], keys[row, :, at])
+    values[row, :, at] = torch.where(there, value[:, :, 0], values[row, :, at])
     return rotate(query, *rope)
 
 
@@ -26,7 +27,8 @@ def decode_attention(
         keys = rotate(keys, *(torch.nn.functional.pad(table, pad)[: keys.shape[2]] for table in rope))
     grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [B, Hkv, G, D]
     empty = torch.arange(keys.shape[2]) >= lengths[:, None, None, None]
-    probs = (grouped @ keys.transpose(2, 3) * scaling).masked_fill(empty, -torch.inf).softmax(-1)
+    probs = (grouped @ keys.transpose(2, 3) * scaling).masked_fill(empty, -torch.inf).softmax(-1).nan_to_num(0.0)
+    decay = torch.where(lengths > 0, decay, 1.0)[:, None, None]  # a row without a query is left as it is
     if mass is not None:
         mass.mul_(decay).add_(probs[:, :, 0] if first_head else probs.sum(dim=2))
     if count is not None:

@@ -140,6 +140,13 @@ class Oracle:
             block = [token]
         return new_tokens
 
+    def wait(self):
+        """A step to which other rows of a batch bring a token, and this one none."""
+        due = self.clock % self.update_interval == 0
+        self.clock += 1
+        if due:
+            self._slim(self.recent)
+
     def evict_for_space(self, space_needed: int):
         """Slims to window_length - space_needed slots, taken from the recent part, before a turn of that many tokens.
 

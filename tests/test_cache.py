@@ -135,7 +135,7 @@ class PlainRow:
 def drive(cache, rows, new, clock, random):
     """One forward of tokens that say whose they are, on the cache and on the plain rows."""
     h2o, columns, starts = cache.h2o, max(new), [row.length for row in rows]
-    due = clock == 0 or set(new) != {1} or clock % h2o.update_interval == 0
+    due = clock == 0 or columns != 1 or clock % h2o.update_interval == 0
     scored = h2o.score == "mass" and h2o.heavy > 0 and (h2o.score_every_step or due)
     step = cache.begin(len(rows), columns, new)
     assert (step.due, step.scored) == (due, scored)
@@ -153,7 +153,7 @@ def drive(cache, rows, new, clock, random):
                 for j, slot in enumerate(slots):
                     assert keys[b, head, j].tolist() == [slot[0] + 1, slot[1] + 1, layer * 2 + head + 1]
                     assert values[b, head, j].tolist() == [-slot[0] - 1, -slot[1] - 1, -layer * 2 - head - 1]
-                    if scored:
+                    if scored and new[b]:
                         seen_by = sum(starts[b] + i >= j for i in range(first, new[b]))
                         mass[b, head, j] = random.integers(0, 3) if seen_by else 0
                         slot[2] = slot[2] * h2o.score_decay + mass[b, head, j].item()
@@ -427,8 +427,8 @@ def test_evict_for_space_refuses_what_does_not_fit(gqa, heavy):
     cache.evict_for_space(8 - heavy)  # nothing there yet, nothing to do
     forward(gqa.h2o, [prompt(12)], cache)
     before = {where: tensor.clone() for where, tensor in slot_tensors(cache).items()}
-    for refused in (8 - heavy + 1, 100, -1):
-        with pytest.raises(ValueError, match=r"does not fit"):
+    for refused, why in ((8 - heavy + 1, "does not fit"), (100, "does not fit"), (-1, "at least 0")):
+        with pytest.raises(ValueError, match=why):
             cache.evict_for_space(refused)
     with pytest.raises(ValueError):
         oracle_row = new_oracle(gqa, window_length=8, num_heavy_hitters=heavy)

@@ -1,5 +1,6 @@
 """H2OLlamaForCausalLM, through `generate` and its own forward, against the oracle, single rows and stock Llama."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from conftest import (
     BACKENDS,
@@ -28,7 +29,7 @@ from conftest import (
     slot_tensors,
 )
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 
 
 def with_flags(llamas, **flags) -> H2OLlamaForCausalLM:
@@ -304,26 +305,65 @@ def test_a_second_turn_on_the_same_cache(llamas, interval, rolling, lengths):
     assert min(cache.evictions) >= 4
 
 
+@pytest.mark.parametrize("mask_says", ["all", "none", "left padding"])
 @pytest.mark.parametrize("window", [8, 64])
-def test_tokens_cannot_be_masked_after_the_fact(gqa, window):
-    """The next turn of a batch in which a row had stopped early, with a mask that hides the padding that generate fed
-    to that row: the cache holds it as tokens, so the row would silently differ from stock Llama's."""
-    model, rows = with_flags(gqa, window_length=window, update_interval=2), [prompt(12), prompt(6)]
+def test_what_is_fed_to_a_row_that_has_ended_leaves_no_trace(gqa, window, mask_says):
+    """Padding that takes slots, mass or positions, or is taken for text in the next turn, whatever the mask says of it
+    there. The row is what the oracle holds of it alone, with the slimmings that fall due while it waits."""
+    flags = {"window_length": window, "update_interval": 2, "score_decay": 0.5}
+    model, rows, turn = with_flags(gqa, **flags), [prompt(12), prompt(6)], [prompt(3), prompt(3, 1)]
     alone = [new_tokens(generate(model, [row], 8), [row])[0] for row in rows]
     eos = next(token for token in alone[0][:4] if token not in alone[1])
+    end = alone[0].index(eos) + 1  # tokens of the first row, the last of which is fed
     cache = HHCache(model.h2o)
     result = generate(model, rows, 8, eos_token_id=eos, past_key_values=cache)
-    mask = torch.cat([left_pad(rows)["attention_mask"], torch.ones(2, 8 + 3, dtype=torch.long)], dim=1)
-    mask[0, len(rows[0]) + alone[0].index(eos) + 1 : 20] = 0
-    ids = torch.cat([result.sequences, torch.tensor([prompt(3), prompt(3, 1)])], dim=1)
-    clock, lengths = cache.clock, cache.lengths
-    with pytest.raises(ValueError, match="hidden"):
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+    oracles = [new_oracle(gqa, **flags) for _ in rows]
+    for row, oracle, tokens in zip(rows, oracles, (alone[0][:end], alone[1][:7]), strict=True):
+        oracle.forward(row)
+        for token in tokens:
+            oracle.forward([token])
+    for _ in range(end, 7):
+        oracles[0].wait()
+    for b in range(2):
+        assert_row_is_oracles(cache, b, oracles[b])
+    inputs = {"input_ids": torch.cat([result.sequences, torch.tensor(turn)], dim=1)}
+    if mask_says != "none":
+        inputs["attention_mask"] = torch.cat([left_pad(rows)["attention_mask"], torch.ones(2, 8 + 3)], dim=1).long()
+    if mask_says == "all":
+        inputs["attention_mask"][0, 12 + end : 20] = 0
+    if mask_says == "none":
+        logits = model(inputs["input_ids"][:, -4:], past_key_values=cache).logits
+    else:
+        logits = generate_logits(model, cache, inputs)
+    blocks = [turn[0] if mask_says == "all" else [0, *turn[0]], [alone[1][7], *turn[1]]]
+    for b in range(2):
+        assert_close(logits[b, -1:], oracles[b].forward(blocks[b])[-1:], what=f"row {b}")
+        assert_row_is_oracles(cache, b, oracles[b])
+
+
+def generate_logits(model, cache, inputs):
+    """The logits of the first token that generate decodes after these inputs: [B, 1, vocabulary]."""
+    settings = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    return model.generate(**inputs, past_key_values=cache, **settings).logits[0][:, None]
+
+
+@pytest.mark.parametrize("change", ["hide", "show", "shorter", "longer"])
+def test_tokens_cannot_be_masked_after_the_fact(gqa, change):
+    """A second turn whose mask says something else of columns than the first: what was attended to cannot be undone."""
+    model, rows = with_flags(gqa, window_length=64), [prompt(12), prompt(6)]
+    cache = HHCache(model.h2o)
+    forward(model, rows, cache)
+    past = left_pad(rows)["attention_mask"]
+    past[1, {"hide": 8, "show": 2}.get(change, 0)] = {"hide": 0, "show": 1}.get(change, 0)
+    if change == "shorter":
+        past = past[:, 1:]
+    elif change == "longer":
+        past = torch.cat([torch.ones(2, 1, dtype=torch.long), past], dim=1)
+    mask, clock, lengths = torch.cat([past, torch.ones(2, 3)], dim=1), cache.clock, cache.lengths
+    with pytest.raises(ValueError, match=r"attention_mask: (hides|shows)"):
+        model(torch.tensor([prompt(3), prompt(3)]), attention_mask=mask, past_key_values=cache)
     assert (cache.clock, cache.lengths) == (clock, lengths)
-    model.generate(
-        ids, attention_mask=mask.index_fill(1, torch.arange(12, 20), 1), past_key_values=cache, max_new_tokens=3
-    )
-    assert cache.seen == [12 + 7 + 4 + 2, 6 + 7 + 4 + 2]
+    forward(model, [prompt(3), prompt(3)], cache)  # the refusal did no harm
 
 
 def test_later_forwards_take_a_mask_of_all_or_of_the_new_columns(llamas):
@@ -427,8 +467,8 @@ def test_a_forward_that_stopped_between_chunks(gqa, monkeypatch):
     flags = {"window_length": 8, "update_interval": 2, "prefill_chunk": 4}
     cache, end = new_cache(**flags), HHCache.end
 
-    def stop(cache):
-        end(cache)
+    def stop(cache, gaps):
+        end(cache, gaps)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -836,21 +876,92 @@ def test_flags_that_work_at_their_bounds():
         config.window_length = 3
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_right_padding_is_refused(gqa, cached):
-    """Padding on the right, or inside, would be taken for tokens or cut tokens off."""
-    model = with_flags(gqa, window_length=8, update_interval=2)
-    for row in ([1, 1, 1, 0], [0, 1, 0, 1]):
-        cache, mask = new_cache(window_length=8), torch.tensor([[1, 1, 1, 1], row])
-        if cached:
-            forward(model, [prompt(9), prompt(4)], cache)
-        clock, lengths = cache.clock, cache.lengths
-        with pytest.raises(ValueError, match="left"):
-            model(torch.tensor([prompt(4), prompt(4)]), attention_mask=mask, past_key_values=cache)
-        assert (cache.clock, cache.lengths) == (clock, lengths)
-        forward(model, [prompt(4), prompt(4)], cache)  # the refusal did no harm
-    with pytest.raises(ValueError, match="left"):
-        model.generate(torch.tensor([prompt(4)]), attention_mask=torch.tensor([[1, 1, 1, 0]]), max_new_tokens=2)
+MASKS = {
+    "right": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]],
+    "holes": [[1, 0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 1, 1, 1]],
+    "everywhere": [[0, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]],
+    "nothing": [[0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_masks_of_any_pattern(llamas, mask, chunk):
+    """Padding on the right or inside, in the first forward and in a later one: real columns say what stock Llama says
+    of them, padded ones what the token before them says, and slots are those of the tokens alone, in order."""
+    mask, rows = torch.tensor(mask), torch.tensor([prompt(7), prompt(7, 1)])
+    model = with_flags(llamas, window_length=32, prefill_chunk=chunk)
+    cache, full = HHCache(model.h2o), DynamicCache(config=llamas.stock.config)
+    # Padding between a forward's tokens takes positions, as in stock Llama; padding around them takes none.
+    first, last = mask.argmax(1, keepdim=True), 6 - mask.flip(1).argmax(1, keepdim=True)
+    positions = (torch.arange(7) - first).clamp(min=0)
+    with torch.no_grad():
+        for turn in range(2):
+            seen = mask.repeat(1, turn + 1)
+            logits = model(rows, attention_mask=seen, past_key_values=cache).logits
+            expected = llamas.stock(
+                rows, attention_mask=seen, position_ids=positions + turn * (last - first + 1), **{CACHE_ARGUMENT: full}
+            ).logits
+            if not turn:
+                unasked = llamas.stock(rows, attention_mask=mask).logits
+                assert_close(unasked[mask.bool()], expected[mask.bool()], 1e-4)
+            for b in range(2):
+                newest = None
+                for column in range(7):
+                    if mask[b, column]:
+                        newest = logits[b, column]
+                        assert_close(newest, expected[b, column], what=f"turn {turn}, row {b}, column {column}")
+                    elif newest is not None:
+                        assert torch.equal(logits[b, column], newest)
+    assert cache.seen == cache.lengths == (2 * mask.sum(1)).tolist()
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_no_output_depends_on_a_token_to_its_right(llamas, mask):
+    """Padding that is computed beside the tokens of its row, and so sees later ones."""
+    mask, rows = torch.tensor(mask), torch.tensor([prompt(7), prompt(7, 1)])
+    model = with_flags(llamas, window_length=8, update_interval=1)
+    with torch.no_grad():
+        first = model(rows, attention_mask=mask, past_key_values=HHCache(model.h2o), output_hidden_states=True)
+        for column in range(1, 7):
+            other = rows.clone()
+            other[:, column:] = torch.tensor([prompt(7, 2), prompt(7, 3)])[:, column:]
+            second = model(other, attention_mask=mask, past_key_values=HHCache(model.h2o), output_hidden_states=True)
+            states = zip((first.logits, *first.hidden_states), (second.logits, *second.hidden_states), strict=True)
+            for ours, theirs in states:
+                assert torch.equal(ours[:, :column], theirs[:, :column]), f"column {column}"
+
+
+def test_generate_from_prompts_padded_on_the_right(llamas):
+    """The logits of a padded last column: a row goes on from its last token, as alone."""
+    model, rows = with_flags(llamas, window_length=8, update_interval=2), [prompt(11), prompt(5), prompt(8)]
+    ids = torch.tensor([row + [0] * (11 - len(row)) for row in rows])
+    result = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=9, do_sample=False)
+    for b, row in enumerate(rows):
+        assert result[b, 11:].tolist() == new_tokens(generate(model, [row], 9), [row])[0]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_loss_and_gradients_are_stock_llamas(gqa, side):
+    """Mass summed for a cache that nobody keeps, and padded columns that see the row's later tokens: of a left-padded
+    batch they decide what the first token costs."""
+    model, rows = with_flags(gqa, window_length=8), torch.tensor([prompt(12), prompt(12, 1)])
+    mask = torch.ones_like(rows)
+    mask[0, {"left": slice(5), "right": slice(7, None), "holes": slice(3, 8)}[side]] = 0
+    labels, losses, gradients = rows.masked_fill(mask == 0, -100), [], []
+    for llama in (gqa.stock, model):
+        llama.zero_grad()
+        outputs = llama(rows, attention_mask=mask, labels=labels)
+        outputs.loss.backward()
+        losses.append(outputs.loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in llama.parameters()]))
+        llama.zero_grad()
+    assert outputs[CACHE_ARGUMENT] is None if CACHE_ARGUMENT in outputs else True
+    assert_close(losses[1], losses[0], 1e-6)
+    assert_close(gradients[1], gradients[0], 1e-5)
+    if side == "left":  # with a cache, too, where padding comes before all tokens
+        wide = with_flags(gqa, window_length=64)
+        assert_close(wide(rows, attention_mask=mask, labels=labels, use_cache=True).loss, losses[0], 1e-5)
 
 
 def test_generate_refuses_to_go_without_its_cache(gqa):
@@ -942,3 +1053,120 @@ def test_device_map(gqa, tmp_path):
     rows = [prompt(12), prompt(5)]
     expected = generate(with_flags(gqa, window_length=8, update_interval=2), rows, 6)
     assert new_tokens(generate(placed, rows, 6), rows) == new_tokens(expected, rows)
+
+
+# What a user may do wrong, or only differently
+
+
+def test_settings_given_as_a_dict(gqa):
+    """A dict that is kept as it is, and fails in the first forward; a field that does not exist, or no settings."""
+    model = H2OLlamaForCausalLM(gqa.stock.config, h2o={"window_length": 8, "update_interval": 2})
+    assert model.h2o == H2OConfig(window_length=8, update_interval=2)
+    for wrong, said in (({"window": 8}, "'window' is no field"), (8, "must be an H2OConfig"), ("H", "must be")):
+        with pytest.raises(ValueError, match=said):
+            model.h2o = wrong
+        with pytest.raises(ValueError, match=said):
+            H2OLlamaForCausalLM(gqa.stock.config, h2o=wrong)
+    with pytest.raises(ValueError, match="HHCache: give an H2OConfig"):
+        HHCache({"window_length": 8})
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([[0.0, -1e9, 0.0]]), torch.tensor([[1, 2, 1]])], ids=["additive", "2"])
+def test_a_mask_of_other_numbers_is_refused(gqa, mask):
+    """A mask of another kind, every number of which but 0 would be taken for a token."""
+    model = with_flags(gqa, window_length=8)
+    with pytest.raises(ValueError, match="1 for tokens and 0 for padding"):
+        model(torch.tensor([prompt(3)]), attention_mask=mask)
+
+
+def test_inputs_without_a_token_are_refused(gqa):
+    model = with_flags(gqa, window_length=8)
+    for cache in (None, HHCache(model.h2o)):
+        with pytest.raises(ValueError, match="no columns"):
+            model(torch.zeros(2, 0, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize("given", [3, 9, 12])
+def test_generate_refuses_fewer_tokens_than_the_cache_has_seen(gqa, given):
+    """A turn given alone with a mask of its own: transformers would cut it to nothing, or to other tokens."""
+    model, cache = with_flags(gqa, window_length=8), new_cache(window_length=8)
+    forward(model, [prompt(12)], cache)
+    with pytest.raises(ValueError, match="the cache has seen 12"):
+        model.generate(torch.tensor([prompt(given)]), past_key_values=cache, max_new_tokens=2)
+    assert cache.seen == [12]
+    model.generate(torch.tensor([prompt(13)]), past_key_values=cache, max_new_tokens=2)
+    assert cache.seen == [14]
+
+
+def test_a_cache_after_reset_takes_another_model(gqa):
+    """Slots of another dtype, or of other heads, that outlive what they held."""
+    cache, rows = new_cache(window_length=8, update_interval=2), [prompt(12), prompt(5)]
+    for llamas in (gqa, make_llamas(dtype=torch.float64), make_llamas(num_key_value_heads=4), gqa):
+        model = with_flags(llamas, window_length=8, update_interval=2)
+        cache.reset()
+        result = generate(model, rows, 6, past_key_values=cache)
+        assert new_tokens(result, rows) == new_tokens(generate(model, rows, 6), rows)
+        assert cache.layers[0].keys.dtype == model.dtype
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_in_one_turn_only(gqa, first):
+    """Keys of two dtypes in one cache."""
+    model, cache = with_flags(gqa, window_length=8, update_interval=2), new_cache(window_length=8, update_interval=2)
+    ids = torch.tensor([prompt(12)])
+    for autocast in (first, not first):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            ids = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        ids = torch.cat([ids, torch.tensor([prompt(3)])], dim=1)
+    assert cache.seen == [12 + 5 + 3 + 4] and cache.evictions[0] > 2
+    assert_invariants(cache)
+
+
+def test_a_checkpoints_use_cache_is_not_the_callers(gqa, tmp_path):
+    """use_cache false in a checkpoint's settings, as training leaves it; in a call it is a wish that cannot be met."""
+    gqa.stock.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"use_cache": False}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    model = H2OLlamaForCausalLM.from_pretrained(tmp_path, h2o=H2OConfig(window_length=8, update_interval=2))
+    expected = generate(with_flags(gqa, window_length=8, update_interval=2), [prompt(12)], 6)
+    assert new_tokens(generate(model, [prompt(12)], 6), [prompt(12)]) == new_tokens(expected, [prompt(12)])
+    wish = GenerationConfig(use_cache=False, max_new_tokens=2, pad_token_id=0)
+    with pytest.raises(ValueError, match="HHCache"):
+        model.generate(torch.tensor([prompt(12)]), generation_config=wish)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_prompt_tuning(gqa, padded):
+    """peft's virtual tokens before a left-padded prompt: a mask with holes, and no positions."""
+    peft = pytest.importorskip("peft")
+    rows = [prompt(12), prompt(5)] if padded else [prompt(12), prompt(12, 1)]
+    tuned = []
+    for llama in (gqa.stock, with_flags(gqa, window_length=64)):
+        torch.manual_seed(0)
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        tuned.append(peft.get_peft_model(copy.deepcopy(llama), settings).eval())
+    prefix = tuned[1].get_prompt(batch_size=2)
+    assert torch.equal(prefix, tuned[0].get_prompt(batch_size=2))
+    inputs = left_pad(rows)
+    tokens = tuned[1].generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:].tolist()
+    # what stock Llama says after the same embeddings, token by token, without a cache
+    embeds = torch.cat([prefix, gqa.stock.get_input_embeddings()(inputs["input_ids"])], dim=1)
+    mask = torch.cat([torch.ones(2, 3, dtype=torch.long), inputs["attention_mask"]], dim=1)
+    expected = []
+    with torch.no_grad():
+        for _ in range(5):
+            logits = gqa.stock(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[:, -1]
+            expected.append(logits.argmax(-1))
+            embeds = torch.cat([embeds, gqa.stock.get_input_embeddings()(expected[-1][:, None])], dim=1)
+            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    assert tokens == torch.stack(expected, dim=1).tolist()
+
+
+def test_prefix_tuning_is_refused(gqa):
+    """Keys and values without tokens, in a cache of their own: a full one, without a word."""
+    peft = pytest.importorskip("peft")
+    settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(copy.deepcopy(with_flags(gqa, window_length=8)), settings).eval()
+    with pytest.raises(ValueError, match="PREFIX_TUNING"):
+        model.generate(**left_pad([prompt(5)]), max_new_tokens=2)

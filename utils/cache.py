@@ -30,14 +30,15 @@ class Step:
     """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
 
     A row's tokens come first and its padding last, so query column i stands at slot start[b] + i and sees the slots up
-    to there. The lists live on the host: shapes and branches follow from them without waiting for the device.
+    to there. The lists live on the host: shapes and branches follow from them without waiting for the device. A row
+    that brings no token is left as it is, but for slimming.
     """
 
     rows: Rows
     start: list[int]
     new: list[int]
     columns: int
-    decode: bool  # one new token in every row, appended in place
+    decode: bool  # one new token a row, appended in place; rows that have ended bring none
     due: bool  # slimming follows the attention
     scored: bool  # attention reports the mass of its queries
     first_scored: list[int]  # query columns from here to new[b] add mass
@@ -47,24 +48,50 @@ class Step:
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
         self.width = self.max_start + self.columns  # key columns that `HHCache.update` returns
+        self.padded = min(self.new) < self.columns
+        self.partial = self.decode and self.padded
         self._on: dict[tuple, torch.Tensor] = {}
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """`start` on `device`, int64 [B]; in a decode step from the lengths that are there already."""
         if self.decode:
-            return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - 1)
+            brought = self.brought(device) if self.partial else 1
+            return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - brought)
         return self._once(device, "start", lambda: torch.tensor(self.start, device=device))
+
+    def brought(self, device: torch.device) -> torch.Tensor:
+        """Which rows bring tokens: int32 [B], 1 or 0."""
+        if self.static:
+            return self.rows.brought(device)
+        bring = [int(n > 0) for n in self.new]
+        return self._once(device, "brought", lambda: torch.tensor(bring, dtype=torch.int32, device=device))
+
+    def attended(self, device: torch.device) -> torch.Tensor:
+        """How many slots each row's query of a decode step sees: int32 [B], none where a row brings no token."""
+        lengths = self.rows.mirror(device)[0]
+        if not self.partial:
+            return lengths
+        return self._once(device, "attended", lambda: lengths * self.brought(device))
+
+    def padding(self, device: torch.device) -> torch.Tensor:
+        """The query columns that hold no token: bool [B, columns]."""
+        if self.partial:
+            return self.brought(device)[:, None] == 0
+        new = torch.tensor(self.new, device=device)
+        return self._once(device, "padding", lambda: torch.arange(self.columns, device=device) >= new[:, None])
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Original positions of the query columns: int64 [1 or B, columns]."""
         seen = [seen - new for seen, new in zip(self.rows.seen, self.new, strict=True)]
         column = torch.arange(self.columns, device=device)
-        if min(seen) == max(seen) and not self.static:
-            return (column + seen[0])[None]
+        gaps = self.rows.gaps
+        if min(seen) == max(seen) and min(gaps) == max(gaps) and not self.static:
+            return (column + seen[0] + gaps[0])[None]
         if self.decode:
-            return self.rows.mirror(device)[1].long()[:, None] - 1
-        seen, last = torch.tensor([seen, self.rows.seen], device=device)[..., None]
-        return torch.minimum(seen + column, last - 1)  # padding stands nowhere: some frequencies follow the farthest
+            positions = self.rows.mirror(device)[1].long()[:, None] - 1
+            return positions + self.rows.gap(device)[:, None] if any(gaps) else positions
+        seen, gap, last = torch.tensor([seen, gaps, self.rows.seen], device=device)[..., None]
+        return gap + torch.minimum(seen + column, last - 1)  # padding stands nowhere: frequencies follow the farthest
 
     def slot_positions(self, device: torch.device) -> torch.Tensor:
         """Positions of slots and new columns where slots are the positions (position_rolling): int64 [1, width].
@@ -101,7 +128,7 @@ class Step:
         def count():
             own = torch.arange(self.width, device=device) - self.starts(device)[:, None]  # first column that sees it
             if self.decode:
-                return (own <= 0).float()
+                return (own <= 0).float() * (self.brought(device)[:, None] if self.partial else 1)
             columns = self.scored_columns(device).float()
             later = columns.flip(1).cumsum(1).flip(1)  # scored columns from here on
             later = torch.cat([later, later.new_zeros(len(later), 1)], dim=1)
@@ -118,13 +145,21 @@ class Step:
 class Rows:
     """Row lengths and tokens seen, on the host and mirrored at a fixed address on each device that holds a layer.
 
-    During a forward both include its new tokens; they are cut to the window once all layers are slimmed.
+    During a forward both include its new tokens; they are cut to the window once all layers are slimmed. `padding`
+    holds the runs of columns (begin, end) in which a row had no token; `ended` those of them that decode steps fed.
+    `gaps` are the positions that a row has left out, for holes in a mask.
     """
 
     def __init__(self, batch_size: int):
         self.lengths = [0] * batch_size
         self.seen = [0] * batch_size
         self.evictions = [0] * batch_size
+        self.padding: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
+        self.ended: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
+        self.gaps = [0] * batch_size
+        self._bring = [1] * batch_size  # what `brought` says on the device
+        self._brought: dict[torch.device, torch.Tensor] = {}
+        self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
         self._kept: dict[torch.device, torch.Tensor] = {}
         self._plans: dict[tuple, SlimmingPlan] = {}
@@ -144,6 +179,39 @@ class Rows:
                 self._kept[device] = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._kept[device]
 
+    def gap(self, device: torch.device) -> torch.Tensor:
+        """`gaps` on `device`, at a fixed address: int32 [B]."""
+        if device not in self._gaps:
+            with torch.inference_mode(False):
+                self._gaps[device] = torch.tensor(self.gaps, dtype=torch.int32, device=device)
+        return self._gaps[device]
+
+    def brought(self, device: torch.device) -> torch.Tensor:
+        """int32 [B] on `device`, at a fixed address: which rows bring a token to a static step."""
+        if device not in self._brought:
+            with torch.inference_mode(False):
+                self._brought[device] = torch.tensor(self._bring, dtype=torch.int32, device=device)
+        return self._brought[device]
+
+    def bring(self, new: list[int]) -> None:
+        """Say on the device which rows bring a token to the next static steps, before these are replayed."""
+        if new != self._bring:
+            self._bring = list(new)
+            for there in self._brought.values():
+                there.copy_(torch.tensor(new, dtype=torch.int32))
+
+    def pad(self, columns: int, real: torch.Tensor, decode: bool) -> None:
+        """Account for the padding among new columns, the first of which is number `columns`; real: bool [B, n]."""
+        for row, there in enumerate(real.tolist()):
+            if all(there):
+                continue
+            for begin, end in _runs_without(there):
+                for runs in (self.padding[row], self.ended[row])[: 1 + decode]:
+                    if runs and runs[-1][1] == columns + begin:
+                        runs[-1] = runs[-1][0], columns + end
+                    else:
+                        runs.append((columns + begin, columns + end))
+
     def append(self, new: list[int], on_device: bool = True) -> None:
         """Account for new tokens; on the device as well, unless `count_step` does so there."""
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
@@ -156,10 +224,10 @@ class Rows:
         else:
             self.upload()
 
-    def count_step(self) -> None:
-        """On the device: each row has one more token."""
-        for mirror in self._mirrors.values():
-            mirror.add_(1)
+    def count_step(self, partial: bool = False) -> None:
+        """On the device: each row has one more token, or with `partial` each that `brought` says."""
+        for device, mirror in self._mirrors.items():
+            mirror.add_(self.brought(device) if partial else 1)
 
     def cut(self, window: int, on_device: bool = True) -> None:
         """Account for a slimming to `window` slots that all layers have done; on the device unless `cut_there` does."""
@@ -176,31 +244,46 @@ class Rows:
 
     def clear(self) -> None:
         self.lengths, self.seen, self.evictions = ([0] * len(self.lengths) for _ in range(3))
+        self.padding, self.ended = ([[] for _ in self.lengths] for _ in range(2))
+        self.gaps = [0] * len(self.lengths)
         self._plans.clear()
         self.upload()
 
     def reorder(self, order: torch.Tensor) -> None:
-        state = list(zip(self.lengths, self.seen, self.evictions, strict=True))
-        if len(set(state)) > 1:  # rows that are all alike stay alike: beams of one length need no wait for the device
-            self.lengths, self.seen, self.evictions = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
+        state = list(zip(self.lengths, self.seen, self.evictions, self.gaps, self.padding, self.ended, strict=True))
+        if any(row != state[0] for row in state):  # alike rows stay so: beams of one length need no wait for the device
+            rows = [[item.copy() if isinstance(item, list) else item for item in state[i]] for i in order.tolist()]
+            columns = map(list, zip(*rows, strict=True))
+            self.lengths, self.seen, self.evictions, self.gaps, self.padding, self.ended = columns
             self.upload()
 
     def take(self, rows: list[int], source: Rows, source_rows: list[int]) -> None:
         for row, of in zip(rows, source_rows, strict=True):
             self.lengths[row], self.seen[row] = source.lengths[of], source.seen[of]
-            self.evictions[row] = source.evictions[of]
+            self.evictions[row], self.gaps[row] = source.evictions[of], source.gaps[of]
+            self.padding[row], self.ended[row] = source.padding[of].copy(), source.ended[of].copy()
         self._plans.clear()
         self.upload()
 
     def upload(self) -> None:
         for mirror in self._mirrors.values():
             mirror.copy_(torch.tensor([self.lengths, self.seen], dtype=torch.int32), non_blocking=True)
+        for gap in self._gaps.values():
+            gap.copy_(torch.tensor(self.gaps, dtype=torch.int32), non_blocking=True)
 
     def plan(self, *key) -> SlimmingPlan:
         """The `SlimmingPlan` for (device, slots, capacity, heavy, recent), made once for all layers."""
         if key not in self._plans:
             self._plans[key] = SlimmingPlan(self, *key)
         return self._plans[key]
+
+
+def _runs_without(real: list[bool]) -> list[tuple[int, int]]:
+    """The runs (begin, end) of False in a row."""
+    edges = [
+        at for at in range(len(real) + 1) if (real[at - 1] if at else True) != (real[at] if at < len(real) else True)
+    ]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 class SlotMasks(NamedTuple):
@@ -299,6 +382,7 @@ class HHLayer(CacheLayerMixin):
         self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
         self.by_flash_attn = self.h2o.backend == "flash_attn"
         self.by_kernel = self.h2o.slimming_kernels(self.device) is not None and kernels_take(self.keys)
+        self.by_kernel &= self.keys.dtype == self.values.dtype
         self.is_initialized = True
 
     def join(self, rows: Rows) -> None:
@@ -309,7 +393,8 @@ class HHLayer(CacheLayerMixin):
 
     def decodes_by_kernel(self, step: Step) -> bool:
         """Whether one operator rotates, appends, attends and adds mass in this forward, in place of `update`."""
-        return step.decode and self.by_kernel and (step.scored or self.h2o.position_rolling or not self.by_flash_attn)
+        needed = step.scored or step.partial or self.h2o.position_rolling or not self.by_flash_attn
+        return step.decode and self.by_kernel and needed
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The slot tensors by name, mass only where slots are ranked by it."""
@@ -317,13 +402,18 @@ class HHLayer(CacheLayerMixin):
         return {name: slots for name in names if (slots := getattr(self, name)) is not None}
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
-        if not self.is_initialized:
+        if not self.is_initialized or (step.max_start == 0 and not self._takes(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
             self.join(step.rows)
+        # a turn under autocast, or one after it, may compute in another dtype than that of the slots
+        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         if step.decode:
             with torch.no_grad():
                 for slots, new in ((self.keys, key_states), (self.values, value_states)):
-                    if step.min_start == step.max_start and not step.static:
+                    if step.partial:
+                        rows = torch.tensor([b for b, n in enumerate(step.new) if n], device=slots.device)
+                        slots[rows, :, step.starts(slots.device)[rows]] = new[rows, :, 0]
+                    elif step.min_start == step.max_start and not step.static:
                         slots[:, :, step.min_start].copy_(new[:, :, 0])
                     else:
                         at = step.starts(slots.device)
@@ -333,6 +423,15 @@ class HHLayer(CacheLayerMixin):
         keys, values = self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
         return keys, values
+
+    def _takes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether empty slots that are there suit these states: after `reset` the model may be another."""
+        pairs = (self.keys, key_states), (self.values, value_states)
+        return all(
+            (slots.dtype, slots.device, slots.shape[1], slots.shape[3])
+            == (states.dtype, states.device, states.shape[1], states.shape[3])
+            for slots, states in pairs
+        )
 
     def _join(self, slots: torch.Tensor, new: torch.Tensor, step: Step) -> torch.Tensor:
         """Each row's filled slots, then its new tokens: [B, Hkv, step.width, D]."""
@@ -355,7 +454,7 @@ class HHLayer(CacheLayerMixin):
             slots = getattr(self, name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays:
-                old.mul_(decay)
+                old.mul_(torch.where(step.brought(old.device) > 0, decay, 1.0)[:, None, None] if step.padded else decay)
             if step.decode:
                 old.add_(addition)
             else:
@@ -492,7 +591,8 @@ class HHCache(Cache):
     - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
     - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.
     - `get_seq_length()` counts the columns seen (as a full cache would hold them), not the slots stored.
-    - Left padding is dropped on entry: a row's slots are what they would be alone.
+    - Padding is dropped on entry, wherever it stands: a row's slots are what they would be alone. So is what `generate`
+      feeds to a row that has ended while others go on.
     - The step clock is the number of forwards since the cache was reset; slimming is due after forwards of several
       tokens and after every `update_interval`-th forward. A forward that takes its columns in chunks is one forward
       (one tick, one decay of mass), slimmed after each chunk.
@@ -507,6 +607,8 @@ class HHCache(Cache):
     """
 
     def __init__(self, h2o):
+        if not hasattr(h2o, "window_length"):
+            raise ValueError(f"HHCache: give an H2OConfig, not {h2o!r:.60}")
         super().__init__(layers=[])
         self.h2o = h2o
         self.step: Step | None = None  # the forward under way
@@ -525,8 +627,11 @@ class HHCache(Cache):
         new: list[int] | None = None,
         static: bool = False,
         chunk: tuple[int, int] | None = None,
+        real: torch.Tensor | None = None,
     ) -> Step:
         """Open a forward of [batch_size, columns] tokens; `new[b]` of row b's are real, all unless given.
+
+        `real`, bool [batch_size, columns] on the host, says in which columns these stand: the last ones unless given.
 
         Of a forward in chunks, `chunk` says which columns (begin, end) are taken now; the others come before and after,
         each opened and closed in turn. Where `score_queries` counts the last queries of a prompt, those are the last of
@@ -548,8 +653,14 @@ class HHCache(Cache):
         new = new or [columns] * batch_size
         if len(new) != batch_size:
             raise ValueError(f"{len(new)} token counts for {batch_size} rows")
-        decode = self.clock > 0 and columns == 1 and min(new) == 1
+        decode = self.clock > 0 and columns == 1
         due = not decode or self.due
+        if begin == 0 and min(new) < columns:
+            if real is None:
+                real = torch.arange(columns) >= columns - torch.tensor(new)[:, None]
+            rows.pad(self._columns, real, decode)
+        if static:
+            rows.bring(new)
         later = [max(0, n - end) for n in new]
         new = [min(max(0, n - begin), end - begin) for n in new]
         first_scored = [0] * batch_size
@@ -607,12 +718,15 @@ class HHCache(Cache):
             self.update_slimmingH(layer_idx)
         self._rows.cut_there(self.h2o.window_length)
 
-    def end(self) -> None:
-        """Close the forward after its last layer."""
+    def end(self, gaps: list[int] | None = None) -> None:
+        """Close the forward after its last layer. `gaps`: positions that each row has left out in it."""
         if self.step.due:
             self._rows.cut(self.h2o.window_length, on_device=not self.step.static)
         self._columns += self.step.columns
         self.clock += self._chunked == 0
+        if gaps is not None and not self._chunked:
+            self._rows.gaps = [before + gap for before, gap in zip(self._rows.gaps, gaps, strict=True)]
+            self._rows.upload()
         self.step = None
 
     @property
@@ -632,9 +746,11 @@ class HHCache(Cache):
     def evict_for_space(self, space_needed: int) -> None:
         """Slim every row to window_length - space_needed slots, taken from its recent part, before a turn of so many.
 
-        Raises: ValueError when space_needed is negative or more than the recent part.
+        Raises: ValueError where space_needed is negative, or more than the recent part.
         """
-        if not 0 <= space_needed <= self.h2o.recent:
+        if space_needed < 0:
+            raise ValueError(f"space_needed={space_needed}: must be at least 0")
+        if space_needed > self.h2o.recent:
             raise ValueError(
                 f"space_needed={space_needed} does not fit into the {self.h2o.recent} recent slots of the window: "
                 "raise window_length, lower num_heavy_hitters, or split the turn"
@@ -739,6 +855,38 @@ class HHCache(Cache):
         positions = self.layers[layer].positions[:, :, : max(self.lengths)]
         lengths = self._rows.mirror(positions.device)[0, :, None, None]
         return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
+
+    def check_past(self, past: torch.Tensor) -> None:
+        """Raise ValueError unless a mask of the columns so far, bool [B, n] on the host, is that of the tokens seen.
+
+        Of the padding that decode steps fed to rows that had ended it may say what it likes: it is in no slot.
+        """
+        if self._rows is None:
+            seen = torch.zeros(len(past), 0, dtype=torch.bool)
+        else:
+            seen = torch.ones(len(self._rows.lengths), self._columns, dtype=torch.bool)
+        shown = past[:, max(0, past.shape[1] - seen.shape[1]) :]  # what is to the left of all columns must be padding
+        if len(past) != len(seen) or shown.shape != seen.shape or past[:, : past.shape[1] - seen.shape[1]].any():
+            raise ValueError(
+                f"attention_mask: shows {past.shape[1]} columns before this input, the cache has seen "
+                f"{seen.shape[1]}; give the mask of all columns or of the new ones only, or reset() the cache"
+            )
+        ended = torch.zeros_like(seen)
+        for mask, runs, value in ((seen, self._runs("padding"), False), (ended, self._runs("ended"), True)):
+            for row, begin, end in runs:
+                mask[row, begin:end] = value
+        for fault, what in ((seen & ~shown, "hides tokens that"), (shown & ~seen & ~ended, "shows padding that")):
+            if fault.any():
+                row, column = fault.nonzero()[0].tolist()
+                raise ValueError(
+                    f"attention_mask: {what} the cache has taken as such (row {row}, column {column}); tokens cannot "
+                    "be hidden or shown afterwards: give the mask of the new columns only, or reset() the cache"
+                )
+
+    def _runs(self, name: str) -> list[tuple[int, int, int]]:
+        """(row, begin, end) of the rows' `padding` or `ended`."""
+        runs = getattr(self._rows, name, ())
+        return [(row, begin, end) for row, of_row in enumerate(runs) for begin, end in of_row]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included: where a full cache, and so `generate`, would be."""

@@ -41,6 +41,8 @@ def _append_kernel(query, key, value, cos, sin, rotated, keys, values, lengths, 
     """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(lengths + b) - 1
+    if slot < 0:  # a row without a token of its own
+        return
     offset = tl.arange(0, BD // 2)
     inside = offset < D // 2
     turn = (slot if ROLLING else b) * stride_rope
@@ -160,7 +162,8 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
     if SPLIT == 1 and (TILES > 0 or not MASS):
         inside = real[:, None] & (offset_d < D)[None, :]
         at_output = output + (head * GROUP + offset_g)[:, None] * D + offset_d[None, :]
-        tl.store(at_output, (acc / total[:, None]).to(output.dtype.element_ty), mask=inside)
+        divisor = tl.where(total == 0.0, 1.0, total)  # a row without a token sees nothing: zero, not NaN
+        tl.store(at_output, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
         if TILES > 0:
             lse = tl.sum(tl.reshape(tl.where(real, top + tl.log2(total), 0.0), [GP // G, G]), 0)
             _add_kept(mass, count, kept, lse, 0, offset_n, length, decay, COUNTED, COUNT, TILES, G, BN)
@@ -187,10 +190,11 @@ def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, 
     if block < GROUP:
         part = (head * SPLIT + share) * GROUP + block
         top, total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
-        weight = tl.exp2(top - tl.max(top, 0))
+        weight = tl.where(total > 0.0, tl.exp2(top - tl.max(top, 0)), 0.0)
         offset_d = tl.arange(0, BD)
         acc = tl.load(partial + part[:, None] * BD + offset_d[None, :])
-        acc = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
+        divisor = tl.sum(total * weight, 0)
+        acc = tl.sum(acc * weight[:, None], 0) / tl.where(divisor == 0.0, 1.0, divisor)
         tl.store(output + (head * GROUP + block) * D + offset_d, acc.to(output.dtype.element_ty), mask=offset_d < D)
     else:
         length = tl.load(lengths + head // HEADS)
@@ -238,7 +242,7 @@ def append(
         query, key, value: [B, Hq or Hkv, 1, D], not rotated; D contiguous and even.
         cos, sin: [1 or B, D] at the rows' positions, the same in both halves of D; with `rolling` [slots, D] by slot.
         keys, values: [B, Hkv, slots, D], same dtype and strides: slot lengths[b] - 1 of row b is written.
-        lengths: int32 [B], the new slot included.
+        lengths: int32 [B], the new slot included; 0 where a row has no token to append.
         rolling: append the keys unrotated, and rotate the queries by their slot.
 
     Returns: the queries, rotated, [B, Hq, 1, D].
@@ -277,7 +281,8 @@ def decode_attention(
     Args:
         query: [B, Hq, 1, D], float32, float16 or bfloat16, rotated; D at most 256.
         keys, values: [B, Hkv, slots, D], same dtype and strides, D contiguous; nothing past a row's length is used.
-        lengths: int32 [B], at least 1: filled slots of each row, the query's own included.
+        lengths: int32 [B]: filled slots of each row, the query's own included; 0 where a row has no query: its mass
+            stays as it is, its output is zero.
         scaling: of q·k.
         mass: float32 [B, Hkv, slots], contiguous: mass = mass * decay + probability, summed over a group's query heads.
         count: as mass: count = count * decay + 1.
