@@ -144,7 +144,9 @@ class Decoder:
     def _next(self, new: list[int] | None) -> None:
         cache = self._cache()
         step = cache.begin(len(self.token), 1, new, static=True)
-        self._play(f"{step.scored=} {step.partial=} {any(step.rows.gaps)=}", self._step)
+        name = "scored" if step.scored else "unscored"
+        name += " partial" * step.partial + " with gaps" * any(step.rows.gaps)  # each is other work
+        self._play(name, self._step)
         if step.due:
             self._play("slimming", cache.slim_all)
         cache.end()

@@ -392,9 +392,10 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             step = cache.begin(*inputs.shape[:2], columns.new, chunk=(begin, end), real=columns.real)
             if cache.h2o.position_rolling:  # H2O: positions are slot indices
                 positions = step.slot_positions(inputs.device)
-            else:
+            elif position_ids is None:
                 positions = columns.spread(step.positions(inputs.device), begin, end)
-                positions = positions if position_ids is None else position_ids[:, begin:end]
+            else:
+                positions = position_ids[:, begin:end]
             chunk = inputs[:, begin:end]
             outputs = self.model(
                 input_ids=chunk if inputs_embeds is None else None,

@@ -193,6 +193,43 @@ def test_end_of_sequence(model, captured, case, own):
         assert_same_cache(*caches)
 
 
+@pytest.mark.parametrize("flags", [{}, {"position_rolling": True, "score_norm": "mean"}, {"score_decay": 0.5}], ids=str)
+def test_a_second_turn_after_rows_that_ended(model, captured, flags):
+    """Padding that recorded steps append for a row that has ended, or a row that stays ended in the next turn."""
+    ends, turn, outputs, caches = eos_cases(model)["each"], torch.tensor([prompt(3, i) for i in range(3)]), [], []
+    for capture in (True, False):
+        model.h2o = settings(capture=capture, **flags)
+        cache = HHCache(model.h2o)
+        ids = run(model, past_key_values=cache, eos_token_id=ends, pad_token_id=0)
+        ended = torch.isin(ids[:, 13:], torch.tensor(ends)).cumsum(1)
+        text = (torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1) == 0).long()
+        assert text.sum(1).min() < text.shape[1]
+        fed = text[:, :-1].sum(1).tolist()  # the newest column has not been
+        assert cache.seen == [len(row) + n for row, n in zip(ROWS, fed, strict=True)]
+        mask = torch.cat([left_pad(ROWS)["attention_mask"], text, torch.ones_like(turn)], dim=1)
+        ids = torch.cat([ids, turn], dim=1)
+        outputs.append(
+            model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False)
+        )
+        caches.append(cache)
+        assert cache.seen == (mask.sum(1) + 8).tolist()
+    assert len(captured) == 2 and sequences(outputs[0]) == sequences(outputs[1])
+    assert_same_cache(*caches)
+
+
+def test_holes_without_positions(model, captured, monkeypatch):
+    """Positions that a mask leaves out where the caller gives none, as peft does: a graph that counts without them."""
+    monkeypatch.setattr(type(model), "_prepare_position_ids_for_generation", lambda *args: None)
+    inputs = left_pad(ROWS)
+    inputs["attention_mask"][1, 6:11] = 0
+    inputs["attention_mask"][1, :6] = inputs["attention_mask"][1, 11:] = 1
+    tokens = []
+    for capture in (True, False):
+        model.h2o = settings(capture=capture, window_length=64)
+        tokens.append(model.generate(**inputs, max_new_tokens=9, do_sample=False).tolist())
+    assert len(captured) == 1 and tokens[0] == tokens[1]
+
+
 SAMPLING = {
     "top_k": {"top_k": 5, "temperature": 0.7},
     "top_p": {"top_k": 0, "top_p": 0.5, "temperature": 3.0},

@@ -465,6 +465,36 @@ def test_replayed_caches_are_the_stock_loops(gqa_on_gpu, captured, flags):
                 assert torch.equal(getattr(layer, name)[b, :, :length], getattr(other, name)[b, :, :length]), name
 
 
+@pytest.mark.parametrize("flags", GRAPH_FLAGS.values(), ids=GRAPH_FLAGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, captured, dtype, flags):
+    """Kernels that append, count or add mass for a row that has ended, in replayed steps and in those between."""
+    model, rows, caches = (
+        (gqa_on_gpu if dtype == "float32" else half_on_gpu).h2o,
+        [prompt(13), prompt(3), prompt(8)],
+        [],
+    )
+    base = tokens_of(model, rows, False, 40, flags)
+    ends = {"eos_token_id": [base[0][13 + 5], base[1][13 + 17]], "pad_token_id": 0}
+    for capture in (True, False):
+        cache = new_cache(window_length=8, capture=capture, **flags)
+        tokens = tokens_of(model, rows, capture, 40, flags, past_key_values=cache, **ends)
+        caches.append((tokens, cache))
+    (tokens, cache), (expected_tokens, expected) = caches
+    assert len(captured) == 1 and tokens == expected_tokens
+    fed = [len(row) + min(39, 40 - tokens[b][13:].count(0)) for b, row in enumerate(rows)]
+    assert min(fed) < 13 + 39 and cache.seen == expected.seen
+    assert cache._rows.mirror(cache.layers[0].device).tolist() == [cache.lengths, cache.seen]
+    assert_invariants(cache)
+    for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
+        assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
+        for b, length in enumerate(cache.lengths):
+            for name in layer.tensors():
+                assert torch.equal(getattr(layer, name)[b, :, :length], getattr(other, name)[b, :, :length]), name
+    decoder = next(iter(cache.decoders.values()))
+    assert any("partial" in name for name in decoder._graphs)
+
+
 def test_end_of_sequence_in_a_graph(gqa_on_gpu, captured):
     """Tokens after a row's end, or a row that ended in the call before and stays ended."""
     model, rows, flags = gqa_on_gpu.h2o, [prompt(13), prompt(3), prompt(8)], {"update_interval": 4}
