@@ -109,6 +109,12 @@ def forward(model, rows: list[list[int]], cache) -> list[torch.Tensor]:
     return [logits[b, logits.shape[1] - len(row) :] for b, row in enumerate(rows)]
 
 
+def set_checkpointing(model, on: bool) -> None:
+    """Recompute layers in the backward pass, or no longer: transformers 5.24 has another name for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
+
+
 # One attention, without a model
 
 HEADS, SCALING = 4, 0.3

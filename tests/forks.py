@@ -10,7 +10,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -34,22 +36,13 @@ class Fork:
         os.close(self._writing)
 
     def _run(self, work) -> None:
-        status = 1
-        try:
-            for number, path in enumerate(self._paths, start=1):
-                os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
-            tqdm.set_lock(threading.RLock())  # its own lock spans processes: a killed one would keep it
-            status = work(self) or 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        for number, path in enumerate(self._paths, start=1):
+            os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked
+        tqdm.set_lock(threading.RLock())  # its own lock spans processes: a killed one would keep it
+        leave_with(partial(work, self))
 
     # In the fork
 
@@ -106,6 +99,21 @@ class Fork:
     @property
     def stderr(self) -> str:
         return self._paths[1].read_text()
+
+
+def leave_with(work: Callable[[], int | None]) -> NoReturn:
+    """End this process as an interpreter does that has run `work`, but at once: to take torch down takes a second."""
+    status = 1
+    try:
+        status = work() or 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def stop_while_writing(whole: int, stop: Callable[[], None]) -> None:

@@ -68,9 +68,9 @@ class Group:
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self._port.getsockname()[1])}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        processes.MEETING = timedelta(hours=1)
+        processes.MEETING, processes.GLANCE = timedelta(hours=1), 0.05
         if rank:
-            processes.time = SimpleNamespace(sleep=lambda seconds: time.sleep(60 * seconds))
+            processes.time = SimpleNamespace(sleep=lambda seconds: time.sleep(10_000 * seconds))
         else:
             os.close(self._leaving)
             Processes.leave = self._leave_last(Processes.leave)
