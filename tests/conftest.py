@@ -2,6 +2,7 @@
 hypothesis: the GPU tests run where it may be missing."""
 
 import importlib.util
+import logging
 import os
 from collections import namedtuple
 
@@ -10,6 +11,10 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if importlib.util.find_spec("torchao") is not None:  # what its import says would come after pytest's last line
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 if importlib.util.find_spec("triton") is None:  # it is made for Linux only
     collect_ignore = ["test_backends.py", "test_kernels.py", "test_slimming.py"]
@@ -107,6 +112,12 @@ def forward(model, rows: list[list[int]], cache) -> list[torch.Tensor]:
         del inputs["attention_mask"]
     logits = model(**inputs, past_key_values=cache).logits
     return [logits[b, logits.shape[1] - len(row) :] for b, row in enumerate(rows)]
+
+
+def set_checkpointing(model, on: bool) -> None:
+    """Recompute layers in the backward pass, or no longer: transformers 5.24 has another name for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
 
 
 # One attention, without a model

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from utils.bench import SHAPES, floor_ms, make_models, slots_read
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 ATTENTION = ("--prefill", "40", "--decode", "2x20", "--slimming", "2", "--window_length", "16", "--repeats", "1")
@@ -133,7 +133,7 @@ def test_decode_has_the_contexts_it_says():
     assert row.lengths == [16] and row.seen == [24] and row.evictions == [1]
 
     prompt, grown = torch.randint(512, (2, 24)), DynamicCache(config=stock.config)
-    stock(prompt, past_key_values=grown)
+    stock(prompt, **{CACHE_ARGUMENT: grown})
     layers = []
     for layer in grown.layers:
         states = (torch.cat([states, torch.zeros(2, 2, 3, 16)], dim=2) for states in (layer.keys, layer.values))
@@ -141,7 +141,7 @@ def test_decode_has_the_contexts_it_says():
     in_place = Cache(layers=layers)
     for position in range(24, 27):
         inputs = {"input_ids": prompt[:, :1], "position_ids": torch.tensor([[position]])}
-        expected, got = (stock(**inputs, past_key_values=cache).logits for cache in (grown, in_place))
+        expected, got = (stock(**inputs, **{CACHE_ARGUMENT: cache}).logits for cache in (grown, in_place))
         torch.testing.assert_close(got, expected)
 
 

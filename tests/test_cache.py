@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
@@ -24,9 +24,11 @@ from conftest import (
     slot_tensors,
 )
 from h2optimizer import H2OConfig
-from utils.cache import random_priority, select_slots
+from utils.cache import CACHE_ARGUMENT, random_priority, select_slots
 
-PROPERTY = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(
+    max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 # select_slots
 
@@ -444,9 +446,9 @@ def test_plain_llama_refuses_the_cache(gqa):
     """A plain Llama, or the decoder without its head, would never slim the cache and never say so."""
     for model in (gqa.stock, gqa.stock.model, gqa.h2o.model):
         with pytest.raises(RuntimeError, match="H2OLlamaForCausalLM"):
-            model(torch.tensor([prompt(5)]), past_key_values=new_cache(window_length=8))
+            model(torch.tensor([prompt(5)]), **{CACHE_ARGUMENT: new_cache(window_length=8)})
     with pytest.raises(RuntimeError, match="H2OLlamaForCausalLM"):
-        generate(gqa.stock, [prompt(5)], 3, past_key_values=new_cache(window_length=8))
+        generate(gqa.stock, [prompt(5)], 3, **{CACHE_ARGUMENT: new_cache(window_length=8)})
 
 
 def test_another_cache_is_stock_llamas(llamas):

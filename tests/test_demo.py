@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import run_summarization
+from forks import Fork
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUESTS = [json.loads(line) for line in run_summarization.DEMO_REQUESTS.read_text(encoding="utf-8").splitlines()]
@@ -138,10 +140,18 @@ def test_training_script_runs_on_a_cpu(tmp_path):
     """A training script that only worked on the day the model was made."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(request) + "\n" for request in REQUESTS[:2]))
-    flags = "--steps 2 --layers 1 --hidden_size 64 --batch_tokens 2048 --workers 0 --device cpu --log_every 1"
+    flags = (
+        "--steps 2 --layers 1 --hidden_size 64 --batch_tokens 2048 --workers 0 --device cpu --log_every 1 --minutes 999"
+    )
     output = ["--output", str(tmp_path / "model"), "--requests", str(few), "--tokenizer_documents", "200"]
-    script = [sys.executable, str(ROOT / "scripts/train_demo.py"), *flags.split(), *output]
-    subprocess.run(script, check=True, capture_output=True)
+    script = str(ROOT / "scripts/train_demo.py")
+
+    def program(fork):
+        sys.argv = [script, *flags.split(), *output]
+        sys.path.insert(0, str(ROOT / "scripts"))
+        runpy.run_path(script, run_name="__main__")
+
+    assert (trained := Fork(program, tmp_path)).status == 0, trained.stderr
     assert "| 2 |" in (tmp_path / "model" / "MODEL_CARD.md").read_text()
     again = ["--model-name", str(tmp_path / "model"), "--output-path", str(tmp_path / "a.jsonl"), "--sample_num", "1"]
     assert run_summarization.main(again) == 0

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaForCausalLM
 
@@ -26,6 +26,7 @@ from conftest import (
     new_cache,
     new_oracle,
     prompt,
+    set_checkpointing,
     slot_tensors,
 )
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
@@ -116,7 +117,7 @@ def test_prompts_around_the_window(llamas, length):
     conversation(llamas, caches, flags, [prompt(length), *([token] for token in prompt(10, 1))])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries(
         {
@@ -989,9 +990,9 @@ def test_gradients_reach_a_later_turns_own_keys(gqa):
     norms = []
     for llama, cache in ((gqa.stock, DynamicCache()), (model, HHCache(model.h2o))):
         with torch.no_grad():
-            llama(first, past_key_values=cache)
+            llama(first, **{CACHE_ARGUMENT: cache})
         llama.zero_grad()
-        llama(turn, past_key_values=cache, labels=turn).loss.backward()
+        llama(turn, labels=turn, **{CACHE_ARGUMENT: cache}).loss.backward()
         norms.append([p.grad.norm() for name, p in llama.named_parameters() if "layers.0.self_attn" in name])
         llama.zero_grad()
     assert_close(torch.stack(norms[1]), torch.stack(norms[0]), 1e-4)
@@ -1001,13 +1002,13 @@ def test_gradient_checkpointing_goes_without_a_cache(gqa):
     """A cache that checkpointed layers never see, and attention under a mask that is no mask."""
     model, ids, losses = with_flags(gqa, window_length=8), torch.tensor([prompt(12)]), []
     for llama in (gqa.stock, model):
-        llama.gradient_checkpointing_enable()
+        set_checkpointing(llama, True)
         llama.train()
         losses.append(llama(ids, labels=ids).loss)
     with pytest.raises(ValueError, match="gradient checkpointing"):
         model(ids, past_key_values=HHCache(model.h2o))
     for llama in (gqa.stock, model):
-        llama.gradient_checkpointing_disable()
+        set_checkpointing(llama, False)
         llama.eval()
     assert_close(losses[1], losses[0], 1e-5)
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import gc
 import io
+import itertools
 import os
 import weakref
 from types import SimpleNamespace
@@ -20,7 +21,18 @@ from transformers.generation import StoppingCriteria, TopPLogitsWarper
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernel_doubles
-from conftest import GROUPS, VOCAB, assert_close, assert_invariants, forward, left_pad, make_llamas, new_cache, prompt
+from conftest import (
+    GROUPS,
+    VOCAB,
+    assert_close,
+    assert_invariants,
+    forward,
+    left_pad,
+    make_llamas,
+    new_cache,
+    prompt,
+    set_checkpointing,
+)
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
 from h2optimizer.batching import Batcher, Sequence, sample_rows
 from h2optimizer.llama import H2OLlamaRMSNorm, MergedLinear
@@ -416,8 +428,8 @@ def test_hidden_states_once_asked_for_do_not_end_capture(model, captured):
     model.h2o = settings()
     run(model, output_hidden_states=True, return_dict_in_generate=True, max_new_tokens=3)
     assert any(module._forward_hooks for module in model.modules()) and not captured
-    model.gradient_checkpointing_enable()
-    model.gradient_checkpointing_disable()
+    set_checkpointing(model, True)
+    set_checkpointing(model, False)
     assert model.model.embed_tokens._forward_hooks
     run(model, max_new_tokens=3)
     assert captured
@@ -1270,12 +1282,13 @@ def test_has_ended_sees_growing_prefixes(gqa, kind, rows):
 
 
 @pytest.mark.parametrize("kind", ["h2o", "stock"])
-def test_times_are_positive_and_ordered(gqa, kind):
+def test_times_are_positive_and_ordered(gqa, monkeypatch, kind):
     """A time that ends before it begins, or includes what came before the prefill."""
     gqa.h2o.h2o = settings()
-    start = batching.time.perf_counter()
+    readings = itertools.count()
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     ended = batch(getattr(gqa, kind), 3, make_sequences())
-    whole = batching.time.perf_counter() - start
+    whole = next(readings)
     for sequence in ended:
         assert 0 < sequence.seconds_to_first_token <= sequence.seconds <= whole
         assert (sequence.seconds_to_first_token == sequence.seconds) == (len(sequence.tokens) == 1)

@@ -5,26 +5,26 @@ Processes are forks of this one, which has imported everything: that takes longe
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 
 import accelerate  # once for all forks, as the next two
 import pytest
 import torch
 import torch.distributed.tensor
 import transformers.distributed.tensor_parallel  # noqa: F401
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
+from forks import Fork, stop_while_writing
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
 from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
@@ -46,75 +46,72 @@ def folder(tmp_path_factory):
     return folder
 
 
-@dataclasses.dataclass
-class Ended:
-    """What came of one process."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
-
-
 class Group:
-    """Forks that run `work(rank)`, as a launcher would start them."""
+    """Forks that run `work(rank)`, as a launcher would start them. Those in `stops` stop in the middle of a result,
+    after so many whole ones.
 
-    def __init__(self, count: int, work, folder):
-        self.folder, self.count = folder, count
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        self.children = []
+    They are never short of time: what they have to do before another process leaves, or gives up, they get to do.
+    """
+
+    def __init__(self, count: int, work, folder, stops: dict[int, int] | None = None):
+        self._port = socket.socket()  # held, or another process may be given it before process 0 listens there
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("", 0))
+        self._left, self._leaving = os.pipe()  # at its end when all others than process 0 have left
+        self.forks = []
         for rank in range(count):
-            if (child := os.fork()) == 0:
-                for number, name in ((1, "stdout"), (2, "stderr")):
-                    os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-                status = 1
-                try:
-                    accelerate.PartialState._reset_state()  # lm_eval may have let it look around, alone
-                    tqdm.set_lock(threading.RLock())  # its lock spans processes: a killed one would keep it
-                    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                    status = work(rank) or 0
-                except BaseException:
-                    import traceback
+            self.forks.append(Fork(partial(self._run, rank, count, work, (stops or {}).get(rank)), folder, rank))
+        os.close(self._leaving)
+        os.close(self._left)
 
-                    traceback.print_exc()
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(status)
-            self.children.append(child)
+    def _run(self, rank: int, count: int, work, whole: int | None, fork: Fork) -> int | None:
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self._port.getsockname()[1])}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        processes.MEETING, processes.GLANCE = timedelta(hours=1), 0.05
+        if rank:
+            processes.time = SimpleNamespace(sleep=lambda seconds: time.sleep(10_000 * seconds))
+        else:
+            os.close(self._leaving)
+            Processes.leave = self._leave_last(Processes.leave)
+        accelerate.PartialState._reset_state()  # lm_eval may have let it look around, alone
+        if whole is not None:
+            stop_while_writing(whole, fork.stop)
+        return work(rank)
 
-    def kill(self, *ranks: int) -> None:
-        for rank in ranks:
-            os.kill(self.children[rank], signal.SIGKILL)
+    def _leave_last(self, leave):
+        def leave_last(processes, status):
+            if status == 2:
+                os.read(self._left, 1)
+            return leave(processes, status)
 
-    def wait(self, seconds: float = 60) -> list[Ended]:
-        """What came of each; those that do not end in time are killed, with status -9."""
-        statuses, deadline = {}, time.monotonic() + seconds
-        while len(statuses) < self.count:
-            if time.monotonic() > deadline:
-                self.kill(*(rank for rank in range(self.count) if rank not in statuses))
-                deadline += seconds
-            for rank, child in enumerate(self.children):
-                if rank not in statuses and (ended := os.waitpid(child, os.WNOHANG)) != (0, 0):
-                    statuses[rank] = os.waitstatus_to_exitcode(ended[1])
-            time.sleep(0.01)
-        read = lambda name, rank: (self.folder / f"{name}{rank}").read_text()  # noqa: E731
-        return [Ended(statuses[rank], read("stdout", rank), read("stderr", rank)) for rank in range(self.count)]
+        return leave_last
+
+    def wait(self) -> list[Fork]:
+        """All of them, ended."""
+        try:
+            assert all(fork.status is not None for fork in self.forks)
+        finally:
+            self.kill()
+        return self.forks
+
+    def kill(self) -> None:
+        """With -9: first those that wait for others, which would see them end."""
+        for fork in reversed(self.forks):
+            fork.kill()
+        self._port.close()
+
+
+def errors(process: Fork) -> list[str]:
+    return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture
 def start(folder, tmp_path):
-    """start(count, *flags, ...) starts the program in so many processes; `patch(rank)` is called in each before it."""
+    """start(count, *flags, ...) starts the program in so many processes; `patch(rank)` is called in each before it, and
+    `stops` are a `Group`'s."""
 
-    def start(count, *flags, output="out.jsonl", patch=None):
+    def start(count, *flags, output="out.jsonl", patch=None, stops=None):
         argv = ["--input-path", folder / "in.jsonl", "--output-path", tmp_path / output]
         argv = [*map(str, argv), "--model-name", str(folder / "model"), "--device", "cpu", *flags]
 
@@ -123,7 +120,7 @@ def start(folder, tmp_path):
                 patch(rank)
             return run_summarization.main(argv)
 
-        return Group(count, work, tmp_path)
+        return Group(count, work, tmp_path, stops)
 
     return start
 
@@ -160,11 +157,11 @@ def expected(folder):
     return expected
 
 
-def only_error(ended: list[Ended]) -> str:
+def only_error(ended: list[Fork]) -> str:
     """The one line that all processes together say; each has left with status 2."""
     assert [process.status for process in ended] == [2] * len(ended), [process.stderr for process in ended]
     assert not any("Traceback" in process.stderr for process in ended)
-    (line,) = [line for process in ended for line in process.errors]
+    (line,) = [line for process in ended for line in errors(process)]
     return line
 
 
@@ -195,52 +192,29 @@ def test_wall_times_of_shares_add_up_to_the_run(finish):
     """Seconds of several processes added up, as if one had followed the other."""
 
     def slow(rank):
-        run = run_summarization.Summarizer.decode
+        run, now = run_summarization.Summarizer.decode, [0.0]
 
         def decode(self, prompts):
             for job in run(self, prompts):
-                time.sleep(0.1 if rank else 0.05)
+                now[0] += 2.0 if rank else 1.0
                 yield job
 
         run_summarization.Summarizer.decode = decode
+        run_summarization.time = SimpleNamespace(perf_counter=lambda: now[0])
 
     metrics = finish(2, *H2O, "--greedy", patch=slow).metrics
-    assert 0.4 <= metrics["seconds"] < 0.6  # 4 requests each, of which process 1 takes 0.1 s
-
-
-def writes_until(stops: dict[int, int], writing: int):
-    """A patch: process r stops for ever in the middle of its result after stops[r] whole ones, and says so."""
-
-    def patch(rank):
-        append, done = JsonlFile.append, []
-
-        def append_half(self, result):
-            if rank in stops and len(done) == stops[rank]:
-                self._file.write(json.dumps(result).encode()[:100])
-                self._file.flush()
-                os.write(writing, b".")
-                time.sleep(600)
-            append(self, result)
-            done.append(result)
-
-        JsonlFile.append = append_half
-
-    return patch
+    assert metrics["seconds"] == pytest.approx(8)  # 4 requests each, of which process 1 takes 2 s
 
 
 def killed(start, count: int, *flags, **stops: int) -> None:
-    """Processes, all killed with -9 when each of those in `stops` (r0=…, r1=…) is in the middle of a result."""
-    reading, writing = os.pipe()
-    group = start(count, *flags, patch=writes_until({int(r[1:]): n for r, n in stops.items()}, writing))
-    os.close(writing)
+    """Processes, all killed with -9 when those in `stops` (r0=…, r1=…) have stopped in the middle of a result."""
+    group = start(count, *flags, stops={int(rank[1:]): whole for rank, whole in stops.items()})
     try:
-        for _ in stops:
-            assert os.read(reading, 1) == b".", group.wait()
-        time.sleep(0.1)  # the others write what they have
+        for rank in stops:
+            group.forks[int(rank[1:])].await_mark()
     finally:
-        os.close(reading)
-        group.kill(*range(count))
-        assert all(process.status == -signal.SIGKILL for process in group.wait())
+        group.kill()
+    assert all(process.status == -signal.SIGKILL for process in group.forks)
 
 
 def test_killed_at_any_moment_and_gone_on_with_in_another_number(start, finish, expected, tmp_path):
@@ -257,7 +231,7 @@ def test_killed_at_any_moment_and_gone_on_with_in_another_number(start, finish, 
     def includes(later, earlier):
         return all(later.get(index) == result for index, result in earlier.items())
 
-    killed(start, 3, *H2O, r0=0, r1=1)  # 3 + 3 + 2 requests: nothing in the main file
+    killed(start, 3, *H2O, r0=0, r1=1, r2=2)  # of 3, 3 and 2 requests: nothing in the main file
     assert not path.read_bytes().count(b"\n") and len(first := written()) == 3
     killed(start, 2, *H2O, r0=4, r1=1)  # the three, and two more
     second = written()
@@ -362,9 +336,9 @@ def test_process_that_is_killed_ends_the_others(start, way, rank):
         if own == rank:
             batching.Batcher._decode = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
-    killed, other = sorted(start(2, *H2O, *way, patch=patch).wait(20), key=lambda process: process.status)
+    killed, other = sorted(start(2, *H2O, *way, patch=patch).wait(), key=lambda process: process.status)
     assert (killed.status, other.status) == (-signal.SIGKILL, 2)
-    (line,) = other.errors
+    (line,) = errors(other)
     assert "another process has ended" in line and "Traceback" not in other.stderr
 
 
@@ -376,7 +350,7 @@ def test_process_that_fails_by_itself_ends_the_others(start):
             batching.Batcher._look = lambda *args: 1 / 0
 
     for way in (SPLIT, []):
-        first, second = start(2, *H2O, *way, patch=patch).wait(20)
+        first, second = start(2, *H2O, *way, patch=patch).wait()
         assert (first.status, second.status) == (2, 1), first.stderr
         assert "ZeroDivisionError" in second.stderr and "Traceback" not in first.stderr
 
@@ -415,7 +389,7 @@ def test_several_processes_without_accelerate(start):
 
     def patch(rank):
         sys.modules["accelerate"] = None
-        processes.GLANCE = 0.01
+        processes.GLANCE = 0.0
 
     line = only_error(start(2, patch=patch).wait())
     assert "2 processes: need accelerate; pip install accelerate" in line
@@ -433,18 +407,34 @@ def test_processes_of_a_left_over_environment(folder, tmp_path, absent):
 
     ended = Group(2, work, tmp_path).wait()
     assert [process.status for process in ended] == ([0, 2] if absent == 0 else [2, 0])
-    (error,) = ended[1 - absent].errors  # beside what torch says
+    (error,) = errors(ended[1 - absent])  # beside what torch says
     assert error.startswith("error: 2 processes: they did not meet (") and "Traceback" not in ended[1 - absent].stderr
     assert error.endswith("with RANK, LOCAL_RANK and WORLD_SIZE unset")
 
 
 def test_interrupted_before_the_others_have_come(tmp_path):
     """Ctrl-C that nobody hears until the wait is over."""
-    group = Group(2, lambda rank: 0 if rank else Processes.launched().join(), tmp_path)
-    os.waitpid(group.children[1], 0)
-    time.sleep(2)  # the first waits by now
-    os.kill(group.children[0], signal.SIGINT)
-    assert os.waitstatus_to_exitcode(os.waitpid(group.children[0], 0)[1]) == -signal.SIGINT
+    rendezvous = processes.distributed.rendezvous
+
+    def work(fork):
+        def waits(*args, **kwargs):
+            fork.mark()
+            return rendezvous(*args, **kwargs)
+
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+        }
+        processes.distributed.rendezvous = waits
+        Processes.launched().join()
+
+    fork = Fork(work, tmp_path)
+    fork.await_mark()
+    fork.send(signal.SIGINT)
+    assert fork.status == -signal.SIGINT
 
 
 def test_launcher_that_says_not_where(monkeypatch, capsys):

@@ -2,46 +2,28 @@
 
 import json
 import os
+import runpy
+import socket
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import rouge_score.rouge_scorer  # noqa: F401
 
+import run_summarization  # noqa: F401
 from checkpoints import make_checkpoint, make_requests, write_requests
+from forks import Fork, leave_with
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "reproduce_h2o_table.sh"
 MODEL = "Meta-Llama-3-8B"  # a name that has published figures
 OFFLINE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
-# An interpreter that has imported what run_summarization.py imports, which takes longer than all else here: each script
-# runs in a fork of it.
-IMPORTED = """
-import json, os, runpy, socket, sys
-sys.path.insert(0, sys.argv[1])
-import run_summarization, rouge_score.rouge_scorer
-server = socket.socket(socket.AF_UNIX)
-server.bind(sys.argv[2])
-server.listen()
-while True:
-    connection, _ = server.accept()
-    data, files, *_ = socket.recv_fds(connection, 2**16, 3)
-    if not (child := os.fork()):
-        for to, of in enumerate(files):
-            os.dup2(of, to)
-        folder, sys.argv = json.loads(data)
-        os.chdir(folder)
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as left:
-            sys.stdout.flush()
-            os._exit(left.code)  # at once: to take torch down takes a second
-    connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    for of in (connection.detach(), *files):
-        os.close(of)
-"""
+# What the script takes for an interpreter: Python's scripts run in forks of a fork of the tests, which have imported
+# everything. That takes longer than all else here.
 CLIENT = """#!{python}
 import json, os, socket, sys
 if sys.argv[1] == "-":
@@ -62,18 +44,46 @@ def folder(tmp_path_factory):
     return folder
 
 
+def serve(server: socket.socket, parent: int) -> None:
+    """Runs the scripts that clients ask for, one after the other, as long as the tests run."""
+    os.environ |= OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    server.settimeout(1)
+    while os.getppid() == parent:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            continue
+        connection.setblocking(True)
+        data, files, *_ = socket.recv_fds(connection, 2**16, 3)
+        if not (child := os.fork()):
+            for to, of in enumerate(files):
+                os.dup2(of, to)
+            leave_with(partial(run_script, *json.loads(data)))
+        connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        for of in (connection.detach(), *files):
+            os.close(of)
+
+
+def run_script(folder: str, argv: list[str]) -> None:
+    os.chdir(folder)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
 @pytest.fixture(scope="module")
 def imported(folder):
-    """Path of a program that runs Python's scripts as `IMPORTED` does."""
+    """Path of a program that takes an interpreter's place."""
     address, client = str(folder / "socket"), folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=address))
     client.chmod(0o755)
-    command = [sys.executable, "-c", IMPORTED, str(SCRIPT.parents[1]), address]
-    with subprocess.Popen(command, env={**os.environ, **OFFLINE}) as server:
-        while not Path(address).exists() and server.poll() is None:
-            time.sleep(0.05)
-        yield str(client)
-        server.terminate()
+    parent = os.getpid()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        fork = Fork(lambda fork: serve(server, parent), folder)
+    yield str(client)
+    fork.kill()
 
 
 @pytest.fixture(scope="module")

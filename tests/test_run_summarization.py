@@ -9,11 +9,9 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
+import socket
 import sys
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -21,11 +19,11 @@ import pytest
 import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
-from tqdm import tqdm
 from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralConfig
 
 import run_summarization
 from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
+from forks import Fork, stop_while_writing
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
 from utils.cache import HHCache
 from utils.requests import Request, ResultsFile
@@ -295,16 +293,15 @@ def test_single_tokens_have_no_time_per_token(run):
 def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
     """Seconds counted for each row of a batch, or not at all: of a prefill, of steps that a result waits for, of a
     batch that memory did not suffice for, or of results from before an interruption."""
-    waits = {"_prefill": 0.05, "_decode": 0.005}
-    spent, tried = 0, 0
+    takes = {"_prefill": 8.0, "_decode": 1.0}
+    now, tried = 0.0, 0
 
     def slow(name):
         original = getattr(batching.Batcher, name)
 
         def wait(self, *args):
-            nonlocal spent, tried
-            time.sleep(waits[name])
-            spent += waits[name]
+            nonlocal now, tried
+            now += takes[name]
             tried += name == "_prefill"
             if tried == 1:
                 raise ON_GPU
@@ -312,24 +309,21 @@ def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
 
         monkeypatch.setattr(batching.Batcher, name, wait)
 
-    for name in waits:
+    for name in takes:
         slow(name)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     requests = make_requests(6)
     for i, request in enumerate(requests):
         request["max_tokens"] = 3 + 5 * i
-    begin = time.perf_counter()
     outcome = run(requests, *flags, "--batch_size", "4")
-    took = time.perf_counter() - begin
-    assert tried > 1 and spent < outcome.metrics["seconds"] < took
+    assert tried > 1 and outcome.metrics["seconds"] == pytest.approx(now)
 
     kept = outcome.path.read_bytes().splitlines(keepends=True)[:3]
     before = sum(json.loads(line)["result"]["request_time"]["wall_time"] for line in kept)
     outcome.path.write_bytes(b"".join(kept))
-    spent = 0
-    begin = time.perf_counter()
+    now = 0.0
     resumed = run(requests, *flags, "--batch_size", "4")
-    took = time.perf_counter() - begin
-    assert spent < resumed.metrics["seconds"] - before < took
+    assert now > 8 and resumed.metrics["seconds"] == pytest.approx(before + now)
 
 
 def test_table_on_stdout(run):
@@ -925,35 +919,6 @@ def test_greedy_flag_overrides_what_requests_ask_for(run):
 # Crashes
 
 
-def killed_while_writing(argv: list, whole: int) -> None:
-    """A run in a child process, killed with -9 in the middle of writing the result after `whole` results."""
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        append, done = ResultsFile.append, []
-
-        def append_half(self, result):
-            if len(done) == whole:
-                self._file.write(json.dumps(result).encode()[:100])
-                self._file.flush()
-                os.write(writing, b".")
-                time.sleep(60)
-            append(self, result)
-            done.append(result)
-
-        ResultsFile.append = append_half
-        with suppress(BaseException):
-            run_summarization.main([str(word) for word in argv])
-        os._exit(1)
-    os.close(writing)
-    try:
-        assert os.read(reading, 1) == b".", "the run ended by itself"
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
 @pytest.mark.parametrize("batch_size", ["1", "4"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path, sampled, batch_size):
@@ -962,7 +927,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path
     flags = [*H2O, "--batch_size", batch_size]
     uninterrupted = run(requests, *flags, output="uninterrupted.jsonl")
     argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", tmp_path / "out.jsonl", "--model-name", checkpoint]
-    killed_while_writing([*argv, "--device", "cpu", *flags], whole=6)
+
+    def work(fork):
+        stop_while_writing(6, fork.stop)
+        return run_summarization.main([*map(str, argv), "--device", "cpu", *flags])
+
+    fork = Fork(work, tmp_path)
+    fork.await_mark()
+    assert fork.kill() == -signal.SIGKILL
     left = (tmp_path / "out.jsonl").read_bytes()
     assert left.count(b"\n") == 6 and not left.endswith(b"\n")
     resumed = run(requests, *flags)
@@ -977,45 +949,34 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path
 
 
 def test_program_killed_then_interrupted_then_finished(run, checkpoint, tmp_path):
-    """The program itself: kill -9 at any moment, Ctrl-C with exit code 130, each time the same command goes on."""
-    requests = make_requests(12, max_tokens=80)
+    """The program itself, in the middle of a step: kill -9, Ctrl-C with exit code 130, and each time the same command
+    resumes."""
+    requests = make_requests(8, max_tokens=20)
     uninterrupted = run(requests, *H2O, output="uninterrupted.jsonl")
     output = tmp_path / "out.jsonl"
     argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", output, "--model-name", checkpoint, *H2O]
-    argv = [sys.executable, "run_summarization.py", *map(str, argv), "--device", "cpu"]
+    argv = [str(ROOT / "run_summarization.py"), *map(str, argv), "--device", "cpu"]
 
-    def wait_for(lines: int, ended) -> None:
-        deadline = time.monotonic() + 60
-        while not output.exists() or output.read_bytes().count(b"\n") < lines:
-            assert not ended() and time.monotonic() < deadline, "did not get so far"
-            time.sleep(0.005)
+    def program(fork):
+        decode = batching.Batcher._decode
 
-    if (child := os.fork()) == 0:  # has imported everything; nothing of a program is left after kill -9
-        with suppress(BaseException):
-            tqdm.set_lock(threading.RLock())  # its lock spans processes: whoever is killed with it would take it along
-            sys.argv = argv[1:]
-            runpy.run_path(str(ROOT / argv[1]), run_name="__main__")
-        os._exit(1)
-    try:
-        wait_for(2, ended=lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
-    finally:
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    first = output.read_bytes().count(b"\n")
-    assert 2 <= first < 10
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program = subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(first + 1, ended=lambda: program.poll() is not None)
-        program.send_signal(signal.SIGINT)
-        _, stderr = program.communicate(timeout=60)
-    finally:
-        program.kill()
-    assert program.returncode == 130 and "Traceback" not in stderr
-    last = stderr.strip().splitlines()[-1]
+        def stops(*args):
+            if output.read_bytes().count(b"\n") == stop_after:
+                fork.stop()
+            return decode(*args)
+
+        batching.Batcher._decode = stops
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+
+    for stop_after, sent, status in ((2, signal.SIGKILL, -signal.SIGKILL), (5, signal.SIGINT, 130)):
+        fork = Fork(program, tmp_path)
+        fork.await_mark()
+        fork.send(sent)
+        assert fork.status == status and "Traceback" not in fork.stderr
+        assert output.read_bytes().count(b"\n") == stop_after
+    last = fork.stderr.strip().splitlines()[-1]
     assert "interrupted" in last and str(output) in last
-    assert first < output.read_bytes().count(b"\n") < 12
     assert_same_results(run(requests, *H2O), uninterrupted)
 
 
@@ -1615,13 +1576,15 @@ def test_model_name_with_the_hub_out_of_reach(refused, monkeypatch):
     handler = logging.Handler()
     handler.emit = logged.append
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(time, "sleep", waits.append)
     logging.getLogger("huggingface_hub").addHandler(handler)
-    try:
-        refused(make_requests(1), model="nobody/no-such-model", words="nobody/no-such-model: cannot be loaded")
-    finally:
-        logging.getLogger("huggingface_hub").removeHandler(handler)
+    with socket.socket() as deaf:  # holds a port, and does not listen there
+        deaf.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        try:
+            refused(make_requests(1), model="nobody/no-such-model", words="nobody/no-such-model: cannot be loaded")
+        finally:
+            logging.getLogger("huggingface_hub").removeHandler(handler)
     assert len(waits) > 1, "nobody tried"
     assert not logged
 

@@ -20,7 +20,7 @@ from h2optimizer.batching import sample_rows
 from h2optimizer.streaming import Stream
 from test_benchmarks import load
 from test_run_summarization import instruct_model
-from utils.cache import HHCache
+from utils.cache import CACHE_ARGUMENT, HHCache
 
 SMALL = dict(window_length=16, num_heavy_hitters=6, update_interval=4)
 TURNS = [prompt(23), prompt(4, 1), prompt(1, 1), prompt(9, 2)]
@@ -45,7 +45,7 @@ def in_loop(model, turns, said, piece):
             part = tokens[begin : begin + piece]
             if h2o is not None:
                 cache.evict_for_space(len(part))
-            logits = model(torch.tensor([part]), past_key_values=cache).logits[0].double()
+            logits = model(torch.tensor([part]), **{CACHE_ARGUMENT: cache}).logits[0].double()
             for token, scores in zip(part, [before, *logits[:-1]], strict=True):
                 nll[-1] -= 0.0 if skip else scores.log_softmax(-1)[token].item()
                 skip = 0
@@ -53,7 +53,7 @@ def in_loop(model, turns, said, piece):
             everything += part
         replies.append([int(before.argmax())])
         while len(replies[-1]) < said:
-            logits = model(torch.tensor([replies[-1][-1:]]), past_key_values=cache).logits[0, -1]
+            logits = model(torch.tensor([replies[-1][-1:]]), **{CACHE_ARGUMENT: cache}).logits[0, -1]
             everything.append(replies[-1][-1])
             replies[-1].append(int(logits.argmax()))
     return replies, nll, scored, cache, everything
