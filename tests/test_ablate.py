@@ -147,8 +147,8 @@ def test_mean_of_tokens_is_weighted_by_them():
 
 
 def test_step_time_is_what_a_token_adds():
-    """Prefill that is counted into the steps, or a mean in the place of the median."""
-    assert prefill_and_step_ms([(10, 74), (11, 139), (500, 564)], 65) == (11, 1.0)
+    """Prefill that is counted into the steps, a mean in the place of the median, or a spread of other calls."""
+    assert prefill_and_step_ms([(10, 74), (11, 139), (500, 564)], 65) == ((11, 10, 500), (1.0, 1.0, 2.0))
 
 
 # The script
