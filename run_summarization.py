@@ -42,8 +42,8 @@ from transformers.distributed import DistributedConfig
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
-from h2optimizer.llama import SCORES
 from utils.bench import free_memory
+from utils.policies import SCORES
 from utils.processes import Processes
 from utils.requests import (
     InputError,

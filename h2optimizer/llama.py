@@ -16,10 +16,9 @@ from transformers.utils import can_return_tuple
 from h2optimizer import generation
 from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
+from utils.policies import SCORES, STREAMING_LLM_SINKS
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
-SCORES = ("mass", "sink", "streaming_llm", "random")
-STREAMING_LLM_SINKS = 4  # as StreamingLLM was published, arXiv 2309.17453
 
 
 @dataclass(frozen=True)
