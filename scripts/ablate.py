@@ -369,7 +369,7 @@ def run(args: argparse.Namespace) -> int:
     weights = checkpoint_fingerprint(Path(args.model_name))
     setup = {
         "form": FORM,
-        "model": Path(args.model_name).name if weights else args.model_name,  # a checkpoint may be moved
+        "model": Path(args.model_name).resolve().name if weights else args.model_name,  # a checkpoint may be moved
         "weights": weights and weights[:16],
         "requests": fingerprint(requests)[:16],
         "number of requests": len(requests),

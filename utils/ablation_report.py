@@ -162,13 +162,22 @@ def findings(sweep) -> list[str]:
             f"Larger N against the smallest of the same policy and window: worse in {len(worse)} of "
             f"{len(pairs)}{': ' * bool(worse)}{listing(worse)}; better in {len(better)}."
         )
+
+    def ratio(row: dict) -> str:
+        said = f"{row['tokens_per_second'] / speed:.2f}x"
+        if "tokens_per_second_range" not in row or row["calls"] == 1:
+            return said
+        (low, high), (full_low, full_high) = (of["tokens_per_second_range"] for of in (row, full))
+        return f"{said} [{low / full_high:.2f}, {high / full_low:.2f}]"
+
     speed = full["tokens_per_second"]
     fastest = max(rows, key=lambda row: row["tokens_per_second"])
     slower = sorted((row for row in rows if row["tokens_per_second"] < speed), key=lambda row: row["tokens_per_second"])
-    slower = [f"{row['label']}: {row['tokens_per_second'] / speed:.2f}x" for row in slower]
+    slower = [f"{row['label']}: {ratio(row)}" for row in slower]
     found.append(
-        f"Fastest: {fastest['label']}, {fastest['tokens_per_second'] / speed:.2f}x the full cache's tokens/s. Slower "
-        f"than the full cache: {len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}."
+        f"Fastest: {fastest['label']}, {ratio(fastest)} the full cache's decode tokens/s. Slower than the full cache: "
+        f"{len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}. Brackets, where there are some, reach "
+        "from a cell's slowest call over the full cache's fastest to its fastest over the slowest."
     )
     idle = [row["label"] for row in rows if "mass_lost" in row and row["mass_lost"]["mean"] < 1e-5]
     if idle:
