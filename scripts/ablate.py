@@ -409,9 +409,10 @@ def run(args: argparse.Namespace) -> int:
 
 def print_units(full: dict, requests: int) -> None:
     """What the table's figures are of. `full`: the full cache's row."""
-    few = f"; of fewer than {FEW} requests they are too narrow" if requests < FEW else ""
     over = f"{requests} requests" if requests > 1 else "one request, which has none"
-    print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}{few}].")
+    print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}].")
+    if 1 < requests < FEW:
+        print(f"Of fewer than {FEW} requests these intervals are too narrow.")
     calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"
     print(f"{calls} of {full['batch']} prompts of {full['prompt_tokens']} tokens: first ms, of their prefill; ms/step,")
     print(f"of a step that gives each a token; tokens/s, of all {full['batch']} together without prefill.")

@@ -157,7 +157,7 @@ def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = (), marker: str
     """Below the figure: the full cache, policies, and the intervals' fills where there are several."""
     full = {"color": "black", "linewidth": 1.2, "marker": marker, "markersize": 9}
     requests = sweep.requests
-    narrow = f", too narrow: of {requests} requests" if requests < FEW else ""
+    narrow = f" (of {requests} requests: too narrow)" if requests < FEW else ""
     label = FULL if requests == 1 else f"{FULL}, 95 % interval{narrow}"
     handles = [(Patch(color=BAND, alpha=0.6), Line2D([], [], label=label, **full))]
     for i, policy in enumerate(sweep.policies):
