@@ -19,7 +19,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
 from utils.bench import free_memory
+from utils.policies import SCORES
 from utils.processes import Processes
 from utils.requests import (
     InputError,
@@ -159,13 +160,22 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="use it; without it, the full cache of stock Llama",
     )
-    add("--num_heavy_hitter_tokens", type=int, help="heavy hitters in the window; -1 = half of it, 0 = local attention")
+    add(
+        "--num_heavy_hitter_tokens",
+        type=int,
+        help="heavy hitters in the window; -1 = half of it (streaming_llm: 4), 0 = local attention",
+    )
     add("--num_window_length", type=int, help="slots kept: heavy hitters + recent")
     add("--enable_position_rolling", action=argparse.BooleanOptionalAction, help="rotate keys by slot index")
     add("--update_interval", type=int, help="slimming on every N-th step; 1 = H2O")
     add("--slimming", choices=("H", "mask"), help="H: gather into place; mask: boolean mask and copy")
     add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention; auto: triton on CUDA, else sdpa")
-    add("--score", choices=("mass", "sink", "random"), help="what slots are ranked by")
+    add(
+        "--score",
+        choices=SCORES,
+        help="what stays beside the newest slots: mass (H2O), sink (half of the window: the oldest), streaming_llm "
+        "(the 4 oldest), random",
+    )
     add("--score_seed", type=seed, help="of --score random")
     add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")
     add("--score_decay", type=float, help="mass is multiplied by this before each addition")
@@ -588,7 +598,8 @@ class Summarizer:
         timing = {
             "latency": longest.seconds,
             "time_to_first_token": longest.seconds_to_first_token,
-            "time_per_output_token": decoding / max(len(longest.tokens) - 1, 1),
+            "time_per_output_token": decoding / (len(longest.tokens) - 1) if len(longest.tokens) > 1 else None,
+            "decode_time": sum(sequence.decode_seconds for sequence in job.sequences) / self.processes.shares,
             "wall_time": wall_time,
             "batch_size": longest.rows,
         }
@@ -599,6 +610,7 @@ class Summarizer:
             "rouge": self.rouge.score(request.summary_gt, choices[0]["text"]),
             "cache": longest.cache | {"kv_bytes": kv_bytes * self.processes.splits},  # each process has as many heads
             "tokens_generated": sum(len(sequence.tokens) for sequence in job.sequences),
+            "tokens_emitted": sum(len(choice["logprobs"]["tokens"]) for choice in choices),
             "peak_memory_bytes": self._peak_memory(),
         }
 
@@ -634,26 +646,43 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def decode_speed(results: Iterable[dict]) -> float | None:
+    """Tokens a second that decode steps gave all sequences together; a text's first token is prefill's."""
+    tokens = seconds = 0
+    for result in results:
+        tokens += result["tokens_generated"] - len(result["result"]["choices"])
+        seconds += result["result"]["request_time"]["decode_time"]
+    return tokens / seconds if tokens else None
+
+
 def summarize_metrics(results: list[dict], device: torch.device, idle: float = 0.0) -> dict:
     """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds.
 
-    `idle` is what processes, on average, have waited for the last one.
+    Speed of decoding is that of all sequences together, without prefill: their tokens but the first, over what the
+    steps took. `tokens_per_second` counts prefill's time and tokens in. None stands where no token was decoded.
+
+    Args: idle: what processes, on average, have waited for the last one.
     """
     times = [result["result"]["request_time"] for result in results]
     seconds = sum(t["wall_time"] for t in times) + idle
     tokens = sum(result["tokens_generated"] for result in results)
     mean = {}
     for name in ("time_to_first_token", "time_per_output_token"):
-        timed = [t[name] for t in times if t[name]] or [0.0]  # a single token has no time per token
-        mean[name] = sum(timed) / len(timed)
+        timed = [t[name] for t in times if t[name] is not None]  # a single token has no time per token
+        mean[name] = sum(timed) / len(timed) if timed else None
     return {
+        "rouge_unit": "F-measure from 0 to 1",
         "rouge": {name: mean_with_interval([result["rouge"][name] for result in results]) for name in ROUGE_TYPES},
         "requests": len(results),
         "tokens_generated": tokens,
+        "tokens_emitted": sum(result["tokens_emitted"] for result in results),
         **mean,
+        "decode_tokens_per_second": decode_speed(results),
+        "requests_per_second": len(results) / seconds,
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
+        "peak_memory_of": "GPU" if device.type == "cuda" else "process",
         "kv_bytes_per_request": sum(result["cache"]["kv_bytes"] for result in results) / len(results),
         "slots_kept_per_request": sum(result["cache"]["slots_kept"] for result in results) / len(results),
         "requests_evicted_from": sum(result["cache"]["slimmings"] > 0 for result in results),
@@ -667,16 +696,26 @@ def summarize_metrics(results: list[dict], device: torch.device, idle: float = 0
 
 
 def print_table(metrics: dict) -> None:
+    requests = metrics["requests"]
+
+    def line(label: str, value: float | None, spec: str, note: str = "") -> None:
+        shown = "-" if value is None else format(value, spec)
+        print(f"{label:<22}{shown:>8}{note and f' {note}'}")
+
+    interval = f"[95 % interval over {requests} requests]" if requests > 1 else "(one request has no interval)"
+    print(f"ROUGE, points of 100 (F-measure; the files hold fractions of 1)   {interval}")
     for name in ROUGE_TYPES:
-        score = metrics["rouge"][name]
+        mean, low, high = (100 * metrics["rouge"][name][key] for key in ("mean", "low", "high"))
         label = f"ROUGE-{name.removeprefix('rouge')}"
-        print(f"{label:<22}{100 * score['mean']:8.2f}   [{100 * score['low']:.2f}, {100 * score['high']:.2f}]")
-    print(f"{'requests':<22}{metrics['requests']:8d}   {metrics['requests_evicted_from']} with slots dropped")
-    print(f"{'time to first token':<22}{1e3 * metrics['time_to_first_token']:8.1f} ms")
-    print(f"{'time per token':<22}{1e3 * metrics['time_per_output_token']:8.1f} ms")
-    print(f"{'throughput':<22}{metrics['tokens_per_second']:8.1f} tokens/s")
-    print(f"{'KV cache':<22}{metrics['kv_bytes_per_request'] / 2**20:8.2f} MiB a request")
-    print(f"{'peak memory':<22}{metrics['peak_memory_bytes'] / 2**30:8.2f} GiB")
+        line(label, mean, ".2f", f"  [{low:.2f}, {high:.2f}]" if requests > 1 else "")
+    line("requests", requests, "d", f"  {metrics['requests_evicted_from']} with slots dropped")
+    first, each = metrics["time_to_first_token"], metrics["time_per_output_token"]
+    line("time to first token", 1e3 * first, ".1f", "ms   mean of requests, from the beginning of their prefill")
+    line("time per token", None if each is None else 1e3 * each, ".1f", "ms   mean of requests, after the first token")
+    line("decoding", metrics["decode_tokens_per_second"], ".1f", "tokens/s   all sequences together, without prefill")
+    line("overall", metrics["requests_per_second"], ".3g", "requests/s   with prefill")
+    line("KV cache", metrics["kv_bytes_per_request"] / 2**20, ".2f", "MiB a request")
+    line("peak memory", metrics["peak_memory_bytes"] / 2**30, ".2f", f"GiB of the {metrics['peak_memory_of']}")
 
 
 def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig | None) -> None:
@@ -699,7 +738,7 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
 def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[Request]) -> dict:
     """What a resumed run must share, by flag; not how many processes run, nor on what."""
     settings = {
-        "the form of results": 2,  # another one cannot be gone on with
+        "the form of results": 3,  # another one cannot be gone on with
         "--model-name": args.model_name,
         "--sample_num": args.sample_num,
         "--input-path": f"sha256 {fingerprint(requests)[:16]}",
@@ -791,16 +830,13 @@ def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile
 
 def with_bar(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile) -> None:
     rouge2 = [result["rouge"]["rouge2"] for result in output.results.values()]
-    tokens, begin = 0, time.perf_counter()
     with tqdm(total=len(rouge2) + len(prompts), initial=len(rouge2), unit="req", dynamic_ncols=True) as bar:
         if (shares := summarizer.processes.shares) > 1:
             bar.set_description_str(f"process 1 of {shares}")
         for result in summarizer.run(prompts):
             output.append(result)
             rouge2.append(result["rouge"]["rouge2"])
-            tokens += result["tokens_generated"]
-            speed = tokens / (time.perf_counter() - begin)
-            bar.set_postfix_str(f"ROUGE-2 {100 * sum(rouge2) / len(rouge2):.2f}, {speed:.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"ROUGE-2 {100 * sum(rouge2) / len(rouge2):.2f}", refresh=False)
             bar.update()
 
 

@@ -37,6 +37,7 @@ class Sequence:
     cache: dict[str, int] = field(default_factory=dict)  # what it held at the end: tokens_seen, slots_kept, …
     seconds: float = 0.0  # from the beginning of its prefill to its end
     seconds_to_first_token: float = 0.0
+    decode_seconds: float = 0.0  # its share of the decode steps it was in: a step is shared equally by its sequences
 
     def __post_init__(self):
         self.random = np.random.default_rng(self.seed)
@@ -330,17 +331,19 @@ class Batcher:
         if not steps and self._clock.on_gpu:
             end.synchronize()
         ended, together = [], sum(sequence is not None for sequence in self.rows)
+        decoding = self._clock.seconds(begin, end) if steps else 0.0
         for row, sequence in enumerate(self.rows):
             if sequence is None:
                 continue
             since, first = self._begun[row]
             sequence.rows = together
+            sequence.decode_seconds += decoding / together
             taken = 0 if sequence.finish_reason else self._extend(sequence, table[0][row], table[1][row])
             if sequence.finish_reason:
                 sequence.seconds_to_first_token = self._clock.seconds(since, first)
                 sequence.seconds = sequence.seconds_to_first_token
                 if len(sequence.tokens) > 1:
-                    share = taken / steps * self._clock.seconds(begin, end)
+                    share = taken / steps * decoding
                     sequence.seconds = self._clock.seconds(since, begin) + share
                 ended.append(row)
         for row in ended:

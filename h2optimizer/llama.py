@@ -17,6 +17,7 @@ from h2optimizer import generation
 from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
 from h2optimizer.columns import Columns
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
+from utils.policies import SCORES, STREAMING_LLM_SINKS
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
@@ -26,11 +27,11 @@ class H2OConfig:
     """Settings of the heavy-hitter cache. Raises ValueError, with the way out, for combinations that cannot work."""
 
     window_length: int = 256  # slots that a row keeps after slimming: heavy hitters + recent
-    num_heavy_hitters: int = -1  # how many of them are heavy hitters; -1 = half, 0 = local attention
+    num_heavy_hitters: int = -1  # how many of them are heavy hitters; -1 = half (streaming_llm: 4), 0 = local attention
     update_interval: int = 16  # slimming is due on every N-th forward; 1 = H2O
     slimming: str = "H"  # "H": gather into place (update_slimmingH); "mask": boolean mask and copy (update_slimming)
     backend: str = "auto"  # "eager" (reference), "sdpa", "triton", "flash_attn"; auto = triton on CUDA, else sdpa
-    score: str = "mass"  # "mass" (H2O), "sink" (StreamingLLM: oldest slots), "random" (fixed by score_seed)
+    score: str = "mass"  # "mass" (H2O), "sink" (oldest slots), "streaming_llm" (4 oldest), "random" (by score_seed)
     score_seed: int = 0  # of score="random"
     score_every_step: bool = True  # add mass on skipped steps as well; False = pure attention there
     score_decay: float = 1.0  # mass is multiplied by this before each forward's addition; 0.0 = last forward only
@@ -46,7 +47,7 @@ class H2OConfig:
         for name, allowed in {
             "slimming": ("H", "mask"),
             "backend": ("auto", *ATTENTION_BACKENDS),
-            "score": ("mass", "sink", "random"),
+            "score": SCORES,
             "score_norm": ("sum", "mean"),
             "group_reduce": ("sum", "first"),
         }.items():
@@ -81,6 +82,12 @@ class H2OConfig:
                 f"num_heavy_hitters={self.num_heavy_hitters}: must be less than window_length={self.window_length}, "
                 "the newest slot is always kept"
             )
+        if self.heavy >= self.window_length:
+            raise ValueError(
+                f"window_length={self.window_length}: has no room for the {STREAMING_LLM_SINKS} sinks of "
+                f"score {self.score} and the newest slot; give at least {STREAMING_LLM_SINKS + 1}, or set "
+                "num_heavy_hitters to how many sinks to keep"
+            )
         if type(self.score_decay) not in (int, float) or not 0.0 <= self.score_decay <= 1.0:
             raise ValueError(f"score_decay={self.score_decay!r}: must be a number between 0 and 1")
         if self.backend == "flash_attn" and self.needs_mass and self.score_every_step:
@@ -97,8 +104,10 @@ class H2OConfig:
 
     @property
     def heavy(self) -> int:
-        """Heavy hitters in the window."""
-        return self.window_length // 2 if self.num_heavy_hitters == -1 else self.num_heavy_hitters
+        """Heavy hitters in the window, or what takes their place: sinks, random slots."""
+        if self.num_heavy_hitters != -1:
+            return self.num_heavy_hitters
+        return STREAMING_LLM_SINKS if self.score == "streaming_llm" else self.window_length // 2
 
     @property
     def recent(self) -> int:

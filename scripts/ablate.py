@@ -1,6 +1,6 @@
 """What a policy, a budget or an interval costs: a grid over the cache's settings beside the full cache, in one command.
 
-    python scripts/ablate.py --window_length 64 128 256 --update_interval 1 4 16 --score mass sink random
+    python scripts/ablate.py --window_length 64 128 256 --update_interval 1 4 16 --score mass streaming_llm sink random
 
 Every field of H2OConfig takes several values; a YAML file (--grid) takes a mapping of fields to values, or a list of
 such mappings, whose cells are put together. Settings that mean the same are one cell. Of each cell:
@@ -11,7 +11,10 @@ such mappings, whose cells are put together. Settings that mean the same are one
   of the full cache's attention that falls on tokens which were evicted. In half precision the two differ in rounding,
   too: a window as long as prompt and text shows how much.
 - Time and memory of `generate`, by itself: --batch_size prompts cut to one length, --timed_tokens tokens, compiled and
-  recorded before, the device drained, median of --repeats; time per token is (n tokens - 1 token) / (n - 1).
+  recorded before, the device drained; time per token is (n tokens - 1 token) / (n - 1), of a step that gives each
+  prompt a token. Median, lowest and highest of --repeats.
+- Which tokens of one request each layer still holds, step by step: of --retention_request, or unless given of the one
+  whose text by the full cache is the longest; of several, of the one with the longest prompt, the first.
 
 A cell that has ended is one line of --output-path (utils/ablation.py says what it holds), and is not run again: a sweep
 goes on where it was interrupted, and another grid over the same model, requests and device adds to it.
@@ -52,7 +55,8 @@ from run_summarization import (
     tokenize,
     warn_of_long_prompts,
 )
-from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed
+from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
+from utils.ablation_report import FEW
 from utils.bench import (
     exit_status,
     free_memory,
@@ -62,6 +66,7 @@ from utils.bench import (
     print_table,
     stock_llama,
 )
+from utils.policies import STREAMING_LLM_SINKS
 from utils.requests import (
     InputError,
     JsonlFile,
@@ -77,7 +82,7 @@ DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
 WORDS = {"true": True, "false": False, "none": None, "all": None}
 TIMINGS = 10  # times --repeats at most: while few tokens take less than the clock's noise, more calls are timed
-FORM = 1  # of a cell's line: another one is measured anew
+FORM = 2  # of a cell's line: another one is measured anew
 
 
 def value(text: str) -> bool | int | float | str | None:
@@ -100,7 +105,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=count, default=8, help="sequences decoded together, and prompts timed (%(default)s)")
     add("--timed_tokens", type=count, default=65, help="tokens of a timed call, the first by prefill (%(default)s)")
     add("--repeats", type=count, default=3, help="timed calls, of which the median counts (%(default)s)")
-    add("--retention_request", type=int, default=0, help="index of the request whose tokens are followed (%(default)s)")
+    add(
+        "--retention_request",
+        type=int,
+        help="index of the request whose tokens are followed; the one with the longest text unless given",
+    )
     add("--grid", type=Path, help="the grid as YAML, in place of the flags below")
     grid = parser.add_argument_group("grid", "one or more values of each field of H2OConfig; its defaults otherwise")
     for name in DEFAULTS:
@@ -171,8 +180,14 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
     if device.type != "cuda":
         idle.add("capture")
     settings = {"score_decay": float(h2o.score_decay)} | {name: DEFAULTS[name] for name in idle}
+    sinks = h2o.heavy and h2o.score in ("sink", "streaming_llm")
     if h2o.heavy == h2o.window_length // 2:
         settings["num_heavy_hitters"] = -1
+        settings |= {"score": "sink"} if sinks else {}
+    elif sinks and h2o.heavy == STREAMING_LLM_SINKS:
+        settings |= {"score": "streaming_llm", "num_heavy_hitters": -1}
+    elif sinks:
+        settings["score"] = "sink"
     return dataclasses.replace(h2o, **settings)
 
 
@@ -205,6 +220,9 @@ class Lab:
             texts = measured["texts"]
         else:
             del measured["texts"]
+        self.followed = self.args.retention_request
+        if self.followed is None:
+            self.followed = longest(texts, self.prompts)
         measured |= self._fidelity(model, texts) | self._time(model)
         self.model.kept_caches.clear()
         return measured
@@ -234,7 +252,7 @@ class Lab:
         followed, at_once, todo = None, self.args.batch_size, list(self.order)
         while todo:
             batch = [prompt.request.index for prompt in todo[:at_once]]
-            follow = batch.index(self.args.retention_request) if self.args.retention_request in batch else None
+            follow = batch.index(self.followed) if self.followed in batch else None
             prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
             try:
                 fidelity, retention = compare(self.stock, model, prompts, said, self.pad, follow)
@@ -256,7 +274,7 @@ class Lab:
 
     def _retention(self, followed: Retention) -> dict:
         return {
-            "index": self.args.retention_request,
+            "index": self.followed,
             "prompt_tokens": followed.prompt_tokens,
             "last_held": pack(followed.last_held.numpy()),
             "mass_lost": followed.mass_lost,
@@ -276,22 +294,30 @@ class Lab:
             for _ in range(warm):
                 generate(tokens)
             peak = peak_allocated(partial(generate, tokens)) if self.timed.is_cuda else None
-            times, step = [], 0.0
+            times = []
             for _ in range(TIMINGS):
                 times += [prefill_and_whole_ms(generate, tokens) for _ in range(self.args.repeats)]
                 first, step = prefill_and_step_ms(times, tokens)
-                if step > 0:
+                if step.median > 0:
                     break
-        if step <= 0:
+        if step.median <= 0:
             raise InputError(f"--timed_tokens {tokens}: too few to be timed here; give more (cells so far are kept)")
         timing = {
             "batch": batch,
             "prompt_tokens": length,
-            "time_to_first_token": first / 1e3,
-            "time_per_token": step / 1e3,
-            "tokens_per_second": batch / step * 1e3,
+            "calls": len(times),
+            "time_to_first_token": first.median / 1e3,
+            "time_to_first_token_range": [first.low / 1e3, first.high / 1e3],
+            "time_per_token": step.median / 1e3,
+            "time_per_token_range": [step.low / 1e3, step.high / 1e3],
+            "tokens_per_second": batch / step.median * 1e3,
         }
         return {"time": timing, "peak_memory_bytes": peak}
+
+
+def longest(texts: list[list[int]], prompts: list[Prompt]) -> int:
+    """The index of the longest text, of several that of the longest prompt, of several the first."""
+    return max(range(len(texts)), key=lambda i: (len(texts[i]), len(prompts[i].tokens), -i))
 
 
 @contextmanager
@@ -308,8 +334,8 @@ def never_ending(model):
 
 TABLE = {
     "policy": "", "window_length": "", "update_interval": "", "ROUGE-2": "", "difference": "", "top-1 %": ".2f",
-    "KL": "z.4f", "perplexity": ".3f", "mass lost %": ".2f", "KV MiB": ".2f", "first ms": ".1f", "ms/token": ".2f",
-    "tokens/s": ".0f", "peak GiB": ".1f",
+    "KL": "z.4f", "perplexity": ".3f", "mass lost %": ".2f", "KV MiB": ".2f", "first ms": "", "ms/step": "",
+    "tokens/s": "", "peak GiB": ".1f",
 }  # fmt: skip
 
 
@@ -320,9 +346,9 @@ def table_row(cell: dict, full: dict) -> dict:
         "ROUGE-2": f"{row['rouge2']['mean']:.2f}",
         "difference": signed(row["rouge2_delta"]) if cell["h2o"] else None,
         "KV MiB": row["kv_bytes"] / 2**20,
-        "first ms": 1e3 * row["time_to_first_token"],
-        "ms/token": 1e3 * row["time_per_token"],
-        "tokens/s": row["tokens_per_second"],
+        "first ms": with_range(row, "time_to_first_token", 1e3, 1),
+        "ms/step": with_range(row, "time_per_token", 1e3),
+        "tokens/s": with_range(row, "tokens_per_second", digits=0),
         "peak GiB": row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**30,
     }
     for name, key, scale in (
@@ -336,14 +362,14 @@ def run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     cells = [None, *cells_of(args, device)]
     requests, _ = read_requests(args.input_path, None, args.sample_num)
-    if not 0 <= args.retention_request < len(requests):
+    if args.retention_request is not None and not 0 <= args.retention_request < len(requests):
         raise InputError(f"--retention_request {args.retention_request}: the requests are 0 to {len(requests) - 1}")
     if args.timed_tokens < 2:
         raise InputError("--timed_tokens: the first is by prefill; give at least 2")
     weights = checkpoint_fingerprint(Path(args.model_name))
     setup = {
         "form": FORM,
-        "model": Path(args.model_name).name if weights else args.model_name,  # a checkpoint may be moved
+        "model": Path(args.model_name).resolve().name if weights else args.model_name,  # a checkpoint may be moved
         "weights": weights and weights[:16],
         "requests": fingerprint(requests)[:16],
         "number of requests": len(requests),
@@ -351,7 +377,7 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "timed_tokens": args.timed_tokens,
         "repeats": args.repeats,
-        "retention_request": args.retention_request,
+        "retention_request": "longest text" if args.retention_request is None else args.retention_request,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -377,7 +403,20 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:  # the full cache was measured again, with other libraries
         raise InputError(f"--output-path {args.output_path}: a cell does not fit: {error}; choose another") from None
     print_table(rows, TABLE)
+    print_units(rows[0], len(requests))
     return 0
+
+
+def print_units(full: dict, requests: int) -> None:
+    """What the table's figures are of. `full`: the full cache's row."""
+    over = f"{requests} requests" if requests > 1 else "one request, which has none"
+    print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}].")
+    if 1 < requests < FEW:
+        print(f"Of fewer than {FEW} requests these intervals are too narrow.")
+    calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"
+    print(f"{calls} of {full['batch']} prompts of {full['prompt_tokens']} tokens: first ms, of their prefill; ms/step,")
+    print(f"of a step that gives each a token; tokens/s, of all {full['batch']} together without prefill.")
+    print("KL: nats a token. KV MiB: of a request.")
 
 
 def cell_name(setup: dict, h2o: H2OConfig | None) -> str:

@@ -13,7 +13,8 @@ the full cache does not fit at all. For the full cache, appended to in place, an
 - `held_GiB`: weights, caches and logits; `largest`: the rows that fit into USABLE of the memory; a
   prefill takes memory of its own, for a moment and for the rows that are prefilled together.
 
-The last line is JSON. What eviction costs in quality is not predicted: scripts/ablate.py measures it.
+Tokens/s are those of decode steps, all rows together. --json prints the same figures as one JSON object and nothing
+else. What eviction costs in quality is not predicted: scripts/ablate.py measures it.
 """
 
 import argparse
@@ -232,6 +233,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tflops", type=positive, help="bf16 TFLOP/s, dense, instead of the card's; without a card not counted")
     add("--share", type=positive, default=COPY_SHARE, help="of the bandwidth that can be reached (%(default)s)")
     add("--gain", type=positive, default=0.1, help="eviction pays where it makes steps shorter by this (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object in place of the words and the table")
     args = parser.parse_args(argv)
     args.shape = args.shape or "8b"  # no default: argparse would not see both flags in --shape 8b --model-name …
     for name in ("context", "batch", "new_tokens", "window_length", "update_interval"):
@@ -299,42 +301,48 @@ def run(args) -> None:
             way_out = f"a smaller --window_length (a row of H2O is too large for the rest), or {way_out}"
         raise InputError(f"{args.gpu}: weights alone need {held:.1f} of {usable:.1f} usable GiB; give {way_out}")
     verdict, reason = prediction.verdict(args.batch, args.context)
-    batch, context = prediction.pays_from_batch(args.context), prediction.pays_from_context(args.batch)
     rows = [prediction.row(cache, args.batch, args.context) for cache in caches]
     rows += [prediction.row(cache, n, args.context) for cache, n in largest.items() if n not in (0, args.batch)]
-
-    print(f"{verdict}: {reason}")
-    name, dtype = args.model_name or args.shape, str(model.dtype).removeprefix("torch.")
-    print(f"{name}, {dtype}, {args.gpu}: {args.batch:,} x {args.context:,} tokens, and {args.new_tokens:,} new each")
-    positions = model.config.max_position_embeddings
-    beyond = f" (the model has {positions:,} positions)" if context and context + args.new_tokens > positions else ""
-    print(f"pays from batch: {f'{batch:,}' if batch else 'none that fits'}, at this context")
-    print(f"pays from context: {f'{context:,} tokens{beyond}' if context else 'none'}, at this batch\n")
-    print_table(rows, TABLE)
-    print(f"\nfloor_ms at {card.bandwidth:g} TB/s, ms at {args.share:.0%} of it. On an H200 measured steps took")
-    print("1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
-    if args.gpus > 1:
-        print("Bytes and rows are of each GPU. The time of their sums, two a layer and step, is not counted.")
-    if card.tflops == float("inf"):
-        print("The time that multiplying takes is not counted: large batches take longer.")
-    if (needed := args.context + args.new_tokens) > positions:
-        print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
-    print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
-    flags = (
-        "gpus",
-        "context",
-        "batch",
-        "new_tokens",
-        "window_length",
-        "update_interval",
-        "weight_bits",
-        "share",
-        "gain",
-    )
-    report = {"verdict": verdict, "reason": reason, "model": name, "dtype": dtype, "gpu": args.gpu}
+    flags = "gpus context batch new_tokens window_length update_interval weight_bits share gain".split()
+    report = {"verdict": verdict, "reason": reason, "model": args.model_name or args.shape}
+    report |= {"dtype": str(model.dtype).removeprefix("torch."), "gpu": args.gpu}
     report |= {flag: getattr(args, flag) for flag in flags} | {"bandwidth_TBps": card.bandwidth}
     report |= {"memory_GiB": card.memory, "tflops": None if card.tflops == float("inf") else card.tflops}
-    print(json.dumps(report | {"pays_from_batch": batch, "pays_from_context": context, "rows": rows}))
+    report["positions"] = model.config.max_position_embeddings
+    report["pays_from_batch"] = prediction.pays_from_batch(args.context)
+    report["pays_from_context"] = prediction.pays_from_context(args.batch)
+    report["rows"] = rows
+    if args.json:
+        print(json.dumps(report, allow_nan=False))
+    else:
+        print_report(report)
+
+
+def print_report(report: dict) -> None:
+    """A report in words and a table."""
+    context, new_tokens, positions = (report[key] for key in ("context", "new_tokens", "positions"))
+    batch_from, context_from = report["pays_from_batch"], report["pays_from_context"]
+    print(f"{report['verdict']}: {report['reason']}")
+    print(
+        f"{report['model']}, {report['dtype']}, {report['gpu']}: {report['batch']:,} x {context:,} tokens, and "
+        f"{new_tokens:,} new each"
+    )
+    too_long = context_from and context_from + new_tokens > positions
+    beyond = f" (the model has {positions:,} positions)" if too_long else ""
+    print(f"pays from batch: {f'{batch_from:,}' if batch_from else 'none that fits'}, at this context")
+    print(f"pays from context: {f'{context_from:,} tokens{beyond}' if context_from else 'none'}, at this batch\n")
+    print_table(report["rows"], TABLE)
+    print(
+        f"\nfloor_ms at {report['bandwidth_TBps']:g} TB/s, ms at {report['share']:.0%} of it. On an H200 measured steps"
+    )
+    print("took 1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
+    if report["gpus"] > 1:
+        print("Bytes and rows are of each GPU. The time of their sums, two a layer and step, is not counted.")
+    if report["tflops"] is None:
+        print("The time that multiplying takes is not counted: large batches take longer.")
+    if (needed := context + new_tokens) > positions:
+        print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
+    print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
 
 
 def main(argv: list[str] | None = None) -> int:

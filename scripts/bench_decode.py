@@ -19,8 +19,9 @@ Small batches are bound by the weights that every step reads and by the host tha
 the slots. `floor_ms` is the time to read weights, keys, values and mass once at --bandwidth: bytes counted, not
 measured; slimming is not in it. Launches and host waits are those of one uncaptured step, not due, under the profiler,
 and are counted last.
-The last line is JSON; keys that end in _x are ratios to stock, x_floor is one to the floor, x_interval one to a step
-with slimmings --update_interval steps apart.
+Times are medians of --repeats, `_low` and `_high` the lowest and highest; `tokens_per_s` is of all rows together,
+without prefill. The last line is JSON; keys that end in _x are ratios to stock, x_floor is one to the floor, x_interval
+one to a step with slimmings --update_interval steps apart.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from h2optimizer.attention import resolve_backend
 from h2optimizer.generation import CHUNK, Decoder, KeptCaches, choose_greedily
 from utils.bench import (
     SHAPES,
+    Spread,
     allocated,
     attempt,
     counts,
@@ -168,19 +170,23 @@ def measure_generate(systems: list[System], prompt: torch.Tensor, new_tokens: in
         if system.name not in results:
             continue
         result = results[system.name]
-        result["prefill_ms"], decode_ms = prefill_and_step_ms(times[system.name], new_tokens)
+        prefill, step = prefill_and_step_ms(times[system.name], new_tokens)
+        result |= {"prefill_ms": prefill.median, "prefill_ms_low": prefill.low, "prefill_ms_high": prefill.high}
         if new_tokens > 1:
             floor = floor_ms(system.model, *prompt.shape, new_tokens - 1, args.bandwidth, system.h2o)
-            result |= step_figures(decode_ms, len(prompt), floor)
+            result |= step_figures(step, len(prompt), floor)
     return results
 
 
-def step_figures(decode_ms: float, batch: int, floor: float) -> dict[str, float]:
+def step_figures(step: Spread, batch: int, floor: float) -> dict[str, float]:
+    """Of a step of `batch` rows; rates are those of its median time."""
     return {
-        "decode_ms": decode_ms,
-        "tokens_per_s": batch / decode_ms * 1e3,
+        "decode_ms": step.median,
+        "decode_ms_low": step.low,
+        "decode_ms_high": step.high,
+        "tokens_per_s": batch / step.median * 1e3,
         "floor_ms": floor,
-        "x_floor": decode_ms / floor,
+        "x_floor": step.median / floor,
     }
 
 
@@ -239,7 +245,7 @@ class GrowingLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> float:
+def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> Spread:
     """Milliseconds of an eager step of stock Llama over a full cache of random keys and values.
 
     `in_place` appends to buffers; else each step copies the cache to append to it, as DynamicCache does.
@@ -267,7 +273,7 @@ def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> float:
             token = logits.argmax(-1, keepdim=True)
 
     decode(3)
-    return statistics.median(host_ms(lambda: decode(steps)) for _ in range(args.repeats)) / steps
+    return Spread.of(host_ms(lambda: decode(steps)) / steps for _ in range(args.repeats))
 
 
 @torch.no_grad()
@@ -280,7 +286,7 @@ def prefilled_row(model, h2o: H2OConfig, context: int) -> HHCache:
 
 
 @torch.no_grad()
-def h2o_ms(args, model, source: HHCache, batch: int) -> float:
+def h2o_ms(args, model, source: HHCache, batch: int) -> Spread:
     """Milliseconds of a `Decoder`'s step over copies of a prefilled row, the mean of whole update intervals."""
     cache = source.with_rows(batch)
     for begin in range(0, batch, TAKEN_AT_ONCE):
@@ -296,7 +302,7 @@ def h2o_ms(args, model, source: HHCache, batch: int) -> float:
     interval = source.h2o.update_interval
     steps = whole_intervals(args.new_tokens, interval)
     decode(3 * interval)  # a graph runs, is recorded, and is replayed; slimming, too
-    return statistics.median(host_ms(lambda: decode(steps)) for _ in range(args.repeats)) / steps
+    return Spread.of(host_ms(lambda: decode(steps)) / steps for _ in range(args.repeats))
 
 
 def whole_intervals(steps: int, interval: int) -> int:
@@ -311,7 +317,7 @@ def largest_batch(row_bytes: float, args) -> int:
     return min(args.max_batch, max(0, int((torch.cuda.mem_get_info()[0] - MARGIN) / row_bytes)))
 
 
-def at_largest_batch(name: str, batch: int, run: Callable[[int], float]) -> tuple[int, float | None]:
+def at_largest_batch(name: str, batch: int, run: Callable[[int], Spread]) -> tuple[int, Spread | None]:
     """`run(batch)`, with fewer rows where those do not fit after all: the batch and what it returned, if anything."""
     while batch:
         ms = attempt(f"{name}, {batch} rows", run, batch)
@@ -322,8 +328,8 @@ def at_largest_batch(name: str, batch: int, run: Callable[[int], float]) -> tupl
 
 
 def measure_batches(
-    args, name: str, row_bytes: float, run: Callable[[int], float], largest: bool = True
-) -> dict[int, float]:
+    args, name: str, row_bytes: float, run: Callable[[int], Spread], largest: bool = True
+) -> dict[int, Spread]:
     """Step times by batch size: those of --batches that fit and, with `largest`, as many rows as fit."""
     fits = largest_batch(row_bytes, args)
     times = {}
@@ -365,10 +371,10 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
         yield from decode_figures(args, model, context, times, h2o)
 
 
-def decode_figures(args, model, context: int, times: dict[str, dict[int, float]], h2o: dict) -> Iterator[dict]:
+def decode_figures(args, model, context: int, times: dict[str, dict[int, Spread]], h2o: dict) -> Iterator[dict]:
     """One row a system and batch size of one context."""
     stock = times[GROWING]
-    best = max((batch / ms * 1e3 for batch, ms in stock.items()), default=None)
+    best = max((batch / ms.median * 1e3 for batch, ms in stock.items()), default=None)
     for name, by_batch in times.items():
         config = h2o.get(name)
         steps = args.new_tokens if config is None else whole_intervals(args.new_tokens, config.update_interval)
@@ -377,9 +383,9 @@ def decode_figures(args, model, context: int, times: dict[str, dict[int, float]]
             if best:
                 result["tokens_per_s_x"] = result["tokens_per_s"] / best
             if batch in stock:
-                result["decode_ms_x"] = ms / stock[batch]
+                result["decode_ms_x"] = ms.median / stock[batch].median
             if name == "H2O N=1" and batch in times["H2O"]:
-                result["x_interval"] = ms / times["H2O"][batch]
+                result["x_interval"] = ms.median / times["H2O"][batch].median
             yield {"context": context, "batch": batch, "system": name} | result
 
 
@@ -516,7 +522,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 TABLE = {
     "prompt": "", "context": "", "first": "", "batch": "", "system": "", "prefill_ms": ".1f", "decode_ms": ".2f",
-    "tokens_per_s": ".0f", "floor_ms": ".2f", "x_floor": ".2f", "decode_ms_x": ".3f", "tokens_per_s_x": ".2f",
+    "decode_ms_low": ".2f", "decode_ms_high": ".2f", "tokens_per_s": ".0f",
+    "floor_ms": ".2f", "x_floor": ".2f", "decode_ms_x": ".3f", "tokens_per_s_x": ".2f",
     "x_interval": ".2f", "peak_GiB": ".1f", "launches": "", "first_step_ms": ".2f", "first_call_ms": ".0f",
     "second_call_ms": ".0f",
 }  # fmt: skip

@@ -4,8 +4,10 @@ Regime: prompts of random tokens, a Llama-3-8B shape with random bf16 weights, g
 tokens. Stock Llama takes a sample, the first --stock_requests for one at a time and the first four batches for
 batches, sorted by length so that little is padded; its rates are those of the sample. Ours takes all requests in the
 order in which they come; `all_s` is how long all requests take at a system's rate. What is compiled and recorded once
-is made before the clock starts, and printed as `setup_s`. `prefill_share` is the part of the time that the device
-spends in forwards of more than one token a row. The last line is JSON; requests_per_s_x is the ratio to one at a time.
+is made before the clock starts, and printed as `setup_s`. Rates are of all rows together: `tokens_per_s` counts
+prefill's time in, `decode_per_s` leaves it and each text's first token out. `prefill_share` is the part of the time
+that the device spends in forwards of more than one token a row. The last line is JSON; requests_per_s_x is the ratio to
+one at a time.
 
 With --soak, requests of mixed lengths, a third of them sampling, go through the batcher to see that each comes back
 once with as many tokens as it asked for, and that memory does not grow; exit status 1 where not each does.
@@ -159,11 +161,13 @@ def figures(model, requests: list[Sequence], run) -> dict[str, float]:
         peak = peak_allocated(lambda: elapsed.append(seconds(run)))
     finally:
         prefill_s = timer.stop()
+    decoded = sum(request.max_tokens - 1 for request in requests)
     return {
         "requests": len(requests),
         "seconds": elapsed[0],
         "requests_per_s": len(requests) / elapsed[0],
         "tokens_per_s": sum(request.max_tokens for request in requests) / elapsed[0],
+        "decode_per_s": decoded / (elapsed[0] - prefill_s) if decoded else None,
         "prefill_share": prefill_s / elapsed[0],
         "peak_GiB": peak / 2**30,
     }
@@ -269,7 +273,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 TABLE = {
     "system": "", "rows": "", "requests": "", "setup_s": ".1f", "seconds": ".1f", "all_s": ".1f",
-    "requests_per_s": ".2f", "tokens_per_s": ".0f", "prefill_share": ".2f", "peak_GiB": ".1f",
+    "requests_per_s": ".2f", "tokens_per_s": ".0f", "decode_per_s": ".0f", "prefill_share": ".2f", "peak_GiB": ".1f",
     "requests_per_s_x": ".2f",
 }  # fmt: skip
 

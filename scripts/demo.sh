@@ -16,16 +16,17 @@ h2o=(--enable_h2o_generation --num_window_length 224)
 summarize "full cache"
 summarize "H2O, N = 1" "${h2o[@]}" --update_interval 1
 summarize "H2O, N = 16" "${h2o[@]}" --update_interval 16
-summarize "sink + recent" "${h2o[@]}" --update_interval 1 --score sink
+summarize "StreamingLLM (4 sinks)" "${h2o[@]}" --update_interval 1 --score streaming_llm
+summarize "half sinks" "${h2o[@]}" --update_interval 1 --score sink
 summarize "recent only" "${h2o[@]}" --update_interval 1 --num_heavy_hitter_tokens 0
 .venv/bin/python - "$out" "${names[@]}" <<'PY'
 import json, sys
 from pathlib import Path
 
-print(f"{'':14}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  ms a token")
+print(f"{'points of 100':22}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  decode tokens/s")
 for name in sys.argv[2:]:
     m = json.loads(Path(sys.argv[1], f"{name}.metrics.json").read_text())
     rouge = "  ".join(f"{100 * m['rouge'][kind]['mean']:7.2f}" for kind in ("rouge1", "rouge2", "rougeL"))
-    kv, slots, ms = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], 1e3 * m["time_per_output_token"]
-    print(f"{name:14}  {rouge}  {kv:16.2f}  {slots:10.0f}  {ms:10.1f}")
+    kv, slots, speed = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], m["decode_tokens_per_second"]
+    print(f"{name:22}  {rouge}  {kv:16.2f}  {slots:10.0f}  {speed:15.0f}")
 PY

@@ -1,7 +1,7 @@
 """Figures and a report of an ablation: what a jsonl of scripts/ablate.py says, as PNG, SVG and Markdown in one folder.
 
 - quality: ROUGE-2, top-1 agreement and KL divergence against the KV budget, with 95 % intervals over requests.
-- frontier: ROUGE-2 against tokens/s; what no other cell beats in both is ringed.
+- frontier: ROUGE-2 against decode tokens/s, with the spread of timed calls; what no other cell beats in both is ringed.
 - retention_CELL: which tokens each layer still holds while a request is decoded, for one cell (--cells).
 - mass_lost: how much of the full cache's attention falls on evicted tokens, step by step, of the same request.
 - report.md: the setup, what follows from the figures, the whole table, the figures.
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import math
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
 from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
-from utils.ablation_report import report
+from utils.ablation_report import FEW, report
 from utils.bench import exit_status
 from utils.requests import InputError, OneLineParser, replace_file
 
@@ -74,8 +75,8 @@ class Sweep:
         self.windows = sorted({row["window_length"] for row in self.rows})
         self.rows.sort(key=lambda row: (*self.line(row), row["window_length"]))
         self.requests = len(self.full["source"]["rouge"]["rouge2"])
-        model = next((str(value) for key, value in self.setup.items() if "model" in key), "")
-        self.title = " · ".join([*filter(None, [Path(model).name]), plural(self.requests, "request")])
+        model = Path(str(self.setup.get("model", ""))).name or "unnamed model"
+        self.title = f"{model} · {plural(self.requests, 'request')}"
 
     def line(self, row: dict) -> tuple[int, int]:
         return self.policies.index(row["policy"]), self.intervals.index(row["update_interval"])
@@ -125,6 +126,26 @@ def load(path: Path, prefix: str | None) -> Sweep:
 # Figures of all cells
 
 
+def wrap(text: str, width: float, size: float) -> str:
+    """Text in lines that fit `width` inches at a font size in points."""
+    letters = int(width * 72 / (0.6 * size))  # of this font a letter is a little narrower on average
+    return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))
+
+
+def put_title(fig, text: str) -> None:
+    fig.suptitle(wrap(text, WIDTH, STYLE["figure.titlesize"]))
+
+
+def put_legend(fig, handles: list, labels: list[str], handle_length: float = STYLE["legend.handlelength"]) -> None:
+    """Below the figure, in as many columns as the longest label leaves room for."""
+    size = STYLE["legend.fontsize"]
+    beside = size * (handle_length + 3) / 72  # a handle, and the space around it and its label
+    longest = 0.6 * size * max(map(len, labels)) / 72
+    columns = max(1, min(6, len(labels), int(WIDTH / (beside + longest))))
+    labels = [wrap(label, WIDTH - beside, size) for label in labels]
+    fig.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=handle_length)
+
+
 def full_band(ax, full: dict | None, scale: float = 1.0) -> None:
     """The full cache: a line at its mean over the band of its interval."""
     if full is not None:
@@ -135,7 +156,10 @@ def full_band(ax, full: dict | None, scale: float = 1.0) -> None:
 def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = (), marker: str = "") -> None:
     """Below the figure: the full cache, policies, and the intervals' fills where there are several."""
     full = {"color": "black", "linewidth": 1.2, "marker": marker, "markersize": 9}
-    handles = [(Patch(color=BAND, alpha=0.6), Line2D([], [], label=f"{FULL}, 95 % interval", **full))]
+    requests = sweep.requests
+    narrow = f" (of {requests} requests: too narrow)" if requests < FEW else ""
+    label = FULL if requests == 1 else f"{FULL}, 95 % interval{narrow}"
+    handles = [(Patch(color=BAND, alpha=0.6), Line2D([], [], label=label, **full))]
     for i, policy in enumerate(sweep.policies):
         look = sweep.look(i) | ({} if lines else {"linestyle": "none"})
         handles.append(Line2D([], [], label=policy, **look))
@@ -144,8 +168,7 @@ def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = (), marker: str
             look = sweep.look(0, i) | {"color": "#555555", "marker": "o", "linestyle": "none"}
             handles.append(Line2D([], [], label=f"N = {n}", **look))
     labels = [handle.get_label() for handle in (handles[0][1], *handles[1:], *extra)]
-    columns = 2 if max(map(len, labels)) > 36 else 4
-    fig.legend([*handles, *extra], labels, loc="outside lower center", ncols=columns)
+    put_legend(fig, [*handles, *extra], labels)
 
 
 def draw_quality(sweep: Sweep) -> Figure:
@@ -154,7 +177,7 @@ def draw_quality(sweep: Sweep) -> Figure:
     panels = sweep.panels()
     fig = Figure(figsize=(WIDTH, 1.3 + 2.5 * len(panels)))
     grid = fig.subplots(len(panels), len(measures), squeeze=False, sharex=True, sharey="col")
-    fig.suptitle(f"Quality against KV budget: {sweep.title}")
+    put_title(fig, f"Quality against KV budget: {sweep.title}")
     for (title, rows), axes in zip(panels, grid, strict=True):
         for (name, unit, scale), ax in zip(measures, axes, strict=True):
             ax.set_title(title, loc="left", fontsize=9)
@@ -191,6 +214,12 @@ def spot(row: dict) -> tuple[float, float]:
     return row["tokens_per_second"], row["rouge2"]["mean"]
 
 
+def speeds(row: dict) -> tuple[float, float]:
+    """Tokens/s of a row's slowest and fastest call."""
+    slowest, fastest = row.get("tokens_per_second_range", [row["tokens_per_second"]] * 2)
+    return slowest, fastest
+
+
 def frontier(rows: list[dict]) -> list[dict]:
     """The rows that no other beats in tokens/s or ROUGE-2 without being beaten in the other, the fastest last."""
     spots = [spot(row) for row in rows]
@@ -206,7 +235,12 @@ def draw_frontier(sweep: Sweep) -> Figure:
     panels, best = sweep.panels(), frontier([sweep.full, *sweep.rows])
     fig = Figure(figsize=(WIDTH, 1.6 + (3.9 if len(panels) == 1 else 3.0) * len(panels)))
     grid = fig.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
-    fig.suptitle(f"Quality against speed: {sweep.title}")
+    drawn = [sweep.full, *sweep.rows]
+    several = all(row.get("calls", 1) > 1 for row in drawn)
+    # A call within the clock's noise has any speed: it does not decide the scale.
+    least = min(speeds(row)[0] for row in drawn)
+    limit = max(min(speeds(row)[1], 1.5 * row["tokens_per_second"]) for row in drawn)
+    put_title(fig, f"Quality against speed: {sweep.title}")
     for (title, rows), ax in zip(panels, grid, strict=True):
         ax.set_title(title, loc="left", fontsize=9)
         ax.set_ylabel("ROUGE-2 F, points")
@@ -216,16 +250,24 @@ def draw_frontier(sweep: Sweep) -> Figure:
             look = {"color": "black", "marker": "h", "markersize": 10}
             look = look if row is sweep.full else sweep.look(*sweep.line(row)) | {"linestyle": "none"}
             ax.plot(*spot(row), zorder=3, label=row["label"], **look)
+            if several:
+                slowest, fastest = speeds(row)
+                width = 3 if row is sweep.full else 0.9  # beside the line of its mean
+                ax.hlines(spot(row)[1], slowest, min(fastest, limit), color=look["color"], linewidth=width, zorder=2)
             if any(row is other for other in best):
                 ax.plot(*spot(row), "o", color="black", fillstyle="none", markersize=15, label="ring", zorder=2)
-    speeds = [row["tokens_per_second"] for row in (sweep.full, *sweep.rows)]
-    beside = 0.04 * (max(speeds) - min(speeds)) or 0.05 * max(speeds)
-    grid[0].set_xlim(min(speeds) - beside, max(speeds) + beside)
+    beside = 0.04 * (limit - least) or 0.05 * limit
+    grid[0].set_xlim(least - beside, limit + beside)
     grid[0].xaxis.set_major_formatter("{x:,g}")
-    timed = f"batch {sweep.full['batch']}, prompts of {plural(sweep.full['prompt_tokens'], 'token')}"
-    grid[-1].set_xlabel(f"tokens/s ({timed}); numbers in the figure: window_length")
-    ring = Line2D([], [], color="black", marker="o", fillstyle="none", markersize=12, linestyle=":", label="frontier")
-    legend(fig, sweep, lines=False, extra=(ring,), marker="h")
+    timed = f"{plural(sweep.full['batch'], 'prompt')} of {plural(sweep.full['prompt_tokens'], 'token')}"
+    median = f", median of {sweep.full['calls']} calls" if several else ""
+    grid[-1].set_xlabel(f"decode tokens/s, {timed} together{median}\nnumbers in the figure: window_length")
+    extra = [
+        Line2D([], [], color="black", marker="o", fillstyle="none", markersize=12, linestyle=":", label="frontier")
+    ]
+    if several:
+        extra.append(Line2D([], [], color="#555555", linewidth=0.9, label="slowest to fastest call"))
+    legend(fig, sweep, lines=False, extra=tuple(extra), marker="h")
     fig.draw_without_rendering()  # texts are placed by pixels, which the layout decides
     for (_, rows), ax in zip(panels, grid, strict=True):
         annotate(ax, sorted(rows, key=lambda row: row not in best), [sweep.full, *rows], best)
@@ -233,26 +275,32 @@ def draw_frontier(sweep: Sweep) -> Figure:
 
 
 def annotate(ax, rows: list[dict], drawn: list[dict], always: list[dict]) -> None:
-    """Each row's window at the first place by its marker where it covers nothing; without one only `always`."""
+    """Each row's window at the first place by its marker, inside the axes, where it covers nothing; without one only
+    `always`."""
 
     def to_points(row: dict) -> np.ndarray:
         return ax.transData.transform(spot(row)) * 72 / ax.figure.dpi
 
     marks, texts = [to_points(row) for row in drawn], []
-    places = [(dx, dy) for r in (11, 15) for dx, dy in ((r, 0), (0, r), (0, -r), (-r, 0), (r, r), (r, -r), (-r, r))]
+    (x0, y0), (x1, y1) = ax.get_window_extent().get_points() * 72 / ax.figure.dpi
+    places = [(dx, dy) for r in (11, 15) for dx, dy in ((0, r), (0, -r), (r, r), (r, -r), (-r, r), (r, 0), (-r, 0))]
     for row in rows:
         text, (x, y) = str(row["window_length"]), to_points(row)
         width, height = 0.66 * SMALL * len(text), SMALL
+        inside = []
         for dx, dy in places:
             left, low = x + dx - width * (1 - np.sign(dx)) / 2, y + dy - height / 2
             right, high = left + width, low + height
+            if left < x0 or right > x1 or low < y0 or high > y1:
+                continue
+            inside.append((dx, dy, left, low, right, high))
             on_mark = any(left - 4 < a < right + 4 and low - 4 < b < high + 4 for a, b in marks)
             if not on_mark and not any(left < r and a < right and low < h and b < high for a, b, r, h in texts):
                 break
         else:
-            if row not in always:
+            if row not in always or not inside:
                 continue
-            dx, dy = places[0]
+            dx, dy, left, low, right, high = inside[0]
         texts.append((left, low, right, high))
         side = "left" if dx > 0 else "right" if dx < 0 else "center"
         where = {"textcoords": "offset points", "ha": side, "va": "center"}
@@ -296,14 +344,14 @@ def heavy_shade(share) -> np.ndarray:
 
 def draw_retention(sweep: Sweep, row: dict) -> Figure:
     retention = row["source"]["retention"]
-    layers, _, tokens = retention["last_held"]["shape"]
+    layers, heads, tokens = retention["last_held"]["shape"]
     steps, prompt = len(retention["mass_lost"]), retention["prompt_tokens"]
     columns = 1 if layers <= 8 else 4
     per_bin = math.ceil(tokens / (1000 // columns))  # tokens of a column of pixels
     begins = np.arange(0, tokens, per_bin)
     fig = Figure(figsize=(WIDTH, 1.6 + (1.1 if columns == 1 else 1.25) * math.ceil(layers / columns)))
     grid = fig.subplots(math.ceil(layers / columns), columns, squeeze=False, sharex=True, sharey=True)
-    fig.suptitle(f"Tokens held: {row['label']}\n{sweep.title}, here request {retention['index']} (from 0)")
+    put_title(fig, f"Tokens held: {row['label']}\n{sweep.title}, here request {retention['index']} (from 0)")
     for ax in grid.flat[layers:]:
         ax.set_axis_off()
     slimmed = np.arange(steps) // row["update_interval"] * row["update_interval"]
@@ -323,15 +371,23 @@ def draw_retention(sweep: Sweep, row: dict) -> Figure:
         ax.grid(False)
         ax.set_title(f"layer {layer}", loc="left", fontsize=9, pad=2)
     fig.supylabel("decode step", fontsize=10)
-    for ax in grid[-1]:
+    for ax in grid.flat[max(0, layers - columns) : layers]:  # the lowest of each column, where the last row is not full
+        ax.xaxis.set_tick_params(labelbottom=True)
         ax.set_xlabel("token position", fontsize=9)
-    shades = (("older token, in all KV heads", 1.0), ("in 1/2", 0.5), ("in 1/8", 0.125))
-    patches = [Patch(facecolor=heavy_shade(share), edgecolor="black", label=name) for name, share in shades]
+    patches = [Patch(facecolor=heavy_shade(n / heads), edgecolor="black", label=name) for n, name in shades(heads)]
     patches.append(Patch(**RECENT_LOOK | {"facecolor": RECENT_RGB}, label="recent"))
     patches.append(Patch(facecolor="white", edgecolor="black", label="evicted"))
     patches.append(Line2D([], [], color="black", linewidth=1, linestyle=(0, (4, 2)), label="end of the prompt"))
-    fig.legend(handles=patches, loc="outside lower center", ncols=6, handlelength=1.4)
+    put_legend(fig, patches, [patch.get_label() for patch in patches], handle_length=1.4)
     return fig
+
+
+def shades(heads: int) -> list[tuple[int, str]]:
+    """How many of a layer's KV heads the legend shows an older token in, and how it says so."""
+    if heads == 1:
+        return [(1, "older token, in the KV head")]
+    some = sorted({max(1, heads // 2), 1}, reverse=True)
+    return [(heads, f"older token, in all {heads} KV heads"), *((n, f"in {n} of {heads}") for n in some)]
 
 
 def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
@@ -342,7 +398,7 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
     fig = Figure(figsize=(WIDTH, 1.4 + 2.2 * math.ceil(len(panels) / columns)))
     grid = fig.subplots(math.ceil(len(panels) / columns), columns, squeeze=False, sharex=True, sharey=True)
     index = rows[0]["source"]["retention"]["index"]
-    fig.suptitle(f"Attention that falls on evicted tokens: {sweep.title}, here request {index} (from 0)")
+    put_title(fig, f"Attention that falls on evicted tokens: {sweep.title}, here request {index} (from 0)")
     lost = [100 * np.array(row["source"]["retention"]["mass_lost"]) for row in rows]
     looks = [sweep.look(sweep.policies.index(row["policy"])) | {"label": row["label"]} for row in rows]
     steps = np.arange(1, max(map(len, lost)) + 1)
@@ -357,7 +413,7 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
                     ax.plot(at, shares, color="#888888", linewidth=0.4)
             ax.plot(at, shares.mean(axis=1), markevery=max(1, len(at) // 8), **look)
         title = row_title(panel) if panel else "all, mean of layers"
-        ax.set_title(title, loc="left", fontsize=SMALL if panel else 9)
+        ax.set_title(wrap(title, WIDTH / columns - 0.4, SMALL), loc="left", fontsize=SMALL)
     for ax in grid.flat[len(panels) :]:
         ax.set_axis_off()
     grid[0, 0].set_ylim(bottom=0)
@@ -367,8 +423,9 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
         ax.xaxis.set_tick_params(labelbottom=True)
         ax.set_xlabel("decode step", fontsize=9)
     handles = [Line2D([], [], **look) for look in looks]
-    handles.append(Patch(color=BAND, label="from the lowest to the highest layer"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    if lost[0].shape[1] > 1:
+        handles.append(Patch(color=BAND, label="from the lowest to the highest layer"))
+    put_legend(fig, handles, [handle.get_label() for handle in handles])
     return fig
 
 
@@ -384,8 +441,9 @@ READING = {
     "quality": "Each panel: the mean over requests and its 95 % interval, the full cache as a band; the closer a line "
     "stays to the band towards small budgets, the better. Requests differ more from one another than caches do, so "
     "judge small differences by the paired ones of the table.",
-    "frontier": "Up is better, right is faster; a ringed cell is one that no other equals or beats in both, and a cell "
-    "inside the full cache's band need not be better than another there.",
+    "frontier": "Up is better, right is faster. A bar reaches from the slowest to the fastest timed call; cells whose "
+    "bars overlap need not differ in speed. A ringed cell is one that no other equals or beats in both, by medians and "
+    "means; a cell inside the full cache's band need not be better than another there.",
     "retention": "Each row of pixels is a decode step; the darker an older token, the more KV heads still hold it (the "
     "mean of neighbours where a pixel has several tokens); hatched are the newest tokens, which are kept whatever "
     "their mass, and those that wait for the next slimming; white is evicted or, to the right, not there yet.",

@@ -10,16 +10,19 @@ turns; room for each is made before it is fed. Without --enable_h2o_generation t
 which grows until memory ends: that is caught, and said with what had passed by then.
 
 --report writes a line for every --report_every tokens: perplexity of the tokens given (each after what the cache held)
-and of those said, milliseconds a token, memory and slots; and draws them, --beside other reports.
+and of those said, milliseconds a token (the mean), memory (tensors on the GPU; without one, of the process) and slots;
+and draws them, --beside other reports.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,6 +35,7 @@ from transformers import TextStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
 from h2optimizer.streaming import Stream
 from run_summarization import (
@@ -50,6 +54,7 @@ from run_summarization import (
     seed,
     select_device,
 )
+from utils.ablation import FULL, policy_name
 from utils.bench import exit_status, print_table, synchronize
 from utils.requests import InputError, OneLineParser, count, must_know
 
@@ -257,7 +262,7 @@ def memory(device: torch.device) -> int:
 class Report:
     """Lines of a stream's figures, written as they come; no more than one block of them is kept."""
 
-    def __init__(self, path: Path | None, every: int, name: str, overwrite: bool = False):
+    def __init__(self, path: Path | None, every: int, name: str, model: str, overwrite: bool = False):
         self.path, self.every, self.name, self.block, self._file = path, every, name, Block(), None
         self.passed, self.ended = 0, None  # tokens; why memory ended the stream, or None
         if path is not None:
@@ -271,7 +276,7 @@ class Report:
                 self._file = path.open("w" if overwrite else "x", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"--report {path}: cannot be written ({error.strerror})") from None
-            self._write({"stream": name})
+            self._write({"stream": name, "model": model})
 
     def add(self, stream: Stream, kind: str, passed: Passed) -> None:
         self.block.of[kind] += passed
@@ -297,13 +302,14 @@ class Report:
 
 
 def read_report(path: Path) -> tuple[str, list[dict], str | None]:
-    """A report's name, its lines, and why its stream ended. Raises InputError."""
+    """A report's name with its model's, its lines, and why its stream ended. Raises InputError."""
     try:
-        name, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         ended = lines.pop()["ended"] if lines and "ended" in lines[-1] else None
         needed = {"tokens", "memory_bytes", "slots"}
         if all(needed <= line.keys() and all(map(math.isfinite, line.values())) for line in lines):
-            return str(name["stream"]), lines, ended
+            name = str(head["stream"])
+            return f"{head['model']}: {name}" if "model" in head else name, lines, ended
         raise ValueError
     except OSError as error:
         raise InputError(f"--beside {path}: cannot be read ({error.strerror})") from None
@@ -319,8 +325,8 @@ def print_tenths(lines: list[dict]) -> None:
     parts = {"second tenth": lines[tenth : 2 * tenth], "last tenth": lines[-tenth:]}
     rows = [{"": name} | means(part) for name, part in parts.items()]
     rows.append({"": "ratio"} | {key: rows[1][key] / rows[0][key] for key in rows[0] if key and key in rows[1]})
-    columns = {"": "", "perplexity": ".3f", "ms_given": ".3f", "ms_said": ".3f", "memory_MiB": ".1f", "slots": ".1f"}
-    print_table(rows, columns)
+    columns = {"": "", "perplexity_given": ".3f", "ms_given": ".3f", "ms_said": ".3f", "memory_MiB": ".1f"}
+    print_table(rows, columns | {"slots": ".1f"})
 
 
 def means(lines: list[dict]) -> dict[str, float]:
@@ -332,7 +338,7 @@ def means(lines: list[dict]) -> dict[str, float]:
 
     got = {name: mean(name, f"timed_{kind}") for name, kind in (("ms_given", GIVEN), ("ms_said", SAID))}
     nll = mean("perplexity_given", "scored_given", math.log)
-    got["perplexity"] = None if nll is None else math.exp(nll)
+    got["perplexity_given"] = None if nll is None else math.exp(nll)
     got = {name: value for name, value in got.items() if value is not None}
     got["memory_MiB"] = sum(line["memory_bytes"] for line in lines) / len(lines) / 2**20
     got["slots"] = sum(line["slots"] for line in lines) / len(lines)
@@ -355,11 +361,13 @@ def plot(path: Path, others: list[Path]) -> list[Path]:
     }
     figure, axes = pyplot.subplots(len(panels), sharex=True, figsize=(7.5, 8.5), layout="constrained")
     for number, (name, lines, ended) in enumerate(reports):
+        label_of = textwrap.fill(name, 90)
         dashes, grey = ("-", "--", "-.", ":")[number % 4], ("0.0", "0.45", "0.3", "0.6")[number % 4]
         for axis, (label, (key, unit)) in zip(axes, panels.items(), strict=True):
             points = [(line["tokens"], unit * line[key]) for line in lines if key in line]
             if points:
-                axis.plot(*zip(*points, strict=True), dashes, color=grey, linewidth=1.2, label=name)
+                alone = "o" if len(points) == 1 else None  # of one point there is no line
+                axis.plot(*zip(*points, strict=True), dashes, color=grey, linewidth=1.2, marker=alone, label=label_of)
                 if ended:
                     axis.plot(*points[-1], "x", color=grey, markersize=8, markeredgewidth=2)
             axis.set_ylabel(label)
@@ -373,7 +381,9 @@ def plot(path: Path, others: list[Path]) -> list[Path]:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("tokens given and said" + (" (x: memory ran out)" if any(r[2] for r in reports) else ""))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    handles, labels = axes[-1].get_legend_handles_labels()  # memory is there in every report
+    columns = 2 if max(map(len, labels), default=0) <= 40 else 1
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     for picture in pictures_of(path):
         try:
             figure.savefig(picture, dpi=150)
@@ -388,6 +398,15 @@ def pictures_of(report: Path) -> list[Path]:
 
 
 # The stream
+
+
+def stream_name(h2o: H2OConfig | None) -> str:
+    """A cache in words, as legends have them."""
+    if h2o is None:
+        return FULL
+    known = dataclasses.asdict(H2OConfig()) | {"position_rolling": h2o.position_rolling}
+    name = f"{policy_name(dataclasses.asdict(h2o), known)}, window {h2o.window_length}, N = {h2o.update_interval}"
+    return f"{name}, rolling" if h2o.position_rolling else name
 
 
 def print_text(text: str, end: str = "\n") -> None:
@@ -520,9 +539,7 @@ def run(args: argparse.Namespace) -> int:
     eos = model.generation_config.eos_token_id
     eos = set(eos if isinstance(eos, list) else [eos]) - {None}
     every = args.report_every or (args.stream_tokens or 100_000) // 100 or 1
-    name = "full cache" if h2o is None else f"window {h2o.window_length}, N = {h2o.update_interval}"
-    name += ", rolling" if h2o is not None and h2o.position_rolling else ""
-    report = Report(args.report, every, name, args.overwrite)
+    report = Report(args.report, every, stream_name(h2o), Path(args.model_name).resolve().name, args.overwrite)
     stream = Stream(model, eos, args.temperature, args.top_p, args.seed)
     talk = Talk(stream, tokenizer, wording, report, args)
     try:

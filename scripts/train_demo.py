@@ -201,7 +201,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def evaluate(
     folder: Path, requests: list[Request], device: torch.device, batch_size: int = 50
 ) -> tuple[float, list[str]]:
-    """Greedy full-cache ROUGE-2 of the checkpoint as saved, computed in float32; and the summaries."""
+    """Greedy full-cache ROUGE-2 of the checkpoint as saved, points of 100, computed in float32; and the summaries."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     summaries = []
@@ -215,7 +215,7 @@ def evaluate(
     scores = [
         rouge.score(request.summary_gt, text)["rouge2"] for request, text in zip(requests, summaries, strict=True)
     ]
-    return sum(scores) / len(scores), summaries
+    return 100 * sum(scores) / len(scores), summaries
 
 
 CARD = """# Demo model
@@ -227,7 +227,7 @@ invented; no test name occurs in training.
 
 | | |
 |---|---|
-| greedy ROUGE-2 F, full cache, {requests} test requests, bfloat16 weights in float32 arithmetic | {rouge:.4f} |
+| greedy ROUGE-2 F, points of 100, full cache, {requests} test requests, bfloat16 weights in float32 | {rouge:.2f} |
 | architecture | {layers} layers, hidden {hidden}, {heads} query and {kv_heads} KV heads of 64, vocabulary {vocab} |
 | training | {steps} steps, {tokens:.0f}M tokens (padding included), {minutes:.1f} minutes |
 | settings | seed {seed}, {batch_tokens} tokens a step, AdamW, peak rate {lr}, summary weight {summary_weight} |
@@ -331,7 +331,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"wanted {request.summary_gt}\n   got {summary}")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
     write_card(args.output, args, curve, rouge, len(requests), hardware)
-    print(f"ROUGE-2 F {rouge:.4f} on {len(requests)} requests with the full cache; checkpoint in {args.output}")
+    print(f"ROUGE-2 F {rouge:.2f} points on {len(requests)} requests with the full cache; checkpoint in {args.output}")
 
 
 def main() -> int:

@@ -16,11 +16,12 @@ SETUP = {
 POLICIES = {  # H2OConfig's fields, and how much of what it evicts is missed
     "H2O": ({}, 0.25),
     "recent only": ({"num_heavy_hitters": 0}, 1.0),
-    "sink + recent": ({"score": "sink"}, 0.9),
+    "half sinks": ({"score": "sink"}, 0.9),
     "random + recent": ({"score": "random"}, 0.8),
     "decay": ({"score_decay": 0.0}, 0.5),
     "mean": ({"score_norm": "mean"}, 0.2),
     "queries": ({"score_queries": 32}, 0.15),
+    "StreamingLLM (4 sinks)": ({"score": "streaming_llm"}, 0.95),
     "rolling": ({"score_queries": 32, "position_rolling": True}, 0.3),
 }
 
@@ -43,7 +44,7 @@ def last_held(rng, config: H2OConfig, layers: int, heads: int, prompt: int, step
 
 
 def made_cells(
-    policies=("H2O", "recent only", "sink + recent"),
+    policies=("H2O", "recent only", "half sinks"),
     windows=(64, 128, 256),
     intervals=(1, 16),
     requests=20,
@@ -81,8 +82,11 @@ def made_cells(
                 "mass_lost": (tokens * np.clip(0.3 * of_request, 0, 1)).tolist(),
             },
             "time": {
+                "calls": 3,
                 "time_to_first_token": 0.4,
+                "time_to_first_token_range": [0.39, 0.45],
                 "time_per_token": per_token,
+                "time_per_token_range": [0.9 * per_token, 1.25 * per_token],
                 "tokens_per_second": 8 / per_token,
                 "batch": 8,
                 "prompt_tokens": prompt,

@@ -59,10 +59,12 @@ class Oracle:
         self.num_query_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.group_size = self.num_query_heads // self.num_kv_heads
         self.window_length = window_length
-        self.heavy = window_length // 2 if num_heavy_hitters == -1 else num_heavy_hitters
+        self.heavy = num_heavy_hitters
+        if num_heavy_hitters == -1:
+            self.heavy = 4 if score == "streaming_llm" else window_length // 2
         self.recent = window_length - self.heavy
         assert self.heavy >= 0 and self.recent >= 1, "the window needs at least one recent slot"
-        assert score in ("mass", "sink", "random")
+        assert score in ("mass", "sink", "streaming_llm", "random")
         assert score_norm in ("sum", "mean") and group_reduce in ("sum", "first")
         self.update_interval = update_interval
         self.score, self.score_norm, self.score_seed = score, score_norm, score_seed
@@ -218,7 +220,7 @@ class Oracle:
 
     def _score(self, slot, layer, kv_head):
         """What heavy hitters are chosen by: the greatest scores stay."""
-        if self.score == "sink":
+        if self.score in ("sink", "streaming_llm"):
             return -slot.position
         if self.score == "random":
             return pseudo_random(slot.position, layer, kv_head, self.score_seed)

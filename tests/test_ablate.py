@@ -21,8 +21,8 @@ from h2optimizer import H2OConfig
 from h2optimizer.fidelity import ForcedDecode, compare
 from test_benchmarks import load
 from utils import bench
-from utils.ablation import figures, read_cells, unpack
-from utils.bench import prefill_and_step_ms, stock_llama
+from utils.ablation import figures, policy_name, read_cells, unpack
+from utils.bench import Spread, prefill_and_step_ms, stock_llama
 from utils.requests import InputError
 from utils.rouge import mean_with_interval
 
@@ -149,8 +149,8 @@ def test_mean_of_tokens_is_weighted_by_them():
 
 
 def test_step_time_is_what_a_token_adds():
-    """Prefill that is counted into the steps, or a mean in the place of the median."""
-    assert prefill_and_step_ms([(10, 74), (11, 139), (500, 564)], 65) == (11, 1.0)
+    """Prefill that is counted into the steps, a mean in the place of the median, or a spread of other calls."""
+    assert prefill_and_step_ms([(10, 74), (11, 139), (500, 564)], 65) == ((11, 10, 500), (1.0, 1.0, 2.0))
 
 
 # The script
@@ -168,7 +168,9 @@ def lab(tmp_path_factory):
     checkpoint = make_checkpoint(folder / "model")
     requests = make_requests(5, max_tokens=10)
     requests[3]["stop"] = ["a"]  # a text that ends before the others
-    return SimpleNamespace(model=checkpoint, requests=write_requests(folder / "requests.jsonl", requests))
+    short_first = write_requests(folder / "short_first.jsonl", [requests[3], *requests[:3], requests[4]])
+    written = write_requests(folder / "requests.jsonl", requests)
+    return SimpleNamespace(model=checkpoint, requests=written, short_first=short_first)
 
 
 @pytest.fixture
@@ -189,7 +191,10 @@ def sweep(ablate, lab, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr()
         errors = [line for line in said.err.splitlines() if line.startswith(("error", "left out", "interrupted"))]
         cells = read_cells(path) if path.exists() and path.stat().st_size else []
-        return SimpleNamespace(errors=errors, err=said.err, table=said.out.splitlines(), cells=cells, path=path)
+        table, _, units = said.out.partition("\n\n")
+        return SimpleNamespace(
+            errors=errors, err=said.err, table=table.splitlines(), units=units, cells=cells, path=path
+        )
 
     return run
 
@@ -266,8 +271,9 @@ def test_figures_follow_the_cells(sweep):
     assert same["top1"]["mean"] == 1 and same["kl"]["mean"] < 1e-5 and same["rouge2_delta"]["mean"] == 0
     assert same["perplexity"]["mean"] == pytest.approx(figures(full, full, defaults)["perplexity"]["mean"], rel=1e-5)
     held = unpack(narrow["retention"]["last_held"])
-    assert held.shape == (2, 2, narrow["retention"]["prompt_tokens"] + len(full["texts"][0]) - 1)
-    assert (held == 0).any() and held.max() == len(narrow["retention"]["mass_lost"]) == len(full["texts"][0]) - 1
+    followed = full["texts"][narrow["retention"]["index"]]
+    assert held.shape == (2, 2, narrow["retention"]["prompt_tokens"] + len(followed) - 1)
+    assert (held == 0).any() and held.max() == len(narrow["retention"]["mass_lost"]) == len(followed) - 1
     assert "retention" not in full
     shown = dict(zip(outcome.table[0].split("  "), outcome.table[2].split("  "), strict=False))
     assert shown["policy"].strip() == "H2O" and outcome.table[1].startswith("full cache")
@@ -319,6 +325,16 @@ def test_clock_and_memory_are_the_devices(sweep, ablate, monkeypatch):
         ("{window_length: 8, score: random, score_seed: [0, 1]}\n", [(8, "random"), (8, "random")]),
         ("{window_length: 8, backend: [auto, sdpa], capture: [true, false]}\n", [(8, "mass")]),
         ("{window_length: 8, score_decay: [1, 1.0]}\n", [(8, "mass")]),
+        ("{window_length: 20, score: [sink, streaming_llm], num_heavy_hitters: 4}\n", [(20, "streaming_llm")]),
+        (
+            "{window_length: 20, score: [streaming_llm, sink], num_heavy_hitters: [-1, 10]}\n",
+            [(20, "streaming_llm"), (20, "sink")],
+        ),
+        (
+            "{window_length: 20, score: [streaming_llm, sink], num_heavy_hitters: [0, 7]}\n",
+            [(20, "mass"), (20, "sink")],
+        ),
+        ("{window_length: [8, 9], score: [streaming_llm, sink]}\n", [(8, "sink"), (9, "sink")]),
     ],
 )
 def test_grid_as_yaml(ablate, tmp_path, grid, cells):
@@ -327,6 +343,48 @@ def test_grid_as_yaml(ablate, tmp_path, grid, cells):
     path.write_text(grid)
     made = ablate.cells_of(ablate.parse_args(["--grid", str(path)]), torch.device("cpu"))
     assert [(h2o.window_length, h2o.score) for h2o in made] == cells
+
+
+@pytest.mark.parametrize(("flags", "name"), [
+    ({}, "H2O"), ({"num_heavy_hitters": 5}, "H2O, 5 heavy"), ({"num_heavy_hitters": 0}, "recent only"),
+    ({"score": "sink"}, "half sinks"), ({"score": "sink", "num_heavy_hitters": 4}, "StreamingLLM (4 sinks)"),
+    ({"score": "streaming_llm"}, "StreamingLLM (4 sinks)"), ({"score": "sink", "num_heavy_hitters": 9}, "9 sinks"),
+    ({"score": "streaming_llm", "num_heavy_hitters": 9}, "9 sinks"), ({"score": "random"}, "random + recent"),
+], ids=str)  # fmt: skip
+def test_policies_have_their_own_names(flags, name):
+    """Half a window of sinks that is drawn as StreamingLLM, which keeps four."""
+    assert policy_name(dataclasses.asdict(H2OConfig(**flags)), dataclasses.asdict(H2OConfig())) == name
+
+
+def test_tokens_of_a_long_text_are_followed(sweep, lab, ablate):
+    """A map of request 0, whose text ends after a few tokens; another request in each cell, or none recorded."""
+    prompts = [SimpleNamespace(tokens=[1] * n) for n in (50, 7, 9, 9, 9)]
+    assert ablate.longest([[1] * n for n in (4, 9, 9, 9, 8)], prompts) == 2
+    full, *cells = sweep("--window_length", "8", "16", "--input-path", str(lab.short_first)).cells
+    (index,) = {cell["retention"]["index"] for cell in cells}
+    assert len(full["texts"][0]) < 9 and len(full["texts"][index]) == 10 and index > 0
+    assert full["setup"]["retention_request"] == "longest text"
+    cell = sweep("--window_length", "8", "--retention_request", "3").cells[-1]
+    assert cell["retention"]["index"] == cell["setup"]["retention_request"] == 3
+
+
+def test_spread_of_times_is_recorded_and_shown(sweep, ablate, monkeypatch):
+    """A median alone, which says nothing of how far calls differ."""
+    times = [(10.0, 12.0), (11.0, 15.0), (12.0, 20.0)] * 2
+    monkeypatch.setattr(ablate, "prefill_and_whole_ms", lambda generate, tokens: times.pop())
+    outcome = sweep("--window_length", "8", "--repeats", "3")
+    timing = outcome.cells[1]["time"]
+    assert timing["calls"] == 3 and timing["time_to_first_token_range"] == pytest.approx([0.010, 0.012])
+    assert timing["time_per_token"] == pytest.approx(0.002)
+    assert timing["time_per_token_range"] == pytest.approx([0.001, 0.004])
+    row = figures(outcome.cells[1], outcome.cells[0], {})
+    assert row["tokens_per_second_range"] == pytest.approx([750, 3000])
+    for shown in "11.0 [10.0, 12.0]", "2.00 [1.00, 4.00]", "1500 [750, 3000]":
+        assert shown in outcome.table[2]
+    assert "Median [lowest, highest] of 3 calls of 3 prompts" in outcome.units and "5 requests" in outcome.units
+    monkeypatch.setattr(ablate, "prefill_and_whole_ms", lambda generate, tokens: (10.0, 12.0))
+    once = sweep("--window_length", "8", "--sample_num", "1")
+    assert "One call" in once.units and "one request, which has none" in once.units
 
 
 def test_number_written_otherwise_is_the_same_cell(ablate):
@@ -366,11 +424,13 @@ def test_clock_that_runs_backwards(sweep, ablate, monkeypatch):
     """Two timed tokens and a noisy machine: negative tokens/s in the table."""
     calls = []
     monkeypatch.setattr(
-        ablate, "prefill_and_step_ms", lambda times, tokens: calls.append(len(times)) or (5.0, len(times) - 2.5)
+        ablate,
+        "prefill_and_step_ms",
+        lambda times, tokens: calls.append(len(times)) or (Spread.of([5.0]), Spread.of([len(times) - 2.5])),
     )
     outcome = sweep("--window_length", "8")
     assert calls == [1, 2, 3] * 2 and all(cell["time"]["time_per_token"] > 0 for cell in outcome.cells)
-    monkeypatch.setattr(ablate, "prefill_and_step_ms", lambda times, tokens: (5.0, -0.1))
+    monkeypatch.setattr(ablate, "prefill_and_step_ms", lambda times, tokens: (Spread.of([5.0]), Spread.of([-0.1])))
     (line,) = sweep("--window_length", "16", code=2).errors
     assert "--timed_tokens 3" in line
 

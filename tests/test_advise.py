@@ -2,6 +2,7 @@
 every wrong flag."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -45,14 +46,11 @@ def script():
 
 @pytest.fixture
 def advise(script, capsys):
-    """Runs the script: the first line, and the JSON of the last."""
+    """Runs the script with --json; returns what it says."""
 
     def advise(*flags):
-        assert script.main([str(flag) for flag in flags]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        report = json.loads(lines[-1])
-        assert lines[0] == f"{report['verdict']}: {report['reason']}"
-        return report
+        assert script.main([*map(str, flags), "--json"]) == 0
+        return json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
     return advise
 
@@ -132,6 +130,22 @@ def test_gain_is_where_the_steps_are_that_much_shorter(advise):
     shorter = 1 - row(report, H2O, 1)["ms"] / row(report, FULL, 1)["ms"]
     assert advise("--context", 32768, "--gain", shorter - 0.001)["verdict"] == "gain"
     assert advise("--context", 32768, "--gain", shorter + 0.001)["verdict"] == "no gain"
+
+
+@pytest.mark.parametrize("flags", [(), ("--context", 2048, "--gpus", 2), ("--bandwidth", 3, "--memory", 80)], ids=str)
+def test_words_and_json_say_the_same(script, advise, capsys, flags):
+    """JSON behind a table for people, or words around JSON for programs; figures of one that the other lacks."""
+    report = advise(*flags)
+    assert script.main([*map(str, flags)]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == f"{report['verdict']}: {report['reason']}" and "{" not in out
+    assert f"pays from batch: {report['pays_from_batch']}, at this context" in lines
+    header = next(i for i, line in enumerate(lines) if line.startswith("cache "))
+    table = [re.split("  +", line) for line in lines[header : header + 1 + len(report["rows"])]]
+    for shown, row in zip(table[1:], report["rows"], strict=True):
+        assert dict(zip(table[0], shown, strict=True))["tokens_per_s"] == f"{row['tokens_per_s']:,.0f}"
+    assert lines[header + len(table)] == ""
 
 
 CONFIGS = {

@@ -87,6 +87,8 @@ def test_generate(capsys, flags, keys):
         rows.setdefault((row["prompt"], row["system"]), {}).update(row)
     whole = "--prefill_only" not in flags
     assert ("24x2", "stock DynamicCache") in rows and keys <= set(rows["24x2", "H2O"])
+    for row in rows.values():
+        assert "prefill_ms" not in row or row["prefill_ms_low"] <= row["prefill_ms"] <= row["prefill_ms_high"]
     assert (("24x2", "stock static cache") in rows) == (("24x2", "H2O backend=sdpa") in rows) == whole
     assert (("32x1", "H2O") in rows) == whole and (("24x2", "H2O score_queries=64") in rows) != whole
     assert ("host_waits" in rows.get(("24x2", "H2O uncaptured"), {})) == whole
@@ -177,6 +179,7 @@ def test_summarization(capsys):
     assert rows.keys() == {"stock, one by one", "stock, batches of 2", "H2O batcher", "H2O batcher compile"}
     assert [row["requests"] for row in rows.values()] == [2, 7, 7, 7] and rows["H2O batcher"]["rows"] == 3
     assert all(row["requests_per_s_x"] > 0 and 0 < row["prefill_share"] < 1 for row in rows.values())
+    assert all(row["decode_per_s"] > 4 / 5 * row["tokens_per_s"] for row in rows.values()), "prefill's time is left out"
 
 
 def test_soak_sees_lost_tokens_and_requests(capsys, monkeypatch):

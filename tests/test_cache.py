@@ -84,7 +84,7 @@ def scripts(draw):
         "window_length": window,
         "num_heavy_hitters": draw(st.sampled_from([window // 2, window - 1, 1, 0])),
         "update_interval": draw(st.integers(1, 4)),
-        "score": draw(st.sampled_from(["mass"] * 6 + ["sink", "random"])),
+        "score": draw(st.sampled_from(["mass"] * 6 + ["sink", "streaming_llm", "random"])),
         "score_seed": draw(st.integers(0, 3)),
         "score_every_step": draw(st.booleans()),
         "score_decay": draw(st.sampled_from([1.0, 0.5, 0.0])),
@@ -126,6 +126,7 @@ class PlainRow:
                     return {
                         "mass": mass,
                         "sink": -j,
+                        "streaming_llm": -j,
                         "random": oracle.pseudo_random(position, layer, head, h2o.score_seed),
                     }[h2o.score]
 

@@ -62,6 +62,7 @@ VARIANTS = {
     "local": {"num_heavy_hitters": 0},
     "one recent slot": {"num_heavy_hitters": 7, "update_interval": 2},
     "sink": {"score": "sink"},
+    "4 sinks": {"score": "streaming_llm", "window_length": 7},
     "random": {"score": "random", "score_seed": 3},
     "decay": {"score_decay": 0.5},
     "last forward only": {"score_decay": 0.0},
@@ -837,7 +838,7 @@ def test_new_flags_take_effect_at_the_next_generate(llamas):
 REFUSED = {
     "no such slimming": ({"slimming": "h"}, "H, mask"),
     "no such backend": ({"backend": "flash"}, "eager, sdpa"),
-    "no such score": ({"score": "attention"}, "mass, sink, random"),
+    "no such score": ({"score": "attention"}, "mass, sink, streaming_llm, random"),
     "no such norm": ({"score_norm": "max"}, "sum, mean"),
     "no such reduction": ({"group_reduce": "last"}, "sum, first"),
     "window of one": ({"window_length": 1}, "at least 2"),
@@ -846,6 +847,7 @@ REFUSED = {
     "no interval": ({"update_interval": 0}, "at least 1"),
     "no recent slot": ({"window_length": 8, "num_heavy_hitters": 8}, "window_length=8"),
     "more than the window": ({"window_length": 8, "num_heavy_hitters": 9}, "window_length=8"),
+    "no room for 4 sinks": ({"score": "streaming_llm", "window_length": 4}, "give at least 5"),
     "heavy -2": ({"num_heavy_hitters": -2}, "at least -1"),
     "negative decay": ({"score_decay": -0.1}, "between 0 and 1"),
     "growing decay": ({"score_decay": 1.1}, "between 0 and 1"),
@@ -873,6 +875,10 @@ def test_flags_that_work_at_their_bounds():
     config = H2OConfig(window_length=2, num_heavy_hitters=1, update_interval=1, score_decay=0.0, score_queries=1)
     assert (config.heavy, config.recent, config.capacity) == (1, 1, 3)
     assert H2OConfig(window_length=7).heavy == 3 and H2OConfig(num_heavy_hitters=0).recent == 256
+    streaming = H2OConfig(window_length=5, score="streaming_llm")
+    assert (streaming.heavy, streaming.recent, streaming.needs_mass) == (4, 1, False)
+    assert H2OConfig(score="streaming_llm").recent == 252 and H2OConfig(score="sink").recent == 128
+    assert H2OConfig(window_length=4, score="streaming_llm", num_heavy_hitters=2).heavy == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.window_length = 3
 

@@ -1295,6 +1295,30 @@ def test_times_are_positive_and_ordered(gqa, monkeypatch, kind):
         assert 1 <= sequence.rows <= 3
 
 
+@pytest.mark.parametrize("kind", ["h2o", "stock"])
+def test_shares_of_decode_steps_add_up_without_prefill(gqa, kind, monkeypatch):
+    """A speed of decoding that counts prefills in, of others that join as well, or a step once for each of its rows."""
+    gqa.h2o.h2o, now, decoded = settings(), 0.0, 0.0
+    decode, prefill = batching.Batcher._decode, batching.Batcher._prefill
+
+    def decoding(self, waiting):
+        nonlocal now, decoded
+        steps, begin, _, *rest = decode(self, waiting)
+        now, decoded = now + steps, decoded + steps
+        return steps, begin, now, *rest
+
+    def prefilling(self, *args):
+        nonlocal now
+        prefill(self, *args)
+        now += 1000
+
+    monkeypatch.setattr(batching.Clock, "now", lambda self: now)
+    monkeypatch.setattr(batching.Batcher, "_decode", decoding)
+    monkeypatch.setattr(batching.Batcher, "_prefill", prefilling)
+    ended = batch(getattr(gqa, kind), 3, make_sequences())
+    assert len(ended) > 3 and sum(sequence.decode_seconds for sequence in ended) == pytest.approx(decoded)
+
+
 @pytest.mark.parametrize("interval", [1, 3, 20])
 def test_a_row_that_is_free_is_taken_at_the_next_slimming(model, interval):
     """Rows that stand idle beside a long text, because steps are counted past the slimming where one could join."""

@@ -82,6 +82,73 @@ def test_frontier_figure(sweep):
     assert ax.patches[0].get_y() == pytest.approx(sweep.full["rouge2"]["low"])
 
 
+def test_frontier_shows_the_spread_of_calls(sweep):
+    """Bars of another cell, or a speed without end, of a call within the clock's noise, that decides the scale."""
+    for row in sweep.rows:
+        assert row["tokens_per_second_range"] == pytest.approx([row["tokens_per_second"] * by for by in (0.8, 1 / 0.9)])
+    noisy = sweep.rows[0]
+    noisy["tokens_per_second_range"][1] = math.inf
+    (ax,) = plot.draw_frontier(sweep).axes
+    bars = [bar.get_segments()[0].tolist() for bar in ax.collections]
+    fastest = 1.5 * max(row["tokens_per_second"] for row in (sweep.full, *sweep.rows))
+    assert len(bars) == 1 + len(sweep.rows) and max(bar[1][0] for bar in bars) <= ax.get_xlim()[1] < 1.1 * fastest
+    for row, ((slowest, y), (end, _)) in zip((sweep.full, *sweep.rows), bars, strict=True):
+        assert (slowest, y) == (row["tokens_per_second_range"][0], row["rouge2"]["mean"])
+        assert end == row["tokens_per_second_range"][1] or row is noisy
+    assert "median of 3 calls" in ax.get_xlabel() and "8 prompts of 200 tokens together" in ax.get_xlabel()
+    for row in (sweep.full, *sweep.rows):
+        row["calls"] = 1
+    assert not plot.draw_frontier(sweep).axes[0].collections
+
+
+LONG_NAME = "someone/A-Model-Whose-Name-" + "-".join(["says", "how", "it", "was", "made"] * 6)
+SHAPES = {
+    "one of each": dict(policies=("H2O",), windows=(64,), intervals=(16,), requests=1, layers=1, heads=1),
+    "long names": dict(policies=("H2O", "decay", "rolling", "StreamingLLM (4 sinks)"), windows=(64,), heads=8,
+                       setup=SETUP | {"model": LONG_NAME}),
+    "a row that is not full": dict(policies=("H2O",), windows=(64,), intervals=(16,), layers=9, heads=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_figures_of_any_shape_are_whole(tmp_path, shape):
+    """Words beyond the edge, columns of panels whose positions nobody can read, a model that is not named."""
+    cells = made_cells(**{"requests": 20, "layers": 2, "prompt": 150, "steps": 12} | shape)
+    sweep = plot.load(write_cells(tmp_path / "cells.jsonl", cells), None)
+    rows = plot.followed(sweep, [])
+    with plot.style.context(["default", plot.STYLE]):
+        for fig in (
+            plot.draw_quality(sweep), plot.draw_frontier(sweep), plot.draw_mass_lost(sweep, rows),
+            plot.draw_retention(sweep, rows[-1]),
+        ):  # fmt: skip
+            fig.draw_without_rendering()
+            whole = fig.bbox.padded(1)
+            ticks = {id(label) for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for label in axis.get_ticklabels()}
+            words = [of for of in fig.findobj(lambda of: hasattr(of, "get_text")) if id(of) not in ticks]
+            corners = {of.get_text(): of.get_window_extent().corners() for of in words if of.get_text().strip()}
+            cut = [said for said, of_text in corners.items() if not all(whole.contains(*at) for at in of_text)]
+            assert not cut
+            title = re.sub(r"\s", "", fig.get_suptitle())
+            assert sweep.setup["model"].split("/")[-1] in title
+            lowest = {}
+            for ax in fig.axes:
+                if ax.axison:
+                    lowest[round(ax.get_position().x0, 2)] = ax
+            assert all(ax.get_xlabel() and ax.xaxis.get_tick_params()["labelbottom"] for ax in lowest.values())
+
+
+@pytest.mark.parametrize(("heads", "said"), [
+    (1, ["older token, in the KV head"]),
+    (2, ["older token, in all 2 KV heads", "in 1 of 2"]),
+    (3, ["older token, in all 3 KV heads", "in 1 of 3"]),
+    (4, ["older token, in all 4 KV heads", "in 2 of 4", "in 1 of 4"]),
+    (8, ["older token, in all 8 KV heads", "in 4 of 8", "in 1 of 8"]),
+])  # fmt: skip
+def test_legend_has_the_models_heads(heads, said):
+    """An eighth of the heads of a model that has four."""
+    assert [name for _, name in plot.shades(heads)] == said
+
+
 def test_many_lines_get_a_panel_for_each_interval(cells, tmp_path):
     """Eight policies in three intervals, 24 lines in one panel; policies that look the same."""
     template, many = cells[1], [cells[0]]
@@ -173,7 +240,7 @@ def test_files_and_report(tmp_path, capsys, monkeypatch):
     row = figures(cells[3], cells[0], {})
     (line,) = (line for line in table if line[-1].strip("`| ") == cells[3]["cell"][:12])
     assert f"{row['rouge2']['mean']:.2f}, {row['rouge2_delta']['mean']:+.2f} [" in line[4]
-    assert line[6].startswith(f"{100 * row['top1']['mean']:.2f} [") and f"{row['tokens_per_second']:.1f}" in line
+    assert line[6].startswith(f"{100 * row['top1']['mean']:.2f} [") and f"{row['tokens_per_second']:.1f} [" in line[12]
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert plot.main(["--input-path", str(path), "--cells", chosen]) == 0
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -207,7 +274,10 @@ def test_findings_by_hand():
     recent, larger, fastest = findings(SimpleNamespace(rows=rows, full=full))
     assert "better in 1 of 2, worse in 1: H2O 64 1: -3.00" in recent
     assert "worse in 1 of 1: H2O 32 16: -9.00" in larger and "better in 0" in larger
-    assert "1.44x" in fastest and "Slower than the full cache: 1 of 7: H2O 32 16: 0.50x" in fastest
+    assert "1.44x the" in fastest and "Slower than the full cache: 1 of 7: H2O 32 16: 0.50x" in fastest
+    for row in (full, *rows):
+        row |= {"calls": 3, "tokens_per_second_range": [0.5 * row["tokens_per_second"], 2 * row["tokens_per_second"]]}
+    assert "1.44x [0.36, 5.75] the" in findings(SimpleNamespace(rows=rows, full=full))[-1]
 
 
 def other_setup(cells):
@@ -275,6 +345,9 @@ def edited(*path_and_value):
     (edited("time", "tokens_per_second", None), "tokens_per_second must be a number"),
     (edited("time", "time_per_token", -0.001), "time_per_token must be a number"),
     (edited("time", []), "another form"),
+    (edited("time", "time_per_token_range", [0.001]), "time_per_token_range must be 2 numbers"),
+    (edited("time", "time_per_token_range", [1.0, 2.0]), "time_per_token_range must hold time_per_token"),
+    (edited("time", "calls", 0), "calls must be a number, at least 1"),
     (edited("setup", None), "setup must be an object"),
     (edited("setup", ["a"]), "setup must be an object"),
     (edited("cell", 7), "cell must be a hash"),

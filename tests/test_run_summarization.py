@@ -250,15 +250,16 @@ def test_schema_of_results_and_metrics(run, flags):
         assert set(result["rouge"]) == {"rouge1", "rouge2", "rougeL"}
         assert set(result["cache"]) == {"tokens_seen", "slots_kept", "slimmings", "kv_bytes"}
         timing = result["result"]["request_time"]
-        names = {"latency", "time_to_first_token", "time_per_output_token", "wall_time", "batch_size"}
+        names = {"latency", "time_to_first_token", "time_per_output_token", "decode_time", "wall_time", "batch_size"}
         assert set(timing) == names and all(timing[name] > 0 for name in names)
         after_first = timing["latency"] - timing["time_to_first_token"]
         assert timing["time_per_output_token"] == pytest.approx(after_first / 4)
-        assert result["tokens_generated"] == 5
+        assert result["tokens_generated"] == result["tokens_emitted"] == 5
     assert sorted(result["result"]["request_time"]["batch_size"] for result in outcome.results) == [1, 2, 2]
 
     metrics = outcome.metrics
-    assert metrics["requests"] == 3 and metrics["tokens_generated"] == 15
+    assert metrics["requests"] == 3 and metrics["tokens_generated"] == metrics["tokens_emitted"] == 15
+    assert metrics["rouge_unit"] == "F-measure from 0 to 1"
     for name, interval in metrics["rouge"].items():
         scores = [result["rouge"][name] for result in outcome.results]
         assert interval["mean"] == pytest.approx(sum(scores) / 3)
@@ -269,6 +270,9 @@ def test_schema_of_results_and_metrics(run, flags):
     wall_times = [result["result"]["request_time"]["wall_time"] for result in outcome.results]
     assert metrics["seconds"] == pytest.approx(sum(wall_times))
     assert metrics["tokens_per_second"] == pytest.approx(15 / metrics["seconds"])
+    assert metrics["requests_per_second"] == pytest.approx(3 / metrics["seconds"])
+    decoding = sum(result["result"]["request_time"]["decode_time"] for result in outcome.results)
+    assert metrics["decode_tokens_per_second"] == pytest.approx(12 / decoding) and decoding < metrics["seconds"]
     assert metrics["peak_memory_bytes"] > 50 * 2**20, "torch alone takes more"
     assert metrics["versions"]["torch"] == torch.__version__
     assert metrics["batch_size"] == 2 and metrics["skipped_lines"] == 0 and metrics["input_path"].endswith("in.jsonl")
@@ -285,8 +289,11 @@ def test_single_tokens_have_no_time_per_token(run):
     requests = make_requests(2, max_tokens=1) + make_requests(1, max_tokens=9)
     outcome = run(requests)
     times = [result["result"]["request_time"]["time_per_output_token"] for result in outcome.results]
-    assert times[:2] == [0, 0] and outcome.metrics["time_per_output_token"] == times[2] > 0
-    assert run(requests, "--sample_num", "2", output="none").metrics["time_per_output_token"] == 0
+    assert times[:2] == [None, None] and outcome.metrics["time_per_output_token"] == times[2] > 0
+    none = run(requests, "--sample_num", "2", output="none")
+    assert none.metrics["time_per_output_token"] is none.metrics["decode_tokens_per_second"] is None
+    shown = {line[:22].strip(): line[22:].split()[0] for line in none.stdout.splitlines()[1:]}
+    assert shown["time per token"] == shown["decoding"] == "-" != shown["overall"]
 
 
 @both_caches
@@ -327,13 +334,20 @@ def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
 
 
 def test_table_on_stdout(run):
-    """The figures people copy into a paper: percentages of the metrics file, not fractions."""
+    """The figures people copy into a paper: points of 100, which the heading says, where the file holds fractions; an
+    interval of one request; a speed that does not say whether prefill is in it."""
     request = make_requests(1, max_tokens=30)[0]
     said = run([request]).texts[0]
     outcome = run([request | {"summary_gt": said}], "--overwrite")  # scores 1 against itself
-    assert re.search(r"^ROUGE-1 +100\.00 +\[100\.00, 100\.00\]$", outcome.stdout, re.M), outcome.stdout
-    assert re.search(r"^ROUGE-L +100\.00", outcome.stdout, re.M)
+    assert re.match(r"ROUGE, points of 100 \(.*fractions of 1\).*one request has no interval", outcome.stdout)
+    assert re.search(r"^ROUGE-1 +100\.00$", outcome.stdout, re.M), outcome.stdout
+    assert outcome.metrics["rouge"]["rouge1"]["mean"] == 1
     assert re.search(r"^requests +1 +0 with slots dropped$", outcome.stdout, re.M)
+    speed, rate = (outcome.metrics[name] for name in ("decode_tokens_per_second", "requests_per_second"))
+    assert re.search(rf"^decoding +{speed:.1f} tokens/s .*without prefill$", outcome.stdout, re.M)
+    assert re.search(rf"^overall +{rate:.3g} requests/s +with prefill$", outcome.stdout, re.M)
+    two = run([request | {"summary_gt": said}, request], output="two").stdout
+    assert re.search(r"^ROUGE-L +[\d.]+ +\[[\d.]+, 100\.00\]$", two, re.M) and "over 2 requests" in two
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
@@ -506,6 +520,7 @@ def test_eos_ends_a_text_and_is_not_in_it(run, checkpoint, tokenizer, tmp_path, 
         assert choice["text"] == tokenizer.convert_tokens_to_string(tokens[:end])
         assert choice["finish_reason"] == ("length" if end is None else "stop")
         assert result["tokens_generated"] == (25 if end is None else end + 1)
+        assert result["tokens_emitted"] == (25 if end is None else end), "what logprobs hold"
         reasons.append(choice["finish_reason"])
     assert ended.texts[2] == "" and ended.results[2]["rouge"]["rouge1"] == 0, "EOS as the first token: empty, no crash"
     assert len({len(tokens_of(choice)) for choice in ended.choices}) > 2
@@ -524,11 +539,11 @@ def test_eos_as_the_first_token(run, script, tokenizer, batch_size, flags):
         assert (choice["text"], choice["finish_reason"], tokens_of(choice)) == ("", "stop", [])
         assert choice["logprobs"]["token_logprobs"] == [] and result["tokens_generated"] == 1
         timing = result["result"]["request_time"]
-        assert 0 < timing["latency"] == timing["time_to_first_token"] and timing["time_per_output_token"] == 0
+        assert 0 < timing["latency"] == timing["time_to_first_token"] and timing["time_per_output_token"] is None
         length = len(tokenizer(result["request"]["article"])["input_ids"])
         assert result["cache"]["tokens_seen"] == length
         assert result["cache"]["slots_kept"] == (min(length, 24) if flags else length)
-    assert outcome.metrics["time_per_output_token"] == 0
+    assert outcome.metrics["time_per_output_token"] is None and outcome.metrics["tokens_emitted"] == 0
 
 
 def test_eos_as_the_last_allowed_token_is_a_stop(run, script, tokenizer):

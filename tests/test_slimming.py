@@ -262,6 +262,7 @@ FLAGS = {
     "mean": {"score_norm": "mean", "score_decay": 0.5},
     "local": {"num_heavy_hitters": 0},
     "sink": {"score": "sink"},
+    "4 sinks": {"score": "streaming_llm"},
     "random": {"score": "random", "score_seed": 5},
 }
 SCRIPT = [[13, 3, 8], "decode", "decode", "decode", "reorder", [2, 9, 4], "decode", "space", [1, 2, 1], "decode"]

@@ -255,11 +255,15 @@ def test_chat_is_the_templates_own_conversation(streamed, script, checkpoint, to
     assert code == 2 and "rewrites earlier turns" in err[-1]
 
 
-def test_report_says_what_passed(streamed, tokenizer, tmp_path):
+def test_report_says_what_passed(streamed, script, checkpoint, tokenizer, tmp_path):
     """Perplexities of other tokens, or means of means; tokens that no line counts; a figure that is not drawn."""
     flags = ["--report", tmp_path / "report.jsonl", "--stream_tokens", 600, "--quiet"]
     code, out, err, (head, *lines, end) = streamed([{"prompt": text} for text in TEXTS], *ROLLING, *flags)
-    assert code == 0 and head == {"stream": "window 16, N = 4, rolling"} and end["ended"] is None
+    assert code == 0 and end["ended"] is None
+    assert head == {"stream": "H2O, 6 heavy, window 16, N = 4, rolling", "model": checkpoint.name}
+    assert script.read_report(tmp_path / "report.jsonl")[0] == f"{checkpoint.name}: {head['stream']}"
+    names = [script.stream_name(h2o) for h2o in (None, H2OConfig(), H2OConfig(score="streaming_llm"))]
+    assert names == ["full cache", *(f"{of}, window 256, N = 16" for of in ("H2O", "StreamingLLM (4 sinks)"))]
     stream = streamed.streams[0]
     turns = [tokenizer(text)["input_ids"] for text in TEXTS]
     given = sum(line["given"] for line in lines)
@@ -415,7 +419,7 @@ def test_tenths(script, capsys):
         line["perplexity_given"] *= 4 if n in (36, 38) else 1
     script.print_tenths(lines)
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert header == ["perplexity", "ms_given", "ms_said", "memory_MiB", "slots"]
+    assert header == ["perplexity_given", "ms_given", "ms_said", "memory_MiB", "slots"]
     assert rows[0][2:] == ["8.000", "1.000", "5.000", "6.5", "7.0"] and rows[1][2:5] == ["16.000", "1.000", "5.000"]
     assert rows[2] == ["ratio", "2.000", "1.000", "1.000", f"{38.5 / 6.5:.1f}", "1.0"]
     script.print_tenths(lines[:19])

@@ -4,13 +4,15 @@ A line holds, in seconds, bytes and nats, and per request in the order of the fi
 
 - `cell`: a hash of the next two; `setup`: what all cells of one comparison share (model, requests, dtype, batch size,
   device, versions, …); `h2o`: every field of H2OConfig, or null for the full cache.
-- `rouge`: by type, each request's F-measure. `texts`, of the full cache only: each request's tokens.
+- `rouge`: by type, each request's F-measure, from 0 to 1. `texts`, of the full cache only: each request's tokens.
 - `fidelity`: by field of `h2optimizer.fidelity.Fidelity`, each request's sum.
-- `time`: `time_to_first_token`, `time_per_token` and `tokens_per_second` of `batch` prompts of `prompt_tokens` each.
+- `time`: of `batch` prompts of `prompt_tokens` each, decoded together: `time_to_first_token`; `time_per_token`, of a
+  step, which gives each of them a token; `tokens_per_second` of all of them, without prefill. Medians of `calls`; the
+  first two with `…_range`, [lowest, highest].
 - `kv_bytes`, `slots_kept`: mean of a request; `peak_memory_bytes`: of the timed calls, null without a GPU.
-- `retention`, not of the full cache: for one request (`index`), `prompt_tokens`, `last_held` (`pack`ed int16 [layers,
-  KV heads, tokens]: the last decode step, from 1, at which a token was there to attend to; 0: not after prefill) and
-  `mass_lost` [steps][layers].
+- `retention`, not of the full cache: for one request (`index`; `setup` says by which rule it was chosen),
+  `prompt_tokens`, `last_held` (`pack`ed int16 [layers, KV heads, tokens]: the last decode step, from 1, at which a
+  token was there to attend to; 0: not after prefill) and `mass_lost` [steps][layers].
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.policies import STREAMING_LLM_SINKS as SINKS
 from utils.requests import InputError, read_entries
 from utils.rouge import ROUGE_TYPES, mean_with_interval
 
@@ -87,9 +90,14 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
     """What chooses the slots, in words; window and interval apart. `defaults`: H2OConfig's."""
     if h2o is None:
         return FULL
-    score = {"mass": "H2O", "sink": "sink + recent", "random": "random + recent"}[h2o["score"]]
-    heavy = h2o["num_heavy_hitters"]
-    name = RECENT if heavy == 0 else score if heavy == -1 else f"{score}, {heavy} heavy"
+    score, heavy = h2o["score"], h2o["num_heavy_hitters"]
+    if heavy == 0:
+        name = RECENT
+    elif score in ("sink", "streaming_llm"):
+        sinks = SINKS if (score, heavy) == ("streaming_llm", -1) else heavy
+        name = f"StreamingLLM ({SINKS} sinks)" if sinks == SINKS else "half sinks" if sinks == -1 else f"{sinks} sinks"
+    else:
+        name = {"mass": "H2O", "random": "random + recent"}[score] + (f", {heavy} heavy" if heavy != -1 else "")
     others = [f"{key}={value}" for key, value in h2o.items() if key not in NAMED and value != defaults.get(key)]
     return ", ".join([name, *others])
 
@@ -121,6 +129,11 @@ def check_cell(cell: dict) -> None:
             numbers(cell["fidelity"][name], name, (requests,), -math.inf if name in ("kl", "nll") else 0)
         for name in ("time_to_first_token", "time_per_token", "tokens_per_second", "batch", "prompt_tokens"):
             numbers(cell["time"][name], name, (), 1e-12)
+        for name in ("time_to_first_token", "time_per_token"):
+            if (measured := cell["time"].get(f"{name}_range")) is not None:  # earlier files have none
+                numbers(measured, f"{name}_range", (2,))
+                be(measured[0] <= cell["time"][name] <= measured[1], f"{name}_range must hold {name}")
+                numbers(cell["time"]["calls"], "calls", (), 1)
         for name in ("kv_bytes", "slots_kept", "peak_memory_bytes"):
             be(name in cell, f"{name} misses")
             if cell[name] is not None:
@@ -145,7 +158,7 @@ def read_cells(path: Path) -> list[dict]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise InputError(f"{path}, {error}: no cell of scripts/ablate.py; mend the line, or remove it") from None
+        raise InputError(f"{path}, {error}: no cell of scripts/ablate.py; fix the line, or remove it") from None
     if not cells:
         raise InputError(f"{path}: holds no cells; scripts/ablate.py makes them")
     return cells
@@ -161,6 +174,15 @@ def signed(of: dict[str, float]) -> str:
     """A mean difference with its interval."""
     mean, low, high = (f"{of[key]:+z.2f}" for key in ("mean", "low", "high"))  # z: no -0.00
     return f"{mean} [{low}, {high}]"
+
+
+def with_range(row: dict, key: str, scale: float = 1.0, digits: int = 2) -> str:
+    """A measured figure of a row, and the lowest and highest of its calls where there were several."""
+    median = f"{scale * row[key]:.{digits}f}"
+    if f"{key}_range" not in row or row["calls"] == 1:
+        return median
+    low, high = (f"{scale * bound:.{digits}f}" for bound in row[f"{key}_range"])
+    return f"{median} [{low}, {high}]"
 
 
 def figures(cell: dict, full: dict, defaults: dict) -> dict:
@@ -185,4 +207,8 @@ def figures(cell: dict, full: dict, defaults: dict) -> dict:
             row[name] = mean_with_interval(sums[of], tokens)
         row["perplexity"] = {key: float(np.exp(value)) for key, value in row.pop("nll").items()}
     row |= cell["time"]
+    if "time_per_token_range" in row:
+        least, most = row["time_per_token_range"]
+        # a step within the clock's noise bounds no speed
+        row["tokens_per_second_range"] = [row["batch"] / most, row["batch"] / least if least > 0 else math.inf]
     return row | {key: cell[key] for key in ("kv_bytes", "slots_kept", "peak_memory_bytes")}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from utils.ablation import RECENT, difference, signed
+from utils.ablation import RECENT, difference, signed, with_range
 from utils.rouge import ROUGE_TYPES
 
 
@@ -46,9 +46,9 @@ COLUMNS: dict[str, Callable[[dict], object]] = {
     "KL, nats a token": measure("kl", digits=4),
     "perplexity": measure("perplexity", digits=3),
     "attention lost, %": measure("mass_lost", 100),
-    "first token, ms": number("time_to_first_token", 1e3),
-    "ms a token": number("time_per_token", 1e3, 2),
-    "tokens/s": number("tokens_per_second"),
+    "first token, ms": lambda row: with_range(row, "time_to_first_token", 1e3, 1),
+    "ms a step": lambda row: with_range(row, "time_per_token", 1e3),
+    "decode tokens/s": lambda row: with_range(row, "tokens_per_second", digits=1),
     "slots kept": number("slots_kept"),
     "KV, MiB a request": number("kv_bytes", 2**-20, 2),
     "peak memory, GiB": number("peak_memory_bytes", 2**-30, 2),
@@ -78,7 +78,10 @@ def setup_lines(sweep) -> list[str]:
     lines = [f"- {key}: {value}" for key, value in sweep.setup.items()]
     lines.append(f"- requests measured: {sweep.requests}")
     time = sweep.full["source"]["time"]
-    return [*lines, f"- timed: batch {time['batch']}, prompts of {time['prompt_tokens']} tokens"]
+    timed = f"- timed: {time['batch']} prompts of {time['prompt_tokens']} tokens, decoded together"
+    if (calls := time.get("calls", 1)) > 1:
+        timed += f"; the median of {calls} calls, in brackets the lowest and highest"
+    return [*lines, timed]
 
 
 # Findings
@@ -159,13 +162,22 @@ def findings(sweep) -> list[str]:
             f"Larger N against the smallest of the same policy and window: worse in {len(worse)} of "
             f"{len(pairs)}{': ' * bool(worse)}{listing(worse)}; better in {len(better)}."
         )
+
+    def ratio(row: dict) -> str:
+        said = f"{row['tokens_per_second'] / speed:.2f}x"
+        if "tokens_per_second_range" not in row or row["calls"] == 1:
+            return said
+        (low, high), (full_low, full_high) = (of["tokens_per_second_range"] for of in (row, full))
+        return f"{said} [{low / full_high:.2f}, {high / full_low:.2f}]"
+
     speed = full["tokens_per_second"]
     fastest = max(rows, key=lambda row: row["tokens_per_second"])
     slower = sorted((row for row in rows if row["tokens_per_second"] < speed), key=lambda row: row["tokens_per_second"])
-    slower = [f"{row['label']}: {row['tokens_per_second'] / speed:.2f}x" for row in slower]
+    slower = [f"{row['label']}: {ratio(row)}" for row in slower]
     found.append(
-        f"Fastest: {fastest['label']}, {fastest['tokens_per_second'] / speed:.2f}x the full cache's tokens/s. Slower "
-        f"than the full cache: {len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}."
+        f"Fastest: {fastest['label']}, {ratio(fastest)} the full cache's decode tokens/s. Slower than the full cache: "
+        f"{len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}. Brackets, where there are some, reach "
+        "from a cell's slowest call over the full cache's fastest to its fastest over the slowest."
     )
     idle = [row["label"] for row in rows if "mass_lost" in row and row["mass_lost"]["mean"] < 1e-5]
     if idle:
@@ -184,7 +196,8 @@ def report(sweep, source: str, drawn: dict[str, tuple[str, str]], notes: list[st
         *smallest_budgets(sweep.rows), "", *(f"- {said}" for said in [*cautions(sweep), *findings(sweep)]), "",
         "## Table", "",
         "ROUGE is F in points; behind it the difference to the full cache and its interval, of the full cache its "
-        "own interval. Top-1, KL, perplexity and attention lost are of the full cache's own texts, fed to both.", "",
+        "own interval. Top-1, KL, perplexity and attention lost are of the full cache's own texts, fed to both. A step "
+        "gives each of the prompts timed a token; decode tokens/s are of all of them together, without prefill.", "",
         *table([sweep.full, *sweep.rows]), "", "## Figures", "",
     ]  # fmt: skip
     for name, (title, reading) in drawn.items():

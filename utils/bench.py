@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -196,10 +197,23 @@ def prefill_and_whole_ms(generate: Callable[[int], None], tokens: int) -> tuple[
     return first, host_ms(lambda: generate(tokens)) if tokens > 1 else first
 
 
-def prefill_and_step_ms(times: list[tuple[float, float]], tokens: int) -> tuple[float, float]:
-    """Medians over what `prefill_and_whole_ms` gave: of the prefill, and of what each further token adds to it."""
-    prefill = statistics.median(first for first, _ in times)
-    return prefill, statistics.median((whole - first) / max(tokens - 1, 1) for first, whole in times)
+class Spread(NamedTuple):
+    """The median of several measurements, the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = list(values)
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def prefill_and_step_ms(times: list[tuple[float, float]], tokens: int) -> tuple[Spread, Spread]:
+    """Over what `prefill_and_whole_ms` gave: the prefill, and what each further token adds to it."""
+    steps = ((whole - first) / max(tokens - 1, 1) for first, whole in times)
+    return Spread.of(first for first, _ in times), Spread.of(steps)
 
 
 def device_us(run: Callable, ahead: bool = False) -> float:

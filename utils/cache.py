@@ -1,7 +1,7 @@
 """The heavy-hitter KV cache: a bounded number of slots per row and KV head, slimmed on every N-th forward.
 
 Heavy-Hitter Oracle: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
-Models", arXiv 2306.14048. Keeping the oldest slots instead is StreamingLLM, arXiv 2309.17453.
+Models", arXiv 2306.14048. Keeping the four oldest slots instead is StreamingLLM, arXiv 2309.17453.
 """
 
 from __future__ import annotations
@@ -521,7 +521,7 @@ class HHLayer(CacheLayerMixin):
         positions = source["positions"]
         if self.h2o.score == "random":
             return random_priority(positions, self.layer_idx, self.h2o.score_seed)
-        if not self.h2o.needs_mass:  # sink, or a window without heavy hitters, where nothing is ranked
+        if not self.h2o.needs_mass:  # sinks, or a window without heavy hitters, where nothing is ranked
             return -torch.arange(positions.shape[-1], dtype=torch.float32, device=positions.device).expand_as(positions)
         if self.count is not None:
             return source["mass"] / source["count"].clamp(min=torch.finfo(torch.float32).tiny)
