@@ -2,12 +2,13 @@
 
 import json
 import os
+import random
 import resource
 
 import pytest
 
 from utils.requests import InputError, JsonlFile, Request, ResultsFile, fingerprint, read_requests
-from utils.rouge import Rouge, mean_with_interval
+from utils.rouge import EveryScript, Rouge, mean_with_interval
 
 LINE = '{"article": "a b", "summary_gt": "c"}\n'
 
@@ -455,6 +456,46 @@ def test_rouge_by_hand(reference, summary, expected):
     scores = Rouge().score(reference, summary)
     assert list(scores) == ["rouge1", "rouge2", "rougeL"]
     assert tuple(scores.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    {
+        "市议会讨论新图书馆的预算": [*"市议会讨论新图书馆的预算"],
+        "2024年に東京タワーへ": ["2024", *"年に東京タワーへ"],
+        "iPhone手机!": ["iphon", "手", "机"],
+        "ที่นี่ดี": ["ที่", "นี่", "ดี"],
+        "Городской совет обсудил бюджет.": ["городской", "совет", "обсудил", "бюджет"],
+        "हिन्दी में लिखा": ["हिन्दी", "में", "लिखा"],
+        "شهر بزرگ ۱۴۰۳": ["شهر", "بزرگ", "۱۴۰۳"],
+        "도서관 예산": ["도서관", "예산"],
+        "Cafe\u0301 CAFÉ": ["café", "café"],
+        "می\u200cخواهم میخواهم": ["میخواهم", "میخواهم"],  # noqa: RUF001
+        "ＡＢＣ ﬁne": ["abc", "fine"],  # noqa: RUF001
+        "❤\ufe0f 😀 … – ½ m² ™": ["m"],  # noqa: RUF001
+        "don’t — £200": ["don", "t", "200"],  # noqa: RUF001
+    }.items(),
+)
+def test_words_of_every_script(text, words):
+    """Letters that rouge-score drops, so that a text scores 0 against itself; marks or forms that part equal words."""
+    assert EveryScript().tokenize(text) == words
+    if len(words) > 1:
+        assert list(Rouge().score(text, text).values()) == [1.0] * 3
+
+
+def test_ascii_words_are_rouge_scores_own():
+    """Scores that no longer compare with published ones."""
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    ours, theirs, draw = EveryScript(), DefaultTokenizer(use_stemmer=True), random.Random(0)
+    ascii_text = [*map(chr, range(128)), *"aeiou stning" * 20]
+    symbols = [*ascii_text, *"’“”–—…£€½²™©❤😀\u2028\u00a0\u20e3"]  # noqa: RUF001
+    for alphabet in (ascii_text, symbols):
+        for _ in range(500):
+            text = "".join(draw.choices(alphabet, k=draw.randint(0, 60)))
+            assert ours.tokenize(text) == theirs.tokenize(text), repr(text)
+    for word in ("running", "happily", "Generalizations", "skies", "relational"):
+        assert ours.tokenize(word) == theirs.tokenize(word)
 
 
 def test_interval_of_the_mean():
