@@ -204,7 +204,7 @@ def checkpoint_fingerprint(name: str | Path) -> str | None:
     """SHA-256 over what decides a checkpoint's texts: the files of a folder, or the commit of a name on the hub.
 
     Files are read whole up to 64 MiB, larger ones at 4,096 places: few enough to take seconds, and so many that each
-    large matrix is met. None for a checkpoint that is not on this machine and cannot be fetched.
+    large matrix is met. None for a checkpoint of which nothing is on this machine.
     """
     folder, digest = Path(name), hashlib.sha256()
     try:
@@ -244,8 +244,8 @@ def _commit_on_hub(name: str) -> str | None:
     from transformers.utils.hub import cached_file, extract_commit_hash  # takes seconds
 
     try:
-        file = cached_file(name, "config.json")
-    except (OSError, ValueError):  # what loads the model says why
+        file = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):
         return None
     return extract_commit_hash(file, None)
 
