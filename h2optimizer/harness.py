@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -63,6 +64,12 @@ class CacheLM(HFLM):
 
     def _refuse(self, why: str, task: str | None = None):
         raise InputError(f"task {task or self._task or '(without a name)'}: {why}")
+
+    def _must_be_number(self, logprob: float) -> None:
+        """Tasks would count NaN as a wrong answer, or average it."""
+        if math.isnan(logprob):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            self._refuse(f"the model's logits are NaN in {dtype}; pass another --dtype")
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
         if self.device.type == "cuda":
@@ -166,12 +173,16 @@ class CacheLM(HFLM):
         must_know(self.model, self.pretrained, largest)
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         if self.h2o is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            for logprob, _ in answers:
+                self._must_be_number(logprob)
+            return answers
         contexts, answers = self.batch_size, [None] * len(pairs)
         if contexts == "auto" and pairs:
             contexts = rows_that_fit(self.model, *(max(map(len, part)) for part in zip(*pairs, strict=True)))
         scores = score_in_batches(self.model, pairs, contexts, self.tokenizer.pad_token_id, self.softmax_dtype)
         for i, score in tqdm(scores, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
+            self._must_be_number(score.logprob)
             answers[i] = score.logprob, score.greedy
             self._counts.update(tokens=len(pairs[i][1]), tokens_after_eviction=score.after_eviction)
             if requests[i][0] is not None:  # a part of a document has no answer of its own

@@ -92,7 +92,8 @@ def _not_finite(model) -> list[str]:
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that a sharded or quantised one is made of; itself, if it is plain."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+        for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+            if isinstance(inner, torch.Tensor):  # a sharded one names its mesh of devices as well
+                yield from _plain(inner)
     else:
         yield tensor

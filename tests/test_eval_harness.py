@@ -294,6 +294,15 @@ def test_contexts_that_begin_with_bos(make_lm):
     assert rows[0] == rows[1] == rows[2] and rows[0][0].count(bos[1]) == 1
 
 
+@pytest.mark.parametrize("settings", [NARROW, dict(full_cache=True)])
+def test_logits_that_are_no_numbers(make_lm, settings):
+    """NaN that a task counts as a wrong answer."""
+    lm = make_lm(**settings)
+    lm.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="task task: the model's logits are NaN in float32; pass another --dtype"):
+        lm.loglikelihood(requests("loglikelihood", (texts(1)[0], " a")), disable_tqdm=True)
+
+
 def test_cut_contexts_are_counted(make_lm):
     """A long context whose beginning a generating task never sees, and nothing says so at the end."""
     lm = make_lm(**NARROW, batch_size=2)
