@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -42,6 +41,8 @@ from transformers.distributed import DistributedConfig
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
+from h2optimizer.texts import Stops, one_bos
+from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
 from utils.bench import free_memory
 from utils.policies import SCORES
 from utils.processes import Processes
@@ -58,6 +59,7 @@ from utils.requests import (
     must_know,
     part_path,
     read_requests,
+    unheeded,
 )
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
 
@@ -342,12 +344,24 @@ def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None
 def load_config(name: str) -> LlamaConfig:
     """The configuration of a Llama checkpoint, without its weights. Raises InputError."""
     try:
+        refuse_adapter(name, local_files_only=True)  # without asking the hub: an adapter alone has no config.json
         config = AutoConfig.from_pretrained(name)
+        refuse_adapter(name)
+    except CheckpointError as error:
+        raise InputError(f"--model-name {name}: {error}") from None
     except Exception as error:
         raise unusable(name, error) from None
     if config.model_type != "llama":
         raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
     return config
+
+
+def fingerprint_of(name: str) -> str | None:
+    """`checkpoint_fingerprint`, for a name on the hub after its config.json is fetched. Raises InputError."""
+    if not Path(name).is_dir():
+        quiet_libraries()
+        load_config(name)
+    return checkpoint_fingerprint(name)
 
 
 def unusable(name: str, error: Exception) -> InputError:
@@ -366,23 +380,22 @@ def load_model(args: argparse.Namespace, h2o: H2OConfig | None, device: torch.de
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         kwargs = {
             "dtype": getattr(torch, args.dtype) if args.dtype != "auto" else "auto" if on_gpu else torch.float32,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,  # they are named below
             **(place or {}),
         }
         if h2o is None:
-            model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs)
+            whole = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refuse_misfits names what is not
+            model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs, **whole)
+            refuse_misfits(model, loading)
         else:
-            model, loading = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
+            model = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
     except InputError:
         raise
+    except CheckpointError as error:
+        raise InputError(f"--model-name {name}: {str(error).removeprefix(f'{name}: ')}") from None
     except torch.OutOfMemoryError:
         raise too_large(name, device) from None
     except Exception as error:  # a damaged checkpoint fails in any of four libraries
         raise unusable(name, error) from None
-    # transformers would fill these at random, and the summaries would be noise.
-    if absent := sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]):
-        raise InputError(f"--model-name {name}: {len(absent)} weights miss or have another shape, first {absent[0]}")
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     # Requests decide how to sample: nothing else of the checkpoint's generation defaults takes part.
@@ -425,7 +438,10 @@ def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
         raise InputError(
             f"--chat: the tokenizer of {model_name} has no chat template; take an instruct model, or leave it out"
         )
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    bos = tokenizer.bos_token or ""  # the template's own; a text may begin with one as well
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": text.removeprefix(bos)} for i, text in enumerate(texts)
+    ]
     to_reply = len(texts) % 2 == 1
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_reply)
@@ -450,8 +466,11 @@ def tokenize(requests: list[Request], tokenizer, model, model_name: str, chat: b
         texts = [render_chat(tokenizer, [request.article], model_name) for request in requests]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     else:
-        encoded = tokenizer([request.article for request in requests])["input_ids"]
+        encoded = [one_bos(of, tokenizer) for of in tokenizer([request.article for request in requests])["input_ids"]]
     must_know(model, model_name, max(max(tokens, default=0) for tokens in encoded))
+    for request, tokens in zip(requests, encoded, strict=True):
+        if not tokens:
+            raise InputError(f"request {request.index}: the tokenizer of {model_name} finds no token in its article")
     return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
 
@@ -468,25 +487,13 @@ def in_order(prompts: list[Prompt], batch_size: int | str, processes: Processes 
 
 
 def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
-    """(temperature, top_p, n) that a request is decoded with; (0, 1, 1) is greedy."""
+    """(temperature, top_p, sequences) that a request is decoded with; (0, 1, 1) is greedy, whose choices are equal."""
     return (0.0, 1.0, 1) if greedy or request.temperature == 0 else (request.temperature, request.top_p, request.n)
-
-
-def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
-    """Where the earliest stop string begins in a text; None where there is none."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-
-
-def says_stop(tokenizer, stops: tuple[str, ...], tokens: list[int]) -> bool:
-    """Whether the text of these tokens, looked at after each of them, has come to hold a stop string."""
-    # One that has just appeared lies in the last tokens; UTF-8 takes at most 4 tokens a character.
-    parts = tokens[-4 * max(map(len, stops)) - 4 :], tokens
-    return all(first_stop(tokenizer.decode(part, skip_special_tokens=True), stops) is not None for part in parts)
 
 
 @dataclasses.dataclass
 class Job:
-    """A request on its way: the sequences of its n choices."""
+    """A request on its way: the sequences of its choices, one where these are equal."""
 
     prompt: Prompt
     sequences: list[Sequence]
@@ -499,6 +506,7 @@ class Summarizer:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.processes = processes or Processes()
         self.rouge = Rouge()
+        self._stops: dict[tuple[str, ...], Stops] = {}
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos]) - {None}
 
@@ -572,8 +580,13 @@ class Summarizer:
             temperature=temperature,
             top_p=top_p,
             seed=(self.args.seed, request.index, choice),
-            has_ended=partial(says_stop, self.tokenizer, request.stop) if request.stop else None,
+            has_ended=self._stops_of(request).said if request.stop else None,
         )
+
+    def _stops_of(self, request: Request) -> Stops:
+        if request.stop not in self._stops:
+            self._stops[request.stop] = Stops(self.tokenizer, request.stop)
+        return self._stops[request.stop]
 
     def _ended(self, jobs: list[Job], rows: int) -> Iterator[Job]:
         """Each job when the last of its sequences has ended."""
@@ -587,12 +600,20 @@ class Summarizer:
         for sequence in batcher.run(sequence for sequence, _ in todo):
             job = job_of[id(sequence)]
             left[id(job)] -= 1
+            if sequence.finish_reason == "nan":
+                raise InputError(
+                    f"request {job.prompt.request.index}: the model's logits are NaN after {len(sequence.tokens) - 1} "
+                    f"tokens in {str(self.model.dtype).removeprefix('torch.')}; pass another --dtype, or leave the "
+                    "request out (results so far are kept)"
+                )
             if not left[id(job)]:
                 yield job
 
     def _result(self, job: Job, wall_time: float) -> dict:
         request, longest = job.prompt.request, max(job.sequences, key=lambda sequence: len(sequence.tokens))
         choices = [self.choice(request, sequence) for sequence in job.sequences]
+        if request.temperature == 0 and not self.args.greedy:
+            choices *= request.n
         decoding = longest.seconds - longest.seconds_to_first_token
         kv_bytes = sum(sequence.cache["kv_bytes"] for sequence in job.sequences)
         timing = {
@@ -624,11 +645,9 @@ class Summarizer:
         tokens = sequence.tokens
         emitted = tokens[:-1] if tokens[-1] in self.eos else tokens
         text = self.tokenizer.decode(emitted, skip_special_tokens=True)
-        stop_at = first_stop(text, request.stop)
-        if stop_at is not None:
-            text = text[:stop_at]
-            while emitted and self.tokenizer.decode(emitted[:-1], skip_special_tokens=True).startswith(text):
-                emitted = emitted[:-1]
+        stop = self._stops_of(request).first(tokens) if request.stop else None
+        if stop is not None and stop[1] <= len(emitted):
+            text, emitted = stop[0], emitted[: stop[1]]
         return {
             "text": text,
             "logprobs": {
@@ -738,7 +757,7 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
 def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[Request]) -> dict:
     """What a resumed run must share, by flag; not how many processes run, nor on what."""
     settings = {
-        "the form of results": 3,  # another one cannot be gone on with
+        "the form of results": 3,  # results of another form cannot be resumed
         "--model-name": args.model_name,
         "--sample_num": args.sample_num,
         "--input-path": f"sha256 {fingerprint(requests)[:16]}",
@@ -749,7 +768,7 @@ def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[
         "--quantize": args.quantize,
         "--enable_h2o_generation": args.enable_h2o_generation,
     }
-    if weights := checkpoint_fingerprint(Path(args.model_name)):
+    if weights := fingerprint_of(args.model_name):
         settings["what --model-name holds"] = f"sha256 {weights[:16]}"
     if h2o is not None:
         for name, value in dataclasses.asdict(h2o).items():
@@ -768,6 +787,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
             requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
             if skipped:
                 processes.say(f"warning: {skipped} bad lines of {args.input_path} skipped")
+            if warning := unheeded(requests):
+                processes.say(warning)
             output = ResultsFile(args.output_path, settings_of(args, h2o, requests), args.overwrite, args.input_path)
             if output.results:
                 processes.say(f"{len(output.results)} of {len(requests)} results are there already")

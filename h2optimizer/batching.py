@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections import deque
@@ -32,7 +33,7 @@ class Sequence:
     has_ended: Callable[[list[int]], bool] | None = None  # whether its tokens so far, more at each look, end it
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop" (an end-of-sequence token, or has_ended) or "length"
+    finish_reason: str | None = None  # "stop" (an end-of-sequence token, or has_ended), "length" or "nan" (no logits)
     rows: int = 0  # sequences in its batch at its end
     cache: dict[str, int] = field(default_factory=dict)  # what it held at the end: tokens_seen, slots_kept, …
     seconds: float = 0.0  # from the beginning of its prefill to its end
@@ -356,7 +357,9 @@ class Batcher:
         for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), start=1):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
-            if token in self.eos or (sequence.has_ended is not None and sequence.has_ended(sequence.tokens)):
+            if not math.isfinite(logprob):  # of logits that overflowed: the token means nothing, nor would the next
+                sequence.finish_reason = "nan"
+            elif token in self.eos or (sequence.has_ended is not None and sequence.has_ended(sequence.tokens)):
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) >= sequence.max_tokens:
                 sequence.finish_reason = "length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from h2optimizer.batching import rows_that_fit
 from h2optimizer.scoring import score_in_batches
+from h2optimizer.texts import Stops
 from utils.requests import InputError, must_know
 
 
@@ -47,6 +49,7 @@ class CacheLM(HFLM):
         self.h2o = getattr(model, "h2o", None)
         self.evictions: dict[str, Counter] = {}
         self._task, self._counts = "", Counter()  # of the requests at hand
+        self._stops: Stops | None = None  # of the texts at hand
 
     def _by_task(self, answer: Callable, requests: list, **kwargs) -> list:
         """What `answer` gives for the requests, called with one task's at a time."""
@@ -61,6 +64,12 @@ class CacheLM(HFLM):
 
     def _refuse(self, why: str, task: str | None = None):
         raise InputError(f"task {task or self._task or '(without a name)'}: {why}")
+
+    def _must_be_number(self, logprob: float) -> None:
+        """Tasks would count NaN as a wrong answer, or average it."""
+        if math.isnan(logprob):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            self._refuse(f"the model's logits are NaN in {dtype}; pass another --dtype")
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
         if self.device.type == "cuda":
@@ -82,7 +91,17 @@ class CacheLM(HFLM):
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation=False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As HFLM's: tokens and mask [B, columns]; the contexts that it cuts are counted."""
+        """As HFLM's: tokens and mask [B, columns]; the contexts that it cuts are counted.
+
+        HFLM asks the first context alone whether it begins with BOS.
+        """
+        bos = self.tokenizer.bos_token
+        if (
+            bos
+            and self.add_bos_token is not False
+            and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        ):
+            strings = [string.removeprefix(bos) for string in strings]
         tokens, mask = super().tok_batch_encode(strings, padding_side, truncation=truncation)
         if left_truncate_len:
             if cut := int((mask.sum(dim=1) > left_truncate_len).sum()):
@@ -92,6 +111,7 @@ class CacheLM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
         must_know(self.model, self.pretrained, int(context.max()))
+        self._stops = Stops(self.tokenizer, tuple(filter(None, stop)))
         tokens = super()._model_generate(context, max_length, stop, **kwargs)
         if self.h2o is not None:
             fed = tokens.shape[1] - context.shape[1] - 1
@@ -100,6 +120,20 @@ class CacheLM(HFLM):
             evicted = sum(fed > 0 and length + due > self.h2o.window_length for length in lengths)
             self._counts.update(texts=len(lengths), texts_after_eviction=evicted)
         return tokens
+
+    def tok_decode(self, tokens, skip_special_tokens: bool = True) -> str:
+        """As HFLM's, but that a text ends before its first stop string: HFLM looks once special tokens are removed."""
+        if self._stops is None or not skip_special_tokens or isinstance(tokens, int):
+            return super().tok_decode(tokens, skip_special_tokens)
+        thought = 0  # tokens before the answer, in which no stop string counts
+        if isinstance(self.think_end_token, str):
+            text = super().tok_decode(tokens)
+            while text.count(self.think_end_token) > super().tok_decode(tokens[:thought]).count(self.think_end_token):
+                thought += 1
+        stop = self._stops.first(tokens[thought:])
+        if stop is None:
+            return super().tok_decode(tokens)
+        return super().tok_decode(tokens[:thought]) + stop[0]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As HFLM's, through the cache: a continuation's log-probability, and whether greedy decoding would say it."""
@@ -139,12 +173,16 @@ class CacheLM(HFLM):
         must_know(self.model, self.pretrained, largest)
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         if self.h2o is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            for logprob, _ in answers:
+                self._must_be_number(logprob)
+            return answers
         contexts, answers = self.batch_size, [None] * len(pairs)
         if contexts == "auto" and pairs:
             contexts = rows_that_fit(self.model, *(max(map(len, part)) for part in zip(*pairs, strict=True)))
         scores = score_in_batches(self.model, pairs, contexts, self.tokenizer.pad_token_id, self.softmax_dtype)
         for i, score in tqdm(scores, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
+            self._must_be_number(score.logprob)
             answers[i] = score.logprob, score.greedy
             self._counts.update(tokens=len(pairs[i][1]), tokens_after_eviction=score.after_eviction)
             if requests[i][0] is not None:  # a part of a document has no answer of its own

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 
-from h2optimizer import generation
+from h2optimizer import generation, weights
 from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
 from h2optimizer.columns import Columns
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
@@ -317,6 +317,37 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         self.model.norm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.kept_caches = generation.KeptCaches()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As PreTrainedModel's, for checkpoints that this class runs as they are.
+
+        Raises: ValueError for one of another family, with an adapter beside its weights, or with weights that are
+            missing, of the wrong shape (unless ignore_mismatched_sizes), of no place in the model, NaN or infinite.
+        """
+        name, finding = pretrained_model_name_or_path, {key: kwargs[key] for key in weights.FINDING if key in kwargs}
+        try:
+            weights.refuse_adapter(name, **finding)
+            if isinstance(config, PreTrainedConfig):
+                weights.refuse_other_family(cls, config)
+            elif (source := name if config is None else config) is not None:
+                of_gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
+                weights.refuse_other_family(cls, PreTrainedConfig.get_config_dict(source, **finding, **of_gguf)[0])
+            model, loading = super().from_pretrained(
+                name, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )  # other shapes are named below, with the weights that transformers would fill at random
+            weights.refuse_misfits(model, loading, resized=ignore_mismatched_sizes)
+        except weights.CheckpointError as error:
+            raise weights.CheckpointError(f"{name}: {error}") from None
+        return (model, loading) if output_loading_info else model
 
     @property
     def h2o(self) -> H2OConfig:

@@ -48,6 +48,7 @@ from run_summarization import (
     Summarizer,
     add_model_flags,
     attention_backend,
+    fingerprint_of,
     in_order,
     load_model,
     quiet_libraries,
@@ -71,10 +72,10 @@ from utils.requests import (
     InputError,
     JsonlFile,
     OneLineParser,
-    checkpoint_fingerprint,
     count,
     fingerprint,
     read_requests,
+    unheeded,
 )
 from utils.rouge import ROUGE_TYPES
 
@@ -362,14 +363,18 @@ def run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
     cells = [None, *cells_of(args, device)]
     requests, _ = read_requests(args.input_path, None, args.sample_num)
+    if warning := unheeded(requests):
+        print(warning, file=sys.stderr)
     if args.retention_request is not None and not 0 <= args.retention_request < len(requests):
         raise InputError(f"--retention_request {args.retention_request}: the requests are 0 to {len(requests) - 1}")
     if args.timed_tokens < 2:
         raise InputError("--timed_tokens: the first is by prefill; give at least 2")
-    weights = checkpoint_fingerprint(Path(args.model_name))
+    weights = fingerprint_of(args.model_name)
     setup = {
         "form": FORM,
-        "model": Path(args.model_name).resolve().name if weights else args.model_name,  # a checkpoint may be moved
+        "model": Path(args.model_name).resolve().name
+        if Path(args.model_name).is_dir()
+        else args.model_name,  # may be moved
         "weights": weights and weights[:16],
         "requests": fingerprint(requests)[:16],
         "number of requests": len(requests),

@@ -12,7 +12,6 @@ wrong. Without CUDA a tiny run on the CPU shows that the script works, and measu
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import sys
@@ -29,7 +28,7 @@ from h2optimizer import H2OConfig
 from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
 from utils.bench import capture, device_us, exit_status, host_us, measure_ceilings, print_table, sizes
 from utils.cache import HHCache, Rows, Step
-from utils.requests import OneLineParser, count
+from utils.requests import OneLineParser, count, to_json
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case
@@ -383,7 +382,7 @@ def run(args) -> int:
         print_table(slimming, {"batch": "", "layers": "", "us": ".1f", "host_us": ".1f", "mask_us": ".1f"} | rest)
     shape = {key: getattr(args, key) for key in ("query_heads", "kv_heads", "head_dim", "window_length", "repeats")}
     report = {"device": name, "torch": torch.__version__, "dtype": str(args.dtype).removeprefix("torch."), **shape}
-    print(json.dumps(report | rates | {"rows": rows, "slimming": slimming, "wrong": wrong}))
+    print(to_json(report | rates | {"rows": rows, "slimming": slimming, "wrong": wrong}))
     for fault in wrong:
         print(f"wrong: {fault}", file=sys.stderr)
     return 1 if wrong else 0

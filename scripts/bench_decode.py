@@ -26,7 +26,6 @@ one to a step with slimmings --update_interval steps apart.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -67,7 +66,7 @@ from utils.bench import (
     synchronize,
 )
 from utils.cache import CACHE_ARGUMENT, HHCache
-from utils.requests import InputError, OneLineParser, count
+from utils.requests import InputError, OneLineParser, count, to_json
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"
@@ -542,7 +541,7 @@ def run(args) -> None:
             rows.append(print_row(result))
     print()
     print_table(rows, {key: spec for key, spec in TABLE.items() if any(key in row for row in rows)})
-    print(json.dumps(report | {"rows": rows}))
+    print(to_json(report | {"rows": rows}))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ once with as many tokens as it asked for, and that memory does not grow; exit st
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -44,7 +43,7 @@ from utils.bench import (
     print_table,
     synchronize,
 )
-from utils.requests import OneLineParser, count, count_or_auto
+from utils.requests import OneLineParser, count, count_or_auto, to_json
 
 SAMPLED_BATCHES = 4  # of stock Llama's
 SHORTEST = 16  # tokens of a prompt in a soak
@@ -285,14 +284,14 @@ def run(args) -> int:
         result = soak(args, model)
         for line in result["wrong"][:10]:
             print(f"wrong: {line}", file=sys.stderr)
-        print(json.dumps(report | result))
+        print(to_json(report | result))
         return 1 if result["wrong"] else 0
     rows = []
     for result in measure(args, model, stock):
         rows.append(print_row(result))
     print()
     print_table(rows, TABLE)
-    print(json.dumps(report | {"rows": rows}))
+    print(to_json(report | {"rows": rows}))
     return 0
 
 

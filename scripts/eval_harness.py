@@ -47,7 +47,15 @@ import run_summarization as summarization
 from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
 from utils.bench import print_table
-from utils.requests import InputError, OneLineParser, checkpoint_fingerprint, count, count_or_auto, replace_file
+from utils.requests import (
+    InputError,
+    OneLineParser,
+    checkpoint_fingerprint,
+    count,
+    count_or_auto,
+    replace_file,
+    to_json,
+)
 
 # What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.
 PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"
@@ -193,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--apply_chat_template: the tokenizer of {args.model_name} has none; leave the flag out")
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     versions |= {"python": platform.python_version(), "lm_eval": lm_eval.__version__}
-    weights = checkpoint_fingerprint(Path(args.model_name))
+    weights = checkpoint_fingerprint(args.model_name)
     decides = [model, versions, weights, backend, str(lm.model.dtype), device.type]  # --dtype auto: the device's
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     answers = output.with_name(f"{output.name}.{key}")  # of this model and cache alone
@@ -218,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
         print(make_table(results, "groups"))
     report_evictions(lm)
     try:
-        replace_file(output, [json.dumps(results, indent=2, default=handle_non_serializable) + "\n"])
+        replace_file(output, [to_json(results, indent=2, default=handle_non_serializable) + "\n"])
     except OSError as error:
         raise InputError(
             f"--output-path {output}: cannot be written ({error.strerror}); answers are kept, the same command goes on"

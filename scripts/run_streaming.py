@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
 from h2optimizer.streaming import Stream
+from h2optimizer.texts import Stops, one_bos
 from run_summarization import (
     DEMO_REQUESTS,
     add_cache_flags,
@@ -50,13 +51,12 @@ from run_summarization import (
     peak_memory,
     quiet_libraries,
     render_chat,
-    says_stop,
     seed,
     select_device,
 )
 from utils.ablation import FULL, policy_name
 from utils.bench import exit_status, print_table, synchronize
-from utils.requests import InputError, OneLineParser, count, must_know
+from utils.requests import InputError, OneLineParser, checked, count, must_know, to_json
 
 GIVEN, SAID = "given", "said"
 PICTURES = (".png", ".svg")  # beside a report
@@ -135,13 +135,11 @@ def turns_of(fields, where: str) -> list[Turn]:
     texts = fields[name] if name == "turns" else [fields[name]]
     if not isinstance(texts, list) or not texts or not all(map(is_text, texts)):
         raise InputError(f"{where}: {name!r} must be {'a list of texts' if name == 'turns' else 'a text'}; mend it")
-    stop, most = fields.get("stop"), fields.get("max_tokens")
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise InputError(f"{where}: 'stop' must be a string or a list of strings, none empty; mend it")
-    if most is not None and (type(most) is not int or most < 1):
-        raise InputError(f"{where}: 'max_tokens' must be a whole number of at least 1; mend it")
-    return [Turn(text, most, tuple(stop), opens=number == 0) for number, text in enumerate(texts)]
+    try:
+        asked = checked(fields, ("max_tokens", "stop"))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}; fix the line") from None
+    return [Turn(text, **asked, opens=number == 0) for number, text in enumerate(texts)]
 
 
 def is_text(value) -> bool:
@@ -188,7 +186,7 @@ class Wording:
     def tokens(self, turn: Turn, first: bool) -> list[int]:
         """Raises InputError where the template does not go on from where it was."""
         if not self.chat:
-            return self.tokenizer(turn.text, add_special_tokens=turn.opens)["input_ids"]
+            return one_bos(self.tokenizer(turn.text, add_special_tokens=turn.opens)["input_ids"], self.tokenizer)
         if first:
             return self._encode(self._render([turn.text]))
         text = self._render([self.USER, self.REPLY, turn.text])
@@ -295,7 +293,7 @@ class Report:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(to_json(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise InputError(f"--report {self.path}: cannot be written ({error.strerror})") from None
@@ -428,9 +426,17 @@ def leave_stdout() -> None:
 
 
 class Printer(TextStreamer):
-    """Prints a reply's words as they are complete, at the same cost for each however long the reply."""
+    """Prints a reply's words as they are complete, at the same cost for each however long the reply.
+
+    Letters that may belong to one of the `stops` wait until what follows decides. `end` prints what is left, `cut` what
+    is left of a text that a stop string has ended.
+    """
 
     KEPT = 32  # tokens, enough for the letters of a word
+
+    def __init__(self, tokenizer, stops: Stops):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.stops, self.waiting, self.printed = stops, "", 0
 
     def put(self, value: torch.Tensor) -> None:
         super().put(value)
@@ -445,7 +451,13 @@ class Printer(TextStreamer):
         return self.token_cache[-self.KEPT :]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print_text(text, end="\n" if stream_end else "")
+        self.waiting += text
+        shown = len(self.waiting) - (0 if stream_end else self.stops.held(self.waiting))
+        print_text(self.waiting[:shown], end="\n" if stream_end else "")
+        self.waiting, self.printed = self.waiting[shown:], self.printed + shown
+
+    def cut(self, text: str) -> None:
+        print_text(text[self.printed :])
 
 
 class Talk:
@@ -453,7 +465,6 @@ class Talk:
 
     def __init__(self, stream: Stream, tokenizer, wording: Wording, report: Report, args: argparse.Namespace):
         self.stream, self.tokenizer, self.wording, self.report, self.args = stream, tokenizer, wording, report, args
-        self.printer = None if args.quiet else Printer(tokenizer, skip_special_tokens=True)
         self.warned = False
 
     def turn(self, turn: Turn) -> None:
@@ -471,20 +482,31 @@ class Talk:
             seconds = time.perf_counter() - begin
             self.report.add(stream, GIVEN, Passed(len(piece), nll, scored, seconds, stream.fed - before))
         self._warn()
-        said: list[int] = []
+        stops, said = Stops(self.tokenizer, turn.stop), []
+        printer = None if self.args.quiet else Printer(self.tokenizer, stops)
         begin = time.perf_counter()
         for token, logprob in stream.say(turn.max_tokens or self.args.max_tokens):
             said.append(token)
             step = (time.perf_counter() - begin, 1) if len(said) > 1 else ()  # the first is what `feed` computed
             self.report.add(stream, SAID, Passed(1, -logprob, 1, *step))
-            if self.printer is not None and token not in stream.eos:
-                self.printer.put(torch.tensor([token]))  # prints what can no longer change
-            begin = time.perf_counter()
-            if turn.stop and says_stop(self.tokenizer, turn.stop, said):
-                stream.pending = None  # not fed yet, and not meant to be
+            if not math.isfinite(logprob):
+                raise InputError(
+                    f"the model's logits are NaN in {str(stream.model.dtype).removeprefix('torch.')} after "
+                    f"{self.report.passed} tokens; pass another --dtype"
+                )
+            if turn.stop and stops.said(said):
+                if token not in stream.eos:
+                    stream.pending = None  # not fed yet, and not meant to be
                 break
-        if self.printer is not None:
-            self.printer.end()
+            if printer is not None and token not in stream.eos:
+                printer.put(torch.tensor([token]))  # prints what can no longer change
+            begin = time.perf_counter()
+        if printer is None:
+            return
+        if (stop := stops.first(said)) is not None:
+            printer.cut(stop[0])
+        else:
+            printer.end()
 
     def _warn(self) -> None:
         positions, h2o = self.stream.model.config.max_position_embeddings, self.stream.h2o

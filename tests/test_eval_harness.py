@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from checkpoints import POSITIONS, made_up_text, make_checkpoint
 from h2optimizer import scoring
@@ -264,6 +265,42 @@ def test_generation_is_each_request_alone(make_lm):
     assert got != full.generate_until(asked, disable_tqdm=True)
     assert dict(lm.evictions["task"]) == {"texts": 4, "texts_after_eviction": evicted} and evicted > 0
     assert not full.evictions["task"]
+
+
+def test_stop_strings_that_name_special_tokens(make_lm, monkeypatch):
+    """Texts that run past them in a batch, as special tokens are removed before HFLM looks."""
+    lm = make_lm(**NARROW, batch_size=2)
+    said = lm.tok_encode("ab<s>cd<s>ef", add_special_tokens=False)
+
+    def generate(inputs, **kwargs):
+        return torch.cat([inputs, torch.tensor([said] * len(inputs))], dim=1)
+
+    monkeypatch.setattr(lm.model, "generate", lambda input_ids, **kwargs: generate(input_ids))
+    for until, text in ((["<s>"], "ab"), (["d<s>e"], "abc"), (["bc"], "a"), (["zz"], "abcdef"), (["e", "<s>c"], "ab")):
+        settings = {"until": until, "max_gen_toks": 4, "do_sample": False}
+        asked = requests("generate_until", *((context, settings) for context in texts(1, 2)))
+        assert lm.generate_until(asked, disable_tqdm=True) == [text] * 2
+    lm.think_end_token = "d"
+    settings = {"until": ["<s>"], "max_gen_toks": 4, "do_sample": False}
+    assert lm.generate_until(requests("generate_until", (texts(1)[0], settings)), disable_tqdm=True) == [""]
+
+
+def test_contexts_that_begin_with_bos(make_lm):
+    """HFLM asks the first context of a batch, and the others get two or none."""
+    lm = make_lm(**NARROW, batch_size=2)
+    bos = ("<s>", lm.tokenizer.bos_token_id)
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    rows = [lm.tok_batch_encode(strings)[0].tolist() for strings in (["ab", "ab"], ["<s>ab", "ab"], ["ab", "<s>ab"])]
+    assert rows[0] == rows[1] == rows[2] and rows[0][0].count(bos[1]) == 1
+
+
+@pytest.mark.parametrize("settings", [NARROW, dict(full_cache=True)])
+def test_logits_that_are_no_numbers(make_lm, settings):
+    """NaN that a task counts as a wrong answer."""
+    lm = make_lm(**settings)
+    lm.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="task task: the model's logits are NaN in float32; pass another --dtype"):
+        lm.loglikelihood(requests("loglikelihood", (texts(1)[0], " a")), disable_tqdm=True)
 
 
 def test_cut_contexts_are_counted(make_lm):

@@ -2,12 +2,23 @@
 
 import json
 import os
+import random
 import resource
 
+import huggingface_hub
 import pytest
 
-from utils.requests import InputError, JsonlFile, Request, ResultsFile, fingerprint, read_requests
-from utils.rouge import Rouge, mean_with_interval
+from utils.requests import (
+    InputError,
+    JsonlFile,
+    Request,
+    ResultsFile,
+    checkpoint_fingerprint,
+    fingerprint,
+    read_requests,
+    unheeded,
+)
+from utils.rouge import EveryScript, Rouge, mean_with_interval
 
 LINE = '{"article": "a b", "summary_gt": "c"}\n'
 
@@ -66,6 +77,25 @@ def test_one_stop_string_stands_for_a_list():
     assert Request.from_line(line_with(stop=[]), 0).stop == ()
 
 
+def test_whole_numbers_of_table_programs():
+    """pandas writes a column of counts with a gap as 12.0, which is 12."""
+    request = Request.from_line(line_with(max_tokens=12.0, n=2.0), 0)
+    assert (request.max_tokens, request.n) == (12, 2) and type(request.max_tokens) is type(request.n) is int
+
+
+def test_fields_that_do_nothing_are_named_once(read):
+    """top_k that is ignored without a word; a warning for each line, or for what H2O's and HELM's files hold anyway."""
+    harmless = {"logprobs": 1, "echo": False, "best_of": 1, "model": "x", "engine": "y", "request_type": "z", "id": 3}
+    harmless |= {"top_k": None, "presence_penalty": 0.0, "top_p": 1, "stop": None, "min_p": None}
+    assert unheeded(read(line_with(**harmless))[0]) is None
+    asked = line_with(top_k=5) + line_with(top_k=-1) + line_with(**{"min\np": 0.1}, echo=True)
+    assert unheeded(read(asked)[0]) == (
+        "warning: fields that are not known are ignored: top_k, min p, echo (in 2 of 3 requests)"
+    )
+    many = unheeded(read(line_with(**{f"f{i}": i for i in range(1000)}))[0])
+    assert many.endswith("f9 and 990 more (in 1 of 1 requests)") and len(many) < 200
+
+
 BAD_LINES = {
     "{": "not JSON",
     "article: a": "not JSON",
@@ -82,13 +112,18 @@ BAD_LINES = {
     '{"article": "\\ud83d", "summary_gt": "c"}': "not valid UTF-8",
     line_with(max_tokens=0): "max_tokens=0",
     line_with(max_tokens=-1): "max_tokens=-1",
-    line_with(max_tokens=8.0): "max_tokens=8.0",
+    line_with(max_tokens=8.5): "max_tokens=8.5",
+    line_with(max_tokens=10**9): "max_tokens=1000000000: must be a whole number from 1 to 1,000,000",
+    line_with(n=10**9): "n=1000000000: must be a whole number from 1 to 1,000",
+    line_with(n=1e300): "n=1000",
     line_with(max_tokens="8"): "max_tokens='8'",
     line_with(max_tokens=True): "max_tokens=True",
     line_with(temperature="0.3"): "temperature='0.3'",
     line_with(temperature=-0.1): "temperature=-0.1",
-    line_with(temperature=float("nan")): "temperature=nan",
-    line_with(temperature=float("inf")): "temperature=inf",
+    line_with(temperature=float("nan")): "holds NaN or an infinite number",
+    line_with(temperature=float("inf")): "holds NaN or an infinite number",
+    line_with(anything={"a": [float("nan")]}): "holds NaN or an infinite number",
+    '{"article": "a", "summary_gt": "c", "seed": 1e999}': "holds NaN or an infinite number",
     line_with(temperature=1e9): "temperature=1000000000.0",
     line_with(temperature=1e-40): "temperature=1e-40",
     line_with(temperature=10**400): "temperature=1000",
@@ -431,6 +466,64 @@ def test_failing_finish_keeps_results_and_leaves_no_scratch(tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "o.metrics.json"], "litter"
 
 
+def test_numbers_that_json_has_no_names_for(tmp_path):
+    """A bare NaN or Infinity in results or metrics, which no other program reads."""
+    path = tmp_path / "o.jsonl"
+    output = ResultsFile(path, {"--seed": 1})
+    output.start()
+    output.append({"index": 0, "figures": [1.5, float("nan"), {"a": (float("-inf"), "NaN")}]})
+    output.finish({"mean": float("inf"), "versions": {}})
+
+    def strict(name):
+        raise AssertionError(name)
+
+    assert json.loads(path.read_text(), parse_constant=strict)["figures"] == [1.5, None, {"a": [None, "NaN"]}]
+    assert json.loads((tmp_path / "o.metrics.json").read_text(), parse_constant=strict)["mean"] is None
+
+
+# Checkpoints
+
+
+def test_fingerprint_of_a_checkpoint(tmp_path):
+    """Weights that differ past the first MiB, in a shard elsewhere, or in the last bytes; a tokenizer's merges."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2**26 + 2**20)  # sparse: nothing is written
+    (tmp_path / "merges.txt").write_text("a b")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "1.safetensors").write_bytes(b"1")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shards/1.safetensors"}}')
+    (tmp_path / "notes.md").write_text("a")
+    seen = [checkpoint_fingerprint(tmp_path)]
+    for name, place in (
+        ("model.safetensors", 2**26 + 2**20 - 1),
+        ("model.safetensors", 2**25),
+        ("shards/1.safetensors", 0),
+        ("merges.txt", 2),
+    ):
+        with (tmp_path / name).open("r+b") as file:
+            file.seek(place)
+            file.write(b"x" * min(2**15, os.path.getsize(tmp_path / name) - place))
+        seen.append(checkpoint_fingerprint(str(tmp_path)))
+    assert len(set(seen)) == 5 and None not in seen
+    (tmp_path / "notes.md").write_text("b")
+    assert checkpoint_fingerprint(tmp_path) == seen[-1], "what decides no text"
+    (tmp_path / "other.index.json").write_text("[]")
+    assert checkpoint_fingerprint(tmp_path) not in seen
+
+
+def test_fingerprint_of_a_name_on_the_hub(tmp_path, monkeypatch):
+    """A repository that was changed between a run and its resumption."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert checkpoint_fingerprint("some/llama") is None
+    repository, commit = tmp_path / "models--some--llama", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    assert checkpoint_fingerprint("some/llama") == commit
+
+
 # ROUGE
 
 
@@ -455,6 +548,46 @@ def test_rouge_by_hand(reference, summary, expected):
     scores = Rouge().score(reference, summary)
     assert list(scores) == ["rouge1", "rouge2", "rougeL"]
     assert tuple(scores.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    {
+        "市议会讨论新图书馆的预算": [*"市议会讨论新图书馆的预算"],
+        "2024年に東京タワーへ": ["2024", *"年に東京タワーへ"],
+        "iPhone手机!": ["iphon", "手", "机"],
+        "ที่นี่ดี": ["ที่", "นี่", "ดี"],
+        "Городской совет обсудил бюджет.": ["городской", "совет", "обсудил", "бюджет"],
+        "हिन्दी में लिखा": ["हिन्दी", "में", "लिखा"],
+        "شهر بزرگ ۱۴۰۳": ["شهر", "بزرگ", "۱۴۰۳"],
+        "도서관 예산": ["도서관", "예산"],
+        "Cafe\u0301 CAFÉ": ["café", "café"],
+        "می\u200cخواهم میخواهم": ["میخواهم", "میخواهم"],  # noqa: RUF001
+        "ＡＢＣ ﬁne": ["abc", "fine"],  # noqa: RUF001
+        "❤\ufe0f 😀 … – ½ m² ™": ["m"],  # noqa: RUF001
+        "don’t — £200": ["don", "t", "200"],  # noqa: RUF001
+    }.items(),
+)
+def test_words_of_every_script(text, words):
+    """Letters that rouge-score drops, so that a text scores 0 against itself; marks or forms that part equal words."""
+    assert EveryScript().tokenize(text) == words
+    if len(words) > 1:
+        assert list(Rouge().score(text, text).values()) == [1.0] * 3
+
+
+def test_ascii_words_are_rouge_scores_own():
+    """Scores that no longer compare with published ones."""
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    ours, theirs, draw = EveryScript(), DefaultTokenizer(use_stemmer=True), random.Random(0)
+    ascii_text = [*map(chr, range(128)), *"aeiou stning" * 20]
+    symbols = [*ascii_text, *"’“”–—…£€½²™©❤😀\u2028\u00a0\u20e3"]  # noqa: RUF001
+    for alphabet in (ascii_text, symbols):
+        for _ in range(500):
+            text = "".join(draw.choices(alphabet, k=draw.randint(0, 60)))
+            assert ours.tokenize(text) == theirs.tokenize(text), repr(text)
+    for word in ("running", "happily", "Generalizations", "skies", "relational"):
+        assert ours.tokenize(word) == theirs.tokenize(word)
 
 
 def test_interval_of_the_mean():

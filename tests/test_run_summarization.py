@@ -18,6 +18,9 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralConfig
 
@@ -490,6 +493,31 @@ def test_stop_string_of_characters_of_several_tokens(run, script, tokenizer):
     assert outcome.texts == ["kept"] and outcome.choices[0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(
+    "said, stop, text",
+    [
+        ("short</s>long", "</s>", "short"),
+        ("sho</s>rt", "ho</s>r", "s"),
+        ("sho</s>rt", "ort", "sh"),
+        ("a</s>b", "b", "a"),
+    ],
+)
+def test_stop_string_that_names_a_special_token(run, script, checkpoint, tokenizer, tmp_path, said, stop, text):
+    """One that is removed from the text before anybody looks, or that stays in it; tokens past it."""
+    model = with_generation_config(checkpoint, tmp_path / "endless", eos_token_id=None)
+    script(tokenizer.encode(said, add_special_tokens=False))
+    choice = run(make_requests(1, max_tokens=40, stop=[stop]), *H2O, model=model).choices[0]
+    assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    assert tokenizer.convert_tokens_to_string(tokens_of(choice)) in (text, text + "o")  # "o</s>" in one text
+    assert len(choice["logprobs"]["token_logprobs"]) == len(tokens_of(choice))
+
+
+def test_stop_string_that_spans_the_eos_token(run, script, tokenizer):
+    """The end of a text that the model has ended itself is looked for, too."""
+    script([*tokenizer.encode("short", add_special_tokens=False), tokenizer.eos_token_id])
+    assert run(make_requests(1, max_tokens=40, stop=["rt</s>"])).texts == ["sho"]
+
+
 def test_stop_string_in_the_prompt_is_not_the_summarys(run):
     """Prompts of the H2O project begin with their own stop string."""
     request = make_requests(1, max_tokens=8)[0]
@@ -555,10 +583,10 @@ def test_eos_as_the_last_allowed_token_is_a_stop(run, script, tokenizer):
     assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
 
 
-def test_a_billion_tokens_asked_for(run, script, tokenizer):
+def test_a_million_tokens_asked_for(run, script, tokenizer):
     """Nothing may be allocated for max_tokens; the text ends where the model ends it."""
     script([*tokenizer.encode("short"), tokenizer.eos_token_id])
-    outcome = run(make_requests(2, max_tokens=10**9), *H2O)
+    outcome = run(make_requests(2, max_tokens=10**6), *H2O)
     assert outcome.texts == ["short", "short"]
     assert ["2 of 2" in line and "positions" in line for line in outcome.stderr] == [True]
 
@@ -921,6 +949,70 @@ def test_n_choices(run, flags):
         single = run([request | {"n": 1}], *flags, output=f"one{result['index']}").results[0]
         assert result["cache"]["kv_bytes"] == 2 * single["cache"]["kv_bytes"]
         assert result["cache"]["tokens_seen"] == single["cache"]["tokens_seen"]
+
+
+def test_greedy_choices_are_equal_and_decoded_once(run):
+    """n that is ignored without a word at temperature 0, or costs n times as much."""
+    requests = make_requests(2, max_tokens=6, n=3, temperature=0)
+    outcome = run(requests, *H2O)
+    for result in outcome.results:
+        one, *others = result["result"]["choices"]
+        assert others == [one, one] and result["tokens_generated"] == 6
+    assert not outcome.stderr
+
+
+def test_fields_that_do_nothing_are_warned_of_once(run):
+    """A top_k in every request that changes nothing, and nothing says so."""
+    asked = [make_requests(1, max_tokens=2)[0], *make_requests(2, max_tokens=2, top_k=5, echo=False)]
+    assert run(asked).stderr == ["warning: fields that are not known are ignored: top_k (in 2 of 3 requests)"]
+
+
+def test_logits_that_are_no_numbers(run, refused, monkeypatch):
+    """A text of token 0, and log-probabilities that are NaN, which is no JSON; results before it are kept."""
+    load_model, requests = run_summarization.load_model, make_requests(3, max_tokens=5)
+
+    def broken(*args):
+        model, tokenizer = load_model(*args)
+        forward, calls = model.forward, []
+
+        def overflows(*args, **kwargs):
+            calls.append(1)
+            outputs = forward(*args, **kwargs)
+            if len(calls) > 7:  # the second request's third
+                outputs.logits.fill_(torch.nan)
+            return outputs
+
+        model.forward = overflows
+        return model, tokenizer
+
+    monkeypatch.setattr(run_summarization, "load_model", broken)
+    outcome = refused(requests, words=["request 1: the model's logits are NaN after 2 tokens in float32", "--dtype"])
+    assert len(outcome.lines) == 1 and b"NaN" not in outcome.lines[0]
+    monkeypatch.undo()
+    assert len(run(requests).results) == 3
+
+
+def test_article_that_begins_with_bos(run, checkpoint, tmp_path):
+    """Two of them: Llama has never seen that. In a chat the template puts its own."""
+    folder, requests = instruct_model(checkpoint, tmp_path / "instruct"), make_requests(2, max_tokens=4)
+    begun = [request | {"article": "<s>" + request["article"]} for request in requests]
+    for flags in ([], ["--chat"]):
+        outcomes = [run(of, *flags, "--overwrite", model=folder) for of in (requests, begun)]
+        plain, other = ([result["cache"]["tokens_seen"] for result in outcome.results] for outcome in outcomes)
+        assert plain == other and outcomes[0].texts == outcomes[1].texts
+
+
+def test_article_without_a_token(refused, monkeypatch):
+    """A prompt of no column, which no model takes."""
+    encode = AutoTokenizer.from_pretrained
+
+    def drops_all(*args, **kwargs):
+        tokenizer = encode(*args, **kwargs)
+        tokenizer.backend_tokenizer.normalizer = Replace(Regex("."), "")
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", drops_all)
+    refused([{"article": "aa", "summary_gt": "b"}], words="request 0: the tokenizer of")
 
 
 def test_greedy_flag_overrides_what_requests_ask_for(run):
@@ -1522,6 +1614,17 @@ def broken(folder: Path, how: str) -> Path:
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     elif how == "weights of another shape":
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    elif how == "weights of a larger model":
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    elif how == "NaN":
+        tensors = load_file(weights)
+        tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = torch.nan
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how.startswith("adapter"):
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nobody/none"}')
+        if how == "adapter alone":
+            weights.unlink()
+            (folder / "config.json").unlink()
     elif how == "no tokenizer":
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer_config.json").unlink()
@@ -1549,8 +1652,12 @@ def broken(folder: Path, how: str) -> Path:
         "truncated weights": "cannot be loaded",
         "empty weights": "cannot be loaded",
         "no weights": "model.safetensors",
-        "weights of a smaller model": "9 weights miss",
-        "weights of another shape": "6 weights miss or have another shape, first model.layers.0.mlp.down_proj.weight",
+        "weights of a smaller model": "9 weights are missing or have the wrong shape",
+        "weights of another shape": "6 weights are missing or have the wrong shape, first model.layers.0.mlp.down",
+        "weights of a larger model": "9 weights have no place in the model that config.json describes, first",
+        "NaN": "1 weight holds NaN or infinity in float32, first model.layers.1.mlp.up_proj.weight",
+        "adapter beside": "holds an adapter (adapter_config.json)",
+        "adapter alone": "holds an adapter (adapter_config.json)",
         "no tokenizer": "tokenizer",
         "truncated tokenizer": "cannot be loaded",
         "config is not JSON": "config.json",

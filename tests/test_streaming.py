@@ -18,6 +18,7 @@ from conftest import forward, prompt
 from h2optimizer import H2OConfig
 from h2optimizer.batching import sample_rows
 from h2optimizer.streaming import Stream
+from h2optimizer.texts import Stops
 from test_benchmarks import load
 from test_run_summarization import instruct_model
 from utils.cache import CACHE_ARGUMENT, HHCache
@@ -213,8 +214,25 @@ def test_replies_end_where_their_turn_says(streamed, script, tokenizer, monkeypa
     assert streamed.streams[-1].fed == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS[:3]) + sum(said) - 2
     assert said == [said[0], 2, 9] and said[0] < 9  # not fed: the token that brought the stop string, and the last
     _, first, _, second, _, third = out.splitlines()
-    assert stop in first and len(tokenizer(first)["input_ids"]) < 9 and reply.startswith(first)
+    assert first == reply[:4]
     assert len(tokenizer(second)["input_ids"]) <= 2 < len(third)
+
+
+def test_stop_strings_are_not_printed(streamed, script, tokenizer, monkeypatch):
+    """One that names a special token and is never seen; one whose first letters are printed before it is complete; a
+    text that is held back and never shown."""
+    said = tokenizer.encode("one two#<s>## three# four", add_special_tokens=False)
+    monkeypatch.setattr(script.Stream, "say", lambda stream, tokens: ((token, -1.0) for token in said))
+    for stop, shown in {
+        "###": "one two",
+        "<s>": "one two#",
+        "o#<s>#": "one tw",
+        "# four": "one two### three",
+        "never": "one two### three# four",
+    }.items():
+        for flags in ([], ["--quiet"]):
+            code, out, _, _ = streamed([{"prompt": TEXTS[0], "stop": stop}], *FLAGS, *flags)
+            assert code == 0 and out.splitlines() == ([] if flags else [f">>> {TEXTS[0]}", shown])
 
 
 def test_chat_is_the_templates_own_conversation(streamed, script, checkpoint, tokenizer, monkeypatch):
@@ -369,10 +387,10 @@ def test_positions_that_run_out_are_said_once(streamed):
     ([{"turns": []}], [], "line 1: 'turns' must be a list of texts"),
     ([{"turns": ["a", 3]}], [], "line 1: 'turns' must be a list of texts"),
     ([{"prompt": " "}], [], "line 1: 'prompt' must be a text"),
-    ([{"prompt": "a", "stop": [""]}], [], "line 1: 'stop' must be"),
-    ([{"prompt": "a", "stop": ""}], [], "line 1: 'stop' must be"),
-    ([{"prompt": "a", "stop": 0}], [], "line 1: 'stop' must be"),
-    ([{"prompt": "a", "max_tokens": 0}], [], "line 1: 'max_tokens' must be"),
+    ([{"prompt": "a", "stop": [""]}], [], "line 1: stop=['']: must be"),
+    ([{"prompt": "a", "stop": ""}], [], "line 1: stop='': must be"),
+    ([{"prompt": "a", "stop": 0}], [], "line 1: stop=0: must be"),
+    ([{"prompt": "a", "max_tokens": 0}], [], "line 1: max_tokens=0: must be"),
     ([], [], "holds no turns"),
     (None, [], "in.jsonl: cannot be read"),
     ([{"prompt": "a"}], ["--temperature", "-1"], "--temperature"),
@@ -477,7 +495,7 @@ def test_other_report_that_is_none(streamed, tmp_path, line):
 
 
 def test_model_that_says_no_number(streamed, script, monkeypatch, tmp_path):
-    """NaN in a report, which is no JSON, or a figure that it ends."""
+    """NaN in a report, which is no JSON; tokens that mean nothing, said to the end."""
     load_model = script.load_model
 
     def broken(*args):
@@ -487,7 +505,7 @@ def test_model_that_says_no_number(streamed, script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(script, "load_model", broken)
     code, _, err, (_, *lines, _) = streamed([{"prompt": TEXTS[0]}], *FLAGS, "--report", tmp_path / "report.jsonl")
-    assert code == 0 and err[-1].startswith("figures: ") and lines
+    assert code == 2 and "error: the model's logits are NaN in float32 after" in err[-1] and lines
     assert not any("perplexity" in key for line in lines for key in line)
 
 
@@ -502,7 +520,7 @@ def test_long_reply_is_printed_as_it_is(script, tokenizer, capsys):
     """Letters lost, or said twice, where what has been printed is forgotten; all of it decoded again for each token."""
     text = "".join(f"{made_up_text(1, seed)} naïve 😀 {'x' * (seed % 70)} " for seed in range(40)).strip()
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    printer, longest = script.Printer(tokenizer, skip_special_tokens=True), 0
+    printer, longest = script.Printer(tokenizer, Stops(tokenizer, ())), 0
     for token in tokens:
         printer.put(torch.tensor([token]))
         longest = max(longest, len(printer.token_cache))

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +52,7 @@ class Request:
     max_tokens: int = 64
     temperature: float = 0.0  # 0 decodes greedily
     top_p: float = 1.0
-    n: int = 1  # choices to sample
+    n: int = 1  # choices; without sampling they are equal
     stop: tuple[str, ...] = ()
 
     @classmethod
@@ -64,36 +65,88 @@ class Request:
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
         json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
+        try:
+            json.dumps(fields, allow_nan=False)
+        except ValueError:
+            raise ValueError("holds NaN or an infinite number, which is not JSON") from None
         for name in ("article", "summary_gt"):
             if not isinstance(fields.get(name), str) or not fields[name].strip():
                 raise ValueError(f"has no text in {name!r}")
-        given = {name: fields[name] for name in _CHECKS if fields.get(name) is not None}
-        for name, value in given.items():
-            wanted, accepts = _CHECKS[name]
-            if isinstance(value, bool) or not accepts(value):
-                raise ValueError(f"{name}={value!r:.60}: must be {wanted}")
-        if "stop" in given:
-            given["stop"] = (given["stop"],) if isinstance(given["stop"], str) else tuple(given["stop"])
-        for name in ("temperature", "top_p"):  # transformers refuses a whole number
-            if name in given:
-                given[name] = float(given[name])
-        return cls(index, fields, fields["article"], fields["summary_gt"], **given)
+        return cls(index, fields, fields["article"], fields["summary_gt"], **checked(fields))
 
+
+def checked(fields: dict, names: Iterable[str] = ()) -> dict:
+    """What a line asks of decoding, of these names or all, as a Request holds it; what is absent or null is left out.
+
+    Raises: ValueError that names the field, its value and what it must be.
+    """
+    given = {name: fields[name] for name in names or _CHECKS if fields.get(name) is not None}
+    for name, value in given.items():
+        wanted, accepts = _CHECKS[name]
+        if name in ("max_tokens", "n") and isinstance(value, float) and value.is_integer():
+            value = int(value)  # programs for tables write 12 as 12.0
+        if isinstance(value, bool) or not accepts(value):
+            raise ValueError(f"{name}={value!r:.60}: must be {wanted}")
+        if name == "stop":
+            value = (value,) if isinstance(value, str) else tuple(value)
+        elif name in ("temperature", "top_p"):  # transformers refuses a whole number
+            value = float(value)
+        given[name] = value
+    return given
+
+
+MOST_TOKENS, MOST_CHOICES = 1_000_000, 1_000  # of a request: more is a slip, and would run for days
 
 _CHECKS = {
-    "max_tokens": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "max_tokens": (
+        f"a whole number from 1 to {MOST_TOKENS:,}",
+        lambda v: isinstance(v, int) and 1 <= v <= MOST_TOKENS,
+    ),
     # Beyond these bounds probabilities overflow, or no longer depend on the model.
     "temperature": (
         "0 (greedy), or a number between 0.001 and 1000",
         lambda v: isinstance(v, int | float) and (v == 0 or 0.001 <= v <= 1000),
     ),
     "top_p": ("a number above 0, at most 1", lambda v: isinstance(v, int | float) and 0 < v <= 1),
-    "n": ("a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1),
+    "n": (f"a whole number from 1 to {MOST_CHOICES:,}", lambda v: isinstance(v, int) and 1 <= v <= MOST_CHOICES),
     "stop": (
         "a string or a list of strings, none empty",
         lambda v: bool(v) if isinstance(v, str) else isinstance(v, list) and all(isinstance(s, str) and s for s in v),
     ),
 }
+
+# Fields of H2O's and HELM's files that ask for nothing which is not done anyway: whatever their value, or with these.
+_SAID_OF_ITSELF = ("article", "summary_gt", *_CHECKS, "id", "index", "model", "engine", "request_type")
+_ASKS_NOTHING = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False, True),  # 0 and 1, too: of the token that is emitted
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "stream": (False,),
+    "top_k": (-1, 0),
+}
+
+
+def unheeded(requests: list[Request]) -> str | None:
+    """One line on fields that ask for something which is not done, and how many requests have them; or None."""
+    names, having = {}, 0
+    for request in requests:
+        found = [
+            name
+            for name, value in request.fields.items()
+            if name not in _SAID_OF_ITSELF and value is not None and value not in _ASKS_NOTHING.get(name, ())
+        ]
+        having += bool(found)
+        names |= dict.fromkeys(found)
+    if not names:
+        return None
+    shown = ", ".join(" ".join(name.split())[:40] for name in list(names)[:10])
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"warning: fields that are not known are ignored: {shown}{more} (in {having} of {len(requests)} requests)"
 
 
 def read_requests(
@@ -147,18 +200,73 @@ def fingerprint(requests: list[Request]) -> str:
     return digest.hexdigest()
 
 
-def checkpoint_fingerprint(folder: Path) -> str | None:
-    """SHA-256 over names, sizes and first MiB of a checkpoint's files; None where the folder is not on this machine."""
+def checkpoint_fingerprint(name: str | Path) -> str | None:
+    """SHA-256 over what decides a checkpoint's texts: the files of a folder, or the commit of a name on the hub.
+
+    Files are read whole up to 64 MiB, larger ones at 4,096 places: few enough to take seconds, and so many that each
+    large matrix is met. None for a checkpoint of which nothing is on this machine.
+    """
+    folder, digest = Path(name), hashlib.sha256()
     try:
-        kinds = (".json", ".jinja", ".safetensors", ".bin", ".model")  # .jinja: the chat template
-        files = sorted(file for file in folder.iterdir() if file.suffix in kinds)
-        digest = hashlib.sha256()
-        for file in files:
+        if not folder.is_dir():
+            return _commit_on_hub(str(name))
+        for file in _files_of(folder):
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(folder)} {size}\n".encode())
             with file.open("rb") as opened:
-                digest.update(f"{file.name} {file.stat().st_size}\n".encode() + opened.read(2**20))
+                if size <= 2**26:
+                    digest.update(opened.read())
+                    continue
+                digest.update(opened.read(2**20))
+                for place in range(4096):
+                    opened.seek(place * (size - 2**12) // 4095)  # the last one ends with the file
+                    digest.update(opened.read(2**12))
     except OSError:
         return None
     return digest.hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """A checkpoint's files: weights, settings, tokenizer, chat template; and shards that an index names elsewhere."""
+    # .jinja: the chat template; .txt: merges and vocabularies
+    kinds = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".distcp")
+    files = {file for file in folder.iterdir() if file.suffix in kinds and file.is_file()}
+    for index in folder.glob("*.index.json"):
+        try:
+            shards = json.loads(index.read_bytes())["weight_map"].values()
+            files |= {file for shard in shards if (file := folder / shard).is_file()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # what loads the model says so
+    return sorted(files)
+
+
+def _commit_on_hub(name: str) -> str | None:
+    from transformers.utils.hub import cached_file, extract_commit_hash  # takes seconds
+
+    try:
+        file = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return extract_commit_hash(file, None)
+
+
+def to_json(value, **kwargs) -> str:
+    """JSON of a value of dicts, lists and numbers; NaN and infinity, which JSON has no names for, are null.
+
+    kwargs: json.dumps'.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **kwargs)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **kwargs)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_entries(
@@ -256,7 +364,7 @@ class JsonlFile:
     def append(self, entry: dict) -> None:
         """Add one entry, in one write, and hand it to the operating system at once. Raises InputError."""
         with self._writing(f"; {self.form}s so far are kept, the same command goes on"):
-            self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            self._file.write(to_json(entry, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
         self.entries[entry[self.key]] = entry
 
@@ -359,7 +467,7 @@ class ResultsFile(JsonlFile):
 
     def finish(self, metrics: dict) -> None:
         """Order the results as the requests are, and write the final metrics. Raises InputError."""
-        lines = (json.dumps(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
+        lines = (to_json(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
         with self._writing("; results are kept, the same command goes on"):
             replace_file(self.path, lines)
             self.write_metrics(metrics)
@@ -367,7 +475,7 @@ class ResultsFile(JsonlFile):
         self._file.close()
 
     def write_metrics(self, metrics: dict) -> None:
-        replace_file(self.metrics_path, [json.dumps({"settings": self.settings} | metrics, indent=2) + "\n"])
+        replace_file(self.metrics_path, [to_json({"settings": self.settings} | metrics, indent=2) + "\n"])
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:

@@ -1,5 +1,8 @@
 """ROUGE-1/2/L F-measures (Lin 2004) with stemming, through the rouge-score package."""
 
+import re
+import unicodedata
+
 import numpy as np
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
@@ -11,11 +14,60 @@ class Rouge:
     def __init__(self):
         from rouge_score.rouge_scorer import RougeScorer  # takes seconds, which scripts that score nothing do without
 
-        self._scorer = RougeScorer(ROUGE_TYPES, use_stemmer=True)
+        self._scorer = RougeScorer(ROUGE_TYPES, tokenizer=EveryScript())
 
     def score(self, reference: str, summary: str) -> dict[str, float]:
         """F-measures in [0, 1] of one summary, by ROUGE type."""
         return {name: score.fmeasure for name, score in self._scorer.score(reference, summary).items()}
+
+
+class EveryScript:
+    """Words of every script, stemmed. rouge-score's own tokenizer drops all letters but a to z.
+
+    A script that puts no spaces between words gives one word for each character and the marks on it. Texts whose only
+    letters are ASCII give rouge-score's own tokens.
+    """
+
+    def __init__(self):
+        from nltk.stem.porter import PorterStemmer
+
+        self._stem = PorterStemmer().stem
+
+    def tokenize(self, text: str) -> list[str]:
+        # Symbols go before NFKC makes letters of some of them, as of the trade mark sign: rouge-score counts none.
+        text = "".join(char if _is_of_word(char) else " " for char in INSIDE_WORDS.sub("", text))
+        words: list[str] = []
+        before = ""  # the base character that a mark would stand on
+        for char in unicodedata.normalize("NFKC", text).lower():
+            if unicodedata.category(char).startswith("M"):
+                if before:
+                    words[-1] += char
+            elif not _is_of_word(char):
+                before = ""
+            else:
+                if before and not WITHOUT_SPACES.match(char) and not WITHOUT_SPACES.match(before):
+                    words[-1] += char
+                else:
+                    words.append(char)
+                before = char
+        return [self._stem(word) if len(word) > 3 else word for word in words]
+
+
+INSIDE_WORDS = re.compile(
+    "[\u00ad\u200c\u200d\ufe00-\ufe0f]"
+)  # soft hyphen, joiners, variants: no letters of their own
+# Han, kana, bopomofo; Thai, Lao; Burmese; Khmer; Tai; Balinese; Javanese
+WITHOUT_SPACES = re.compile(
+    "[\u3005-\u3007\u3021-\u3029\u3041-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U0001b000-\U0001b16f\U00020000-\U0003ffff\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+    "\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\ua9df]"
+)
+
+
+def _is_of_word(char: str) -> bool:
+    """A letter, a mark, or a digit of any script; superscripts and fractions are symbols."""
+    kind = unicodedata.category(char)
+    return kind[0] == "L" or kind in ("Mn", "Mc", "Nd", "Nl")
 
 
 def mean_with_interval(values, weights=None, samples: int = 1000) -> dict[str, float]:

@@ -1,0 +1,99 @@
+"""What a checkpoint must be before its texts are worth reading: transformers loads others without an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+# What tells from_pretrained where files are, by its own names.
+FINDING = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used as it is. The message is one line that does not name the checkpoint."""
+
+
+def refuse_adapter(name, **finding) -> None:
+    """Raises CheckpointError for an adapter, which transformers applies where peft is installed, and else does not.
+
+    `finding` are from_pretrained's arguments of the names in FINDING.
+    """
+    if find_adapter_config_file(name, **finding) is not None:
+        raise CheckpointError(
+            "holds an adapter (adapter_config.json), which takes effect only where peft is installed; merge it into "
+            "its base model with peft's merge_and_unload() and save that, or remove the file"
+        )
+
+
+def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
+    """Raises CheckpointError for a configuration of another family, of which the class would drop some parts."""
+    wanted = model_class.config_class.model_type
+    given = config.get("model_type", wanted) if isinstance(config, dict) else config.model_type
+    if given != wanted:
+        raise CheckpointError(f"a {given} checkpoint; {model_class.__name__} runs {wanted.capitalize()} only")
+
+
+def refuse_misfits(model, loading: dict, resized: bool = False) -> None:
+    """Raises CheckpointError for weights that the file lacks, that the model has no place for, or that are NaN.
+
+    `loading` is what from_pretrained returns for output_loading_info; with `resized` the caller expects other shapes.
+    """
+    absent = sorted([*loading["missing_keys"], *(() if resized else (key for key, *_ in loading["mismatched_keys"]))])
+    if absent:
+        said = _counted(absent, "is missing or has the wrong shape", "are missing or have the wrong shape")
+        raise CheckpointError(f"{said}, first {absent[0]}")
+    if unused := sorted(key for key in loading["unexpected_keys"] if _is_of_decoder(key, model)):
+        said = _counted(unused, "has no place", "have no place")
+        raise CheckpointError(f"{said} in the model that config.json describes, first {unused[0]}")
+    if broken := _not_finite(model):
+        said = _counted(broken, "holds NaN or infinity", "hold NaN or infinity")
+        raise CheckpointError(
+            f"{said} in {str(model.dtype).removeprefix('torch.')}, first {broken[0]}; the file is damaged, or its "
+            "numbers need another dtype"
+        )
+
+
+def _counted(weights: list[str], one: str, many: str) -> str:
+    return f"1 weight {one}" if len(weights) == 1 else f"{len(weights)} weights {many}"
+
+
+def _is_of_decoder(key: str, model) -> bool:
+    """Whether a weight that was not loaded would have changed logits: not a buffer of old files, nor another head."""
+    part = re.search(r"(?:^|\.)(?:layers\.(\d+)|embed_tokens|norm|lm_head)\.", key)
+    if part is None or "rotary_emb." in key:
+        return False
+    if getattr(model, "hf_quantizer", None) is not None:  # which leaves some of its own beside the weights
+        return part[1] is not None and int(part[1]) >= model.config.num_hidden_layers
+    return True
+
+
+@torch.no_grad()
+def _not_finite(model) -> list[str]:
+    """Names of parameters and buffers with NaN or infinity, in one pass over them; waits once for each device."""
+    flags: dict[torch.device, tuple[list, list]] = {}
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        for tensor in _plain(weight.data):
+            if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
+                names, finite = flags.setdefault(tensor.device, ([], []))
+                names.append(name)
+                # both ends rather than isfinite, which writes a tensor as large as the weight
+                finite.append(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    flags.pop(torch.device("meta"), None)  # weights on disk
+    broken = set()
+    for names, finite in flags.values():
+        broken |= {name for name, good in zip(names, torch.stack(finite).tolist(), strict=True) if not good}
+    return sorted(broken)
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a sharded or quantised one is made of; itself, if it is plain."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+            if isinstance(inner, torch.Tensor):  # a sharded one names its mesh of devices as well
+                yield from _plain(inner)
+    else:
+        yield tensor
