@@ -808,10 +808,13 @@ def main(argv: list[str] | None = None) -> int:
             with redirect_stdout(sys.stdout if processes.first else io.StringIO()):  # one --help is enough
                 args = parse_args(argv)
             processes.tensor_parallel = args.tensor_parallel
-        return processes.close(run(args, processes))
+        try:
+            return processes.close(run(args, processes))
+        except KeyboardInterrupt as stop:
+            kept = f"results so far are in {args.output_path}; run the same command again to resume"
+            raise type(stop)(kept) from None
 
-    kept = "results so far are kept; run the same command again to resume"
-    return cli.run(work, kept if processes.first else None, leave=processes.leave)
+    return cli.run(work, "nothing has begun" if processes.first else None, leave=processes.leave)
 
 
 if __name__ == "__main__":

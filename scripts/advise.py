@@ -269,7 +269,7 @@ def make_model(args) -> LlamaForCausalLM:
         raise InputError(f"{name}: its weights are quantised; give --weight_bits 8 or 4, and --dtype of the cache")
     for size in SIZES:
         if type(number := getattr(config, size)) is not int or number < 1:
-            raise InputError(f"{name}: its config has {size}={number!r}; mend it, it must be a whole number above 0")
+            raise InputError(f"{name}: its config has {size}={number!r}; it must be a whole number above 0")
     dtype = config.dtype or torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InputError(f"{name}: its weights are {dtype}; give --dtype bfloat16, float16 or float32")

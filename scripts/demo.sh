@@ -22,10 +22,17 @@ summarize "recent only" "${h2o[@]}" --update_interval 1 --num_heavy_hitter_token
 import json, sys
 from pathlib import Path
 
-print(f"{'':14}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  ms a token")
-for name in sys.argv[2:]:
-    m = json.loads(Path(sys.argv[1], f"{name}.metrics.json").read_text())
-    rouge = "  ".join(f"{100 * m['rouge'][kind]['mean']:7.2f}" for kind in ("rouge1", "rouge2", "rougeL"))
-    kv, slots, ms = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], 1e3 * m["time_per_output_token"]
-    print(f"{name:14}  {rouge}  {kv:16.2f}  {slots:10.0f}  {ms:10.1f}")
+from utils import cli
+
+
+def table():
+    print(f"{'':14}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  ms a token")
+    for name in sys.argv[2:]:
+        m = json.loads(Path(sys.argv[1], f"{name}.metrics.json").read_text())
+        rouge = "  ".join(f"{100 * m['rouge'][kind]['mean']:7.2f}" for kind in ("rouge1", "rouge2", "rougeL"))
+        kv, slots, ms = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], 1e3 * m["time_per_output_token"]
+        print(f"{name:14}  {rouge}  {kv:16.2f}  {slots:10.0f}  {ms:10.1f}")
+
+
+sys.exit(cli.run(table, "the results are kept"))
 PY

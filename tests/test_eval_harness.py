@@ -311,7 +311,7 @@ def test_interrupted_command_goes_on(evaluate, make_lm, harness, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("h2optimizer.harness.score_in_batches", stop_at_documents)
         _, _, err = evaluate("tiny_choice,tiny_rolling", *flags, code=130)
-    assert "the same command goes on" in err.splitlines()[-1]
+    assert "run the same command again" in err.splitlines()[-1]
     other, *_ = evaluate("tiny_choice", *flags, "--num_window_length=12")
     assert other["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
     lm = make_lm(**NARROW, dtype="bfloat16")

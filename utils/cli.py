@@ -70,12 +70,13 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [self._as_registered(arg) for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
+        args = sys.argv[1:] if args is None else args
+        for arg in args:
+            if not is_text(arg):
+                self.error(f"argument {arg}: {NOT_TEXT}")
+        return super().parse_known_args([self._as_registered(arg) for arg in args], namespace)
 
     def _as_registered(self, arg: str) -> str:
-        if not is_text(arg):
-            self.error(f"argument {arg}: {NOT_TEXT}")
         flag, *value = arg.split("=", 1)
         if len(flag) < 3 or flag[0] != "-" or " " in flag or _is_number(flag):
             return arg  # a value, or a flag of one letter
@@ -228,11 +229,14 @@ def status_of(error: BaseException) -> int:
 
 
 def report(error: BaseException, interrupted: str | None = None) -> None:
-    """One line for what ends a program; none for a closed pipe, nor of an interrupt without what is said of it."""
+    """One line for what ends a program; none for a closed pipe, nor for Ctrl-C and SIGTERM where `interrupted` is None.
+
+    `interrupted` is what is said of these, where the exception itself says nothing.
+    """
     if isinstance(error, InputError):
         say(f"error: {error}")
     elif isinstance(error, KeyboardInterrupt) and interrupted is not None:
-        say(f"interrupted: {interrupted}")
+        say(f"interrupted: {str(error) or interrupted}")
 
 
 # Running
@@ -347,7 +351,8 @@ def _guarded_streams() -> Iterator[None]:
         with suppress(AttributeError):  # a letter that a terminal does not know is no end
             out.reconfigure(errors="replace")
         stack.enter_context(redirect_stdout(_Guarded(out, _stdout_failed)))
-        stack.enter_context(redirect_stderr(_Guarded(err, lambda error: None)))
+        stack.enter_context(redirect_stderr(guarded := _Guarded(err, lambda error: None)))
+        stack.callback(guarded.flush)
         yield
 
 
