@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import gc
 import importlib.util
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -275,6 +277,28 @@ def test_other_full_device_is_not_taken_for_stdout():
         cli.run(lambda: print("a", file=full, flush=True), "x")
         with suppress(OSError):
             full.close()
+
+
+def test_files_are_closed_when_the_work_has_failed():
+    """A lock that a failed run keeps, so that the next one in the same process is refused."""
+
+    class File:
+        """As a JsonlFile, closed when nothing refers to it."""
+
+    def work():
+        file = File()
+        held.append(weakref.ref(file))
+        try:
+            raise OSError
+        except OSError:
+            raise cli.InputError("x") from None
+
+    held = []
+    gc.disable()
+    try:
+        assert cli.run(work, "x") == 2 and held[0]() is None
+    finally:
+        gc.enable()
 
 
 # Signals

@@ -275,19 +275,23 @@ def run(
         leave: what makes of a failure's exit status the program's, see `Processes.leave`.
     """
     with _guarded_streams(), _signals_raised() as ignore_signals:
+
+        def ended_by(problem: BaseException) -> int:
+            ignore_signals()  # in the middle of the last line
+            report(problem, interrupted)
+            with suppress(InputError, ClosedPipe):
+                sys.stdout.flush()
+            return leave(status_of(problem))
+
         try:
             return _flushed(work)
+        # told there: a name for the exception that lives on would keep all frames alive, and the files in them locked
         except (InputError, ClosedPipe, KeyboardInterrupt) as error:
-            problem = error
+            return ended_by(error)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            problem = InputError(f"too little memory on the device: {out_of_memory}")
-        ignore_signals()  # in the middle of the last line
-        report(problem, interrupted)
-        with suppress(InputError, ClosedPipe):
-            sys.stdout.flush()
-        return leave(status_of(problem))
+            return ended_by(InputError(f"too little memory on the device: {out_of_memory}"))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
