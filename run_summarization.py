@@ -23,6 +23,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import huggingface_hub
 import torch
 import transformers
@@ -44,17 +49,14 @@ from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory
 from h2optimizer.texts import Stops, one_bos
 from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
 from utils.bench import free_memory
+from utils.cli import InputError, OneLineParser, count, count_or_all, count_or_auto, output_file, seed
 from utils.policies import SCORES
 from utils.processes import Processes
 from utils.requests import (
-    InputError,
     JsonlFile,
-    OneLineParser,
     Request,
     ResultsFile,
     checkpoint_fingerprint,
-    count,
-    count_or_auto,
     fingerprint,
     must_know,
     part_path,
@@ -78,23 +80,15 @@ FLAG_OF_FIELD = {
 QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")
 
 
-def seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and {2**32 - 1}")
-    return number
-
-
-def count_or_all(text: str) -> int | None:
-    return None if text == "all" else count(text)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
     add(
-        "--output-path", type=Path, default=Path("out/summaries.jsonl"), help="results; metrics beside it (%(default)s)"
+        "--output-path",
+        type=output_file,
+        default=Path("out/summaries.jsonl"),
+        help="results; metrics beside it (%(default)s)",
     )
     add_model_flags(parser)
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
@@ -112,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "the tokenizer's own end-of-sequence token then ends a text, too",
     )
     add("--seed", type=seed, default=42, help="seed of sampling")
-    add("--overwrite", action="store_true", help="start anew instead of going on with the results at --output-path")
+    add("--overwrite", action="store_true", help="start anew instead of resuming the results at --output-path")
     add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
     add_several_flags(parser)
     add_cache_flags(parser)
@@ -747,10 +741,9 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
     if too_long := sum(n > positions for n in needs):
         what = "prompts" if rolling else "prompts with their summaries"
         way_out = "; a --prefill_chunk keeps them within window and chunk" if rolling else ""
-        print(
+        cli.say(
             f"warning: {too_long} of {len(prompts)} {what} are longer than the model's {positions} positions "
-            f"(the longest needs {max(needs)}); expect poor text there{way_out}",
-            file=sys.stderr,
+            f"(the longest needs {max(needs)}); expect poor text there{way_out}"
         )
 
 
@@ -815,7 +808,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
             if missing := [request.index for request in requests if request.index not in output.results]:
                 raise InputError(
                     f"--output-path {args.output_path}: {len(missing)} results are missing, first that of request "
-                    f"{missing[0]}; all processes must write to one folder (the same command goes on)"
+                    f"{missing[0]}; all processes must write to one folder; run the same command again"
                 )
             if todo or not output.metrics:
                 results = [output.results[request.index] for request in requests]
@@ -825,6 +818,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                 metrics["tensor_parallel"] = processes.splits > 1
                 output.finish(metrics)
             print_table(output.metrics)
+            sys.stdout.flush()  # where it fails, all processes end with the same status
     return 0
 
 
@@ -862,21 +856,22 @@ def with_bar(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile)
 
 
 def main(argv: list[str] | None = None) -> int:
-    processes, args = Processes.launched(), None
-    try:
+    """The exit status, see utils/cli.py."""
+    processes = Processes.launched()
+
+    def work() -> int:
         processes.join()
         with processes.together():
             with redirect_stdout(sys.stdout if processes.first else io.StringIO()):  # one --help is enough
                 args = parse_args(argv)
             processes.tensor_parallel = args.tensor_parallel
-        return processes.close(run(args, processes))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return processes.leave(2)
-    except KeyboardInterrupt:
-        if processes.first and args is not None:
-            print(f"interrupted: results so far are in {args.output_path}; the same command goes on", file=sys.stderr)
-        return processes.leave(130)
+        try:
+            return processes.close(run(args, processes))
+        except KeyboardInterrupt as stop:
+            kept = f"results so far are in {args.output_path}; run the same command again to resume"
+            raise type(stop)(kept) from None
+
+    return cli.run(work, "nothing has begun" if processes.first else None, leave=processes.leave)
 
 
 if __name__ == "__main__":

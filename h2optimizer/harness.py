@@ -17,7 +17,8 @@ from tqdm import tqdm
 from h2optimizer.batching import rows_that_fit
 from h2optimizer.scoring import score_in_batches
 from h2optimizer.texts import Stops
-from utils.requests import InputError, must_know
+from utils.cli import InputError
+from utils.requests import must_know
 
 
 class CacheLM(HFLM):

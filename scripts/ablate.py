@@ -31,12 +31,17 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 import transformers
 import yaml
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
@@ -59,7 +64,6 @@ from run_summarization import (
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
 from utils.bench import (
-    exit_status,
     free_memory,
     peak_allocated,
     prefill_and_step_ms,
@@ -67,16 +71,9 @@ from utils.bench import (
     print_table,
     stock_llama,
 )
+from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
 from utils.policies import STREAMING_LLM_SINKS
-from utils.requests import (
-    InputError,
-    JsonlFile,
-    OneLineParser,
-    count,
-    fingerprint,
-    read_requests,
-    unheeded,
-)
+from utils.requests import JsonlFile, fingerprint, read_requests, read_text, unheeded
 from utils.rouge import ROUGE_TYPES
 
 DEFAULTS = dataclasses.asdict(H2OConfig())
@@ -97,10 +94,10 @@ def value(text: str) -> bool | int | float | str | None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
-    add("--output-path", type=Path, default=Path("out/ablation.jsonl"), help="cells, jsonl (%(default)s)")
+    add("--output-path", type=output_file, default=Path("out/ablation.jsonl"), help="cells, jsonl (%(default)s)")
     add_model_flags(parser)
     add("--sample_num", type=count, help="only so many requests, from the top of the file")
     add("--batch_size", type=count, default=8, help="sequences decoded together, and prompts timed (%(default)s)")
@@ -108,7 +105,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=count, default=3, help="timed calls, of which the median counts (%(default)s)")
     add(
         "--retention_request",
-        type=int,
+        type=count_or_zero,
         help="index of the request whose tokens are followed; the one with the longest text unless given",
     )
     add("--grid", type=Path, help="the grid as YAML, in place of the flags below")
@@ -132,10 +129,8 @@ def grids(args: argparse.Namespace) -> list[dict[str, list]]:
     if given:
         raise InputError(f"--{next(iter(given))}: the grid is that of --grid {args.grid}; give one or the other")
     try:
-        parsed = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--grid {args.grid}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        parsed = yaml.safe_load(read_text(args.grid, "--grid"))
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--grid {args.grid}: not YAML ({' '.join(str(error).split())[:200]})") from None
     parsed = parsed if isinstance(parsed, list) else [parsed]
     if not parsed or not all(isinstance(grid, dict) for grid in parsed):
@@ -165,7 +160,7 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
     if not cells:
         raise InputError(f"{where}{faults[0] if faults else 'no values: nothing to measure'}")
     for fault in dict.fromkeys(faults):
-        print(f"left out: {fault}", file=sys.stderr)
+        cli.say(f"left out: {fault}")
     return list(cells)
 
 
@@ -460,9 +455,9 @@ def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 after one line about what the caller can put right, or 130 after Ctrl-C."""
-    kept = "cells so far are kept; the same command goes on"
-    return exit_status(lambda: run(parse_args(argv)), f"give a smaller --batch_size ({kept})", kept)
+    """The exit status, see utils/cli.py."""
+    kept = "cells so far are kept; run the same command again to resume"
+    return cli.run(lambda: run(parse_args(argv)), kept, f"give a smaller --batch_size ({kept})")
 
 
 if __name__ == "__main__":

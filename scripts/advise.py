@@ -26,25 +26,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig
 from run_summarization import load_config, quiet_libraries
 from utils.bench import (
     SHAPES,
-    exit_status,
     held_weights,
-    positive,
     print_table,
     read_weights,
     row_held,
     row_read,
     weight_flops,
 )
-from utils.requests import InputError, OneLineParser, count
+from utils.cli import InputError, OneLineParser, count, positive
 
 
 class Card(NamedTuple):
@@ -212,7 +215,7 @@ def read_card(text: str) -> tuple[str, Card]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; its config alone is read"
@@ -268,7 +271,7 @@ def make_model(args) -> LlamaForCausalLM:
         raise InputError(f"{name}: its weights are quantised; give --weight_bits 8 or 4, and --dtype of the cache")
     for size in SIZES:
         if type(number := getattr(config, size)) is not int or number < 1:
-            raise InputError(f"{name}: its config has {size}={number!r}; mend it, it must be a whole number above 0")
+            raise InputError(f"{name}: its config has {size}={number!r}; it must be a whole number above 0")
     dtype = config.dtype or torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InputError(f"{name}: its weights are {dtype}; give --dtype bfloat16, float16 or float32")
@@ -346,8 +349,10 @@ def print_report(report: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line about what the caller can put right."""
-    return exit_status(lambda: run(parse_args(argv)), "the config describes a model too large to count")
+    """The exit status, see utils/cli.py."""
+    return cli.run(
+        lambda: run(parse_args(argv)), "nothing is written", "the config describes a model too large to count"
+    )
 
 
 if __name__ == "__main__":

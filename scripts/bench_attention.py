@@ -19,16 +19,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from h2optimizer import H2OConfig
 from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
-from utils.bench import capture, device_us, exit_status, host_us, measure_ceilings, print_table, sizes
+from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
 from utils.cache import HHCache, Rows, Step
-from utils.requests import OneLineParser, count, to_json
+from utils.cli import OneLineParser, count, sizes
+from utils.requests import to_json
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case
@@ -318,7 +324,7 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--query_heads", type=count, help="query heads")
     parser.add_argument("--kv_heads", type=count, help="KV heads")
     parser.add_argument("--head_dim", type=count, help="D")
@@ -343,14 +349,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         resolve_backend("triton", device)
     except ValueError as error:
         args.kernels = False
-        print(f"SDPA alone: {error}", file=sys.stderr)
+        cli.say(f"SDPA alone: {error}")
     if args.kernels and device == "cpu" and args.dtype == torch.bfloat16:
         parser.error("--dtype bfloat16: Triton's interpreter multiplies its bits; give float16, or run on a GPU")
     if device == "cuda" and args.dtype != torch.float32:
         try:
             args.flash = find_flash_attn()
         except ValueError as error:
-            print(f"without flash-attn: {error}", file=sys.stderr)
+            cli.say(f"without flash-attn: {error}")
     return args
 
 
@@ -389,8 +395,9 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 1 when a result is wrong, 2 after one line about what the caller can put right."""
-    return exit_status(lambda: run(parse_args(argv)), "give smaller --prefill, --decode, --slimming")
+    """The exit status, see utils/cli.py."""
+    way_out = "give smaller --prefill, --decode, --slimming"
+    return cli.run(lambda: run(parse_args(argv)), "the results so far are those printed", way_out)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.attention import resolve_backend
@@ -47,26 +52,23 @@ from utils.bench import (
     Spread,
     allocated,
     attempt,
-    counts,
     device_report,
-    exit_status,
     floor_ms,
     free_memory,
     host_ms,
     make_models,
     peak_allocated,
-    positive,
     prefill_and_step_ms,
     prefill_and_whole_ms,
     print_row,
     print_table,
     read_weights,
     row_held,
-    sizes,
     synchronize,
 )
 from utils.cache import CACHE_ARGUMENT, HHCache
-from utils.requests import InputError, OneLineParser, count, to_json
+from utils.cli import InputError, OneLineParser, count, counts, positive, sizes
+from utils.requests import to_json
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"
@@ -122,7 +124,7 @@ def make_systems(args, model, stock) -> dict[str, System]:
         try:
             resolve_backend(backend, args.device)
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            cli.say(f"left out: {error}")
             continue
         if backend == "flash_attn":  # it has no scores in a decode step
             name = "H2O backend=flash_attn score_every_step=False"
@@ -473,7 +475,7 @@ def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
     parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
     parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
@@ -545,8 +547,9 @@ def run(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line about what the caller can put right."""
-    return exit_status(lambda: run(parse_args(argv)), "give shorter --prompts, --contexts or --alone")
+    """The exit status, see utils/cli.py."""
+    way_out = "give shorter --prompts, --contexts or --alone"
+    return cli.run(lambda: run(parse_args(argv)), "the results so far are those printed", way_out)
 
 
 if __name__ == "__main__":

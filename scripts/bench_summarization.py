@@ -22,10 +22,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 from transformers import LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
 from h2optimizer.batching import Batcher, Clock, Sequence
@@ -34,7 +39,6 @@ from utils.bench import (
     allocated,
     attempt,
     device_report,
-    exit_status,
     free_memory,
     host_us,
     make_models,
@@ -43,7 +47,8 @@ from utils.bench import (
     print_table,
     synchronize,
 )
-from utils.requests import OneLineParser, count, count_or_auto, to_json
+from utils.cli import OneLineParser, count, count_or_auto, count_or_zero
+from utils.requests import to_json
 
 SAMPLED_BATCHES = 4  # of stock Llama's
 SHORTEST = 16  # tokens of a prompt in a soak
@@ -242,12 +247,8 @@ def soak(args, model) -> dict:
 # The script
 
 
-def count_or_none(text: str) -> int:
-    return 0 if text == "0" else count(text)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
     parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
     parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
@@ -256,8 +257,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new_tokens", type=count, default=64, help="tokens to generate, in a soak at most")
     parser.add_argument("--mixed", action="store_true", help="prompts from half to full length")
     parser.add_argument("--batch_size", type=count_or_auto, default="auto", help="the batcher's rows; auto = that fit")
-    parser.add_argument("--stock_requests", type=count_or_none, default=16, help="sample of one by one; 0 = leave out")
-    parser.add_argument("--stock_batch", type=count_or_none, default=16, help="rows of stock Llama; 0 = leave out")
+    parser.add_argument("--stock_requests", type=count_or_zero, default=16, help="sample of one by one; 0 = leave out")
+    parser.add_argument("--stock_batch", type=count_or_zero, default=16, help="rows of stock Llama; 0 = leave out")
     parser.add_argument("--compile", action="store_true", help="the batcher with compile=True as well")
     parser.add_argument("--soak", action="store_true", help="look for lost requests and memory instead; --compile too")
     args = parser.parse_args(argv)
@@ -296,8 +297,9 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 when a soak finds something wrong; 2 after one line about what the caller can put right."""
-    return exit_status(lambda: run(parse_args(argv)), "give a smaller --batch_size or --prompt_tokens")
+    """The exit status, see utils/cli.py."""
+    way_out = "give a smaller --batch_size or --prompt_tokens"
+    return cli.run(lambda: run(parse_args(argv)), "the results so far are those printed", way_out)
 
 
 if __name__ == "__main__":

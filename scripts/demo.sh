@@ -23,10 +23,17 @@ summarize "recent only" "${h2o[@]}" --update_interval 1 --num_heavy_hitter_token
 import json, sys
 from pathlib import Path
 
-print(f"{'points of 100':22}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  decode tokens/s")
-for name in sys.argv[2:]:
-    m = json.loads(Path(sys.argv[1], f"{name}.metrics.json").read_text())
-    rouge = "  ".join(f"{100 * m['rouge'][kind]['mean']:7.2f}" for kind in ("rouge1", "rouge2", "rougeL"))
-    kv, slots, speed = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], m["decode_tokens_per_second"]
-    print(f"{name:22}  {rouge}  {kv:16.2f}  {slots:10.0f}  {speed:15.0f}")
+from utils import cli
+
+
+def table():
+    print(f"{'points of 100':22}  ROUGE-1  ROUGE-2  ROUGE-L  KV MiB a request  slots kept  decode tokens/s")
+    for name in sys.argv[2:]:
+        m = json.loads(Path(sys.argv[1], f"{name}.metrics.json").read_text())
+        rouge = "  ".join(f"{100 * m['rouge'][kind]['mean']:7.2f}" for kind in ("rouge1", "rouge2", "rougeL"))
+        kv, slots, speed = m["kv_bytes_per_request"] / 2**20, m["slots_kept_per_request"], m["decode_tokens_per_second"]
+        print(f"{name:22}  {rouge}  {kv:16.2f}  {slots:10.0f}  {speed:15.0f}")
+
+
+sys.exit(cli.run(table, "the results are kept"))
 PY

@@ -23,10 +23,15 @@ import time
 from itertools import chain
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
     import lm_eval
@@ -40,22 +45,15 @@ except ImportError as error:
         raise
     missing = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) else None
     problem = f"{missing} is not installed" if missing else f"lm_eval cannot be imported ({error})"
-    print(f"error: {problem}: pip install {missing or '--upgrade lm_eval'}", file=sys.stderr)
-    sys.exit(2)
+    cli.report(cli.InputError(f"{problem}: pip install {missing or '--upgrade lm_eval'}"))
+    sys.exit(cli.INPUT_ERROR)
 
 import run_summarization as summarization
 from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
 from utils.bench import print_table
-from utils.requests import (
-    InputError,
-    OneLineParser,
-    checkpoint_fingerprint,
-    count,
-    count_or_auto,
-    replace_file,
-    to_json,
-)
+from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
+from utils.requests import checkpoint_fingerprint, replace_file, to_json
 
 # What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.
 PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"
@@ -112,12 +110,12 @@ def json_object(text: str) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     summarization.add_model_flags(parser)
     add("--tasks", type=names, required=True, help="comma-separated: lm_eval's names (or patterns), or YAML files")
     add("--include_path", type=Path, help="a folder with tasks of your own")
-    add("--num_fewshot", type=int, help="examples before each document; the task's own number unless given")
+    add("--num_fewshot", type=count_or_zero, help="examples before each document; the task's own number unless given")
     add("--limit", type=limit, help="only so many documents of each task, or that share of them")
     add("--batch_size", type=count_or_auto, default=1, help="contexts computed together; auto: as many as fit")
     add("--max_length", type=count, help="positions to use; the model's unless given")
@@ -125,14 +123,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--metadata", type=json_object, default={}, help="JSON for tasks that need it, as RULER's max_seq_lengths")
     add("--confirm_run_unsafe_code", action="store_true", help="let tasks run code that the model writes")
     add("--log_samples", action="store_true", help="keep each document with its answers in the results")
-    add("--output-path", type=Path, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
+    add("--output-path", type=output_file, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
     add("--overwrite", action="store_true", help="replace results that are there")
     summarization.add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:
         parser.error("--tasks: names none; `lm_eval ls tasks` lists them")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        parser.error(f"--num_fewshot {args.num_fewshot}: must be at least 0")
     if args.include_path is not None and not args.include_path.is_dir():
         parser.error(f"--include_path {args.include_path}: no such folder")
     return args
@@ -229,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
         replace_file(output, [to_json(results, indent=2, default=handle_non_serializable) + "\n"])
     except OSError as error:
         raise InputError(
-            f"--output-path {output}: cannot be written ({error.strerror}); answers are kept, the same command goes on"
+            f"--output-path {output}: cannot be written ({error.strerror}); answers are kept; run the command again"
         ) from None
     answers.with_name(f"{answers.name}_rank0.db").unlink(missing_ok=True)
     print(f"results are in {output}")
@@ -242,15 +238,12 @@ def report_evictions(lm: CacheLM) -> None:
         for name in ("contexts_cut", "documents_split"):
             if counts[name]:
                 what = name.replace("_", " ")
-                print(
-                    f"warning: {task}: {counts[name]} {what} to the model's {lm.max_length} positions", file=sys.stderr
-                )
+                cli.say(f"warning: {task}: {counts[name]} {what} to the model's {lm.max_length} positions")
         answers = counts["tokens"] + counts["texts"]
         if answers and not counts["tokens_after_eviction"] + counts["texts_after_eviction"]:
-            print(
+            cli.say(
                 f"warning: {task}: nothing came after an eviction, so these are the full cache's scores; contexts are "
-                f"not longer than the window of {lm.h2o.window_length}, or continuations are single tokens",
-                file=sys.stderr,
+                f"not longer than the window of {lm.h2o.window_length}, or continuations are single tokens"
             )
     columns = ("tokens", "tokens_after_eviction", "texts", "texts_after_eviction")
     if lm.h2o is not None:
@@ -261,19 +254,18 @@ def report_evictions(lm: CacheLM) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or after one line 2 for what the caller can put right, 130 on Ctrl-C."""
-    try:
-        return run(parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted: answers so far are kept; the same command goes on", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        print("error: too little memory on the device: lower --batch_size; the same command goes on", file=sys.stderr)
-    return 2
+    """The exit status, see utils/cli.py."""
+
+    def work() -> int:
+        try:
+            return run(parse_args(argv))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):  # on the host as well
+                raise
+            raise MemoryError from None
+
+    kept = "answers so far are kept; run the same command again to resume"
+    return cli.run(work, kept, f"give a smaller --batch_size ({kept})")
 
 
 if __name__ == "__main__":

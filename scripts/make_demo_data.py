@@ -9,6 +9,7 @@ facts into other words; which words, the event decides. `scripts/train_demo.py` 
 with names that no test request uses.
 """
 
+import argparse
 import json
 import random
 import re
@@ -19,7 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.requests import InputError, OneLineParser, replace_file
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
+from utils.cli import InputError, OneLineParser, count, output_file, seed
+from utils.requests import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "###\nArticle: {article}\n\nSummarize the above article in 1 sentence.\n"
@@ -548,31 +555,32 @@ def make_request(rng: random.Random, pool: Pool, shots: int) -> dict:
     return {"article": prompt + PROMPT.format(article=article), "summary_gt": summary} | REQUEST
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output-path", type=Path, default=ROOT / "data/summarization/demo.jsonl", help="requests, jsonl")
-    add("--requests", type=int, default=200, help="how many")
-    add("--seed", type=int, default=3, help="of the requests; which names are for tests never changes")
+    add("--output-path", type=output_file, default=ROOT / "data/summarization/demo.jsonl", help="requests, jsonl")
+    add("--requests", type=count, default=200, help="how many")
+    add("--seed", type=seed, default=3, help="of the requests; which names are for tests never changes")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    rng = random.Random(args.seed)
+    requests = [make_request(rng, POOLS["test"], rng.choice((1, 2))) for _ in range(args.requests)]
+    used_in_training = {name for names in POOLS["train"].values() for name in names}
+    for request in requests:
+        assert not used_in_training & set(re.findall(r"[A-Z][a-z]+", request["article"] + request["summary_gt"]))
     try:
-        args = parser.parse_args()
-        if args.requests < 1:
-            raise InputError(f"--requests {args.requests}: must be at least 1")
-        rng = random.Random(args.seed)
-        requests = [make_request(rng, POOLS["test"], rng.choice((1, 2))) for _ in range(args.requests)]
-        used_in_training = {name for names in POOLS["train"].values() for name in names}
-        for request in requests:
-            assert not used_in_training & set(re.findall(r"[A-Z][a-z]+", request["article"] + request["summary_gt"]))
-        try:
-            args.output_path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(args.output_path, (json.dumps(request, sort_keys=True) + "\n" for request in requests))
-        except OSError as error:
-            raise InputError(f"--output-path {args.output_path}: cannot be written ({error.strerror})") from None
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        args.output_path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(args.output_path, (json.dumps(request, sort_keys=True) + "\n" for request in requests))
+    except OSError as error:
+        raise InputError(f"--output-path {args.output_path}: cannot be written ({error.strerror})") from None
     print(f"{len(requests)} requests in {args.output_path}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status, see utils/cli.py."""
+    return cli.run(lambda: run(parse_args(argv)), "nothing is written")
 
 
 if __name__ == "__main__":

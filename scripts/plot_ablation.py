@@ -20,6 +20,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import numpy as np
 
 try:
@@ -30,13 +37,11 @@ try:
 except ImportError:  # `run` says so
     style = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from h2optimizer import H2OConfig
 from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
 from utils.ablation_report import FEW, report
-from utils.bench import exit_status
-from utils.requests import InputError, OneLineParser, replace_file
+from utils.cli import InputError, OneLineParser, output_folder
+from utils.requests import replace_file
 
 # How figures look. Sizes are for 900 pixels of width on a page: WIDTH inches of 100.
 WIDTH, SMALL = 9.0, 8
@@ -476,11 +481,11 @@ def write(folder: Path, drawn: dict[str, tuple[Figure, str, str]], text: str) ->
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input-path", type=Path, required=True, help="jsonl of scripts/ablate.py")
     parser.add_argument(
         "--output-path",
-        type=Path,
+        type=output_folder,
         help="folder of figures; NAME_figures beside NAME.jsonl by default, NAME_SETUP_figures with --setup",
     )
     parser.add_argument("--setup", help="which setup, by the beginning of its hash, where the file holds several")
@@ -510,8 +515,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line about what the caller can put right."""
-    return exit_status(lambda: run(parse_args(argv)), "draw on another machine")
+    """The exit status, see utils/cli.py."""
+    return cli.run(lambda: run(parse_args(argv)), "run the same command again to draw all figures")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,30 @@ Prompts have the form of the H2O project (arXiv 2306.14048), so that ROUGE compa
 """
 
 import argparse
+import codecs
 import glob
-import json
 import logging
-import math
 import os
 import random
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.requests import InputError, OneLineParser, replace_file
+from utils.cli import NOT_TEXT, InputError, OneLineParser, count, count_or_zero, output_file, seed
+from utils.requests import check_flags, replace_file, request_line
 
 if TYPE_CHECKING:  # importing datasets takes seconds: --help and a wrong flag should not wait for it
     from datasets import Dataset
@@ -52,13 +59,28 @@ def builder_of(path: Path) -> str:
     """The datasets builder that reads this file; InputError where one look shows that none can."""
     if path.suffix.lower() not in BUILDERS:
         raise InputError(f"--input-path {path}: unknown ending {path.suffix!r}; use one of {', '.join(BUILDERS)}")
+    builder = BUILDERS[path.suffix.lower()]
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a device may have no end
+            raise InputError(f"--input-path {path}: is not a regular file; give one")
         with path.open("rb") as file:
-            if not any(line.strip() for line in file):
-                raise InputError(f"--input-path {path} is empty; give a file with at least one row")
+            pieces = iter(partial(file.read, 2**20), b"")
+            beginning = next((piece for piece in pieces if piece.strip()), b"")
     except OSError as error:
-        raise InputError(f"--input-path {path}: {error.strerror}; give a file that can be read") from error
-    return BUILDERS[path.suffix.lower()]
+        raise InputError(f"--input-path {path}: cannot be read ({error.strerror})") from None
+    if not beginning:
+        raise InputError(f"--input-path {path}: is empty; give a file with at least one row")
+    if builder != "parquet" and not begins_as_text(beginning):
+        raise InputError(f"--input-path {path}: {NOT_TEXT}; give a well-formed {path.suffix} file, in UTF-8")
+    return builder
+
+
+def begins_as_text(piece: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(piece)  # which may end within a letter
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in piece  # else UTF-16, say
 
 
 def find_column(dataset: "Dataset", source: str, kind: str, named: str | None) -> str:
@@ -162,7 +184,8 @@ def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator
     return list(drawn.values())
 
 
-def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Dataset | list[dict]") -> Iterator[dict]:
+def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Dataset | list[dict]") -> Iterator[str]:
+    """Their lines. Raises InputError for one that run_summarization.py would refuse."""
     form = FORMS[args.dataset]
 
     def prompt(example: dict) -> str:
@@ -171,7 +194,7 @@ def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Datase
     for row, example in rows.items():
         # Seeded by row, so that neither --sample_num nor the rows before change what a row is shown.
         shots = draw_shots(pool, args.shots, example["article"], random.Random(f"{args.seed}/{row}"))
-        yield {
+        fields = {
             "article": "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example),
             "summary_gt": example["summary"],
             "logprobs": 1,
@@ -181,15 +204,19 @@ def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Datase
             "temperature": args.temperature,
             "top_p": 1,
         }
+        try:
+            yield request_line(fields)
+        except ValueError as error:
+            raise InputError(f"row {row} makes no request: {error}; correct it, or leave it out") from None
 
 
-def write_jsonl(output_path: Path, requests: Iterable[dict]) -> None:
+def write_jsonl(output_path: Path, lines: Iterable[str]) -> None:
     """Readers see the old file or the whole new one, never a part, however this ends."""
     try:
         output_path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output_path, (json.dumps(request) + "\n" for request in requests))
+        replace_file(output_path, lines)
     except OSError as error:
-        raise InputError(f"cannot write --output-path {output_path} ({error.strerror}); give another place") from error
+        raise InputError(f"--output-path {output_path}: cannot be written ({error.strerror})") from None
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -197,33 +224,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", choices=FORMS, default="xsum", help="the prompt form, and the hub data set (default: xsum)")
     add("--input-path", type=Path, help=f"convert this local file ({', '.join(BUILDERS)}) instead of the hub data set")
-    add("--output-path", type=Path, required=True, help="requests jsonl to write; its folder is made when missing")
+    add(
+        "--output-path",
+        type=output_file,
+        required=True,
+        help="requests jsonl to write; its folder is made",
+    )
     add(
         "--shots",
-        type=int,
+        type=count_or_zero,
         default=0,
         help="examples before each request, in H2O 0, 3 or 5 (default: 0): from the "
         "train split, or that many rows of the local file, which then make no requests",
     )
     add("--split", help="split of the hub data set that becomes requests (default: test)")
-    add("--sample_num", type=int, help="write only the first SAMPLE_NUM requests (default: all)")
-    add("--seed", type=int, default=0, help="seed that the shots are drawn with (default: 0)")
-    add("--max_tokens", type=int, help="tokens to generate (default: 64 for xsum, 128 for cnn_dailymail)")
+    add("--sample_num", type=count, help="write only the first SAMPLE_NUM requests (default: all)")
+    add("--seed", type=seed, default=0, help="seed that the shots are drawn with (default: 0)")
+    add("--max_tokens", type=count, help="tokens to generate (default: 64 for xsum, 128 for cnn_dailymail)")
     add("--temperature", type=float, default=0.3, help="sampling temperature, 0 is greedy (default: 0.3)")
     for kind, columns in COLUMNS.items():
         add(f"--{kind}_column", help=f"column that holds the {kind} (default: {' or '.join(columns)})")
     add("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
-    for flag, least in (("shots", 0), ("sample_num", 1), ("max_tokens", 1), ("temperature", 0)):
-        value = getattr(args, flag)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{flag} {value}: must be at least {least}")
+    check_flags(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.input_path and args.split:
         parser.error(f"--split {args.split}: a local file has no splits, leave the flag out")
     output = args.output_path
     if os.path.exists(output):  # unlike Path.exists, no error for a name that no file can have
-        if not output.is_file():
-            parser.error(f"--output-path {output} is not a regular file, name a file")
         if args.input_path and args.input_path.exists() and output.samefile(args.input_path):
             parser.error(f"--output-path {output} is the input itself, name another file")
         if not args.overwrite:
@@ -231,23 +258,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on stderr about what the caller can put right."""
-    try:
-        args = parse_args(argv)
-        rows, pool, skipped = select_rows(args)
-        requests = make_requests(args, rows, pool)
-        write_jsonl(args.output_path, tqdm(requests, total=len(rows), desc="writing", unit="request", delay=1))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+def run(args: argparse.Namespace) -> None:
+    rows, pool, skipped = select_rows(args)
+    lines = make_requests(args, rows, pool)
+    write_jsonl(args.output_path, tqdm(lines, total=len(rows), desc="writing", unit="request", delay=1))
     if skipped:
-        print(f"skipped {skipped} rows with an empty article or summary", file=sys.stderr)
+        cli.say(f"skipped {skipped} rows with an empty article or summary")
     print(f"wrote {len(rows)} requests to {args.output_path}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status, see utils/cli.py."""
+    return cli.run(lambda: run(parse_args(argv)), "nothing was written")
 
 
 if __name__ == "__main__":

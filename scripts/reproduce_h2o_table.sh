@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The XSum table of H2O's llama recipe (ROUGE-2 by KV budget): H2O as published, N = 1, beside the published figures.
-# Takes a CUDA GPU and the weights; the same command goes on where it stopped. Paths are from the repository's root.
+# Takes a CUDA GPU and the weights; run the same command again to resume. Paths are from the repository's root.
 #
 #   bash scripts/reproduce_h2o_table.sh [model …]    # names on the hub or folders; the recipe's three unless given
 #
@@ -53,6 +53,8 @@ done
 import json, sys
 from pathlib import Path
 
+from utils import cli
+
 # meta-llama/llama-cookbook, H2O, README.md: "Expected results on XSUM (Rouge-2 score)"
 BUDGETS = ("64", "128", "256", "512", "1024", "full")
 PUBLISHED = {
@@ -60,32 +62,37 @@ PUBLISHED = {
     "Llama-2-13b-hf": (0.1180, 0.1217, 0.1243, 0.1291, 0.1302, 0.1332),
     "Meta-Llama-3-8B": (0.1107, 0.1189, 0.1200, 0.1347, 0.1290, 0.1311),
 }
-arguments = iter(sys.argv[1:])
-latest = None
-for model, budget, path in zip(arguments, arguments, arguments):
-    if model != latest:
-        print(f"{model}\n{'KV budget':9}  requests  evicted from  {'ours':>6}  {'95 %':>15}  {'theirs':>6}  difference")
-        latest = model
-    results = Path(path)
-    metrics = json.loads(results.with_suffix(".metrics.json").read_text())
-    rouge = {name: 100 * value for name, value in metrics["rouge"]["rouge2"].items()}
-    published = dict(zip(BUDGETS, PUBLISHED.get(Path(model).name, ()))).get(budget)
-    theirs = f"{100 * published:6.2f}" if published else f"{'-':>6}"
-    difference = f"{rouge['mean'] - 100 * published:+10.2f}" if published else f"{'-':>10}"
-    interval = f"[{rouge['low']:.2f}, {rouge['high']:.2f}]"
-    ours = f"{metrics['requests']:8}  {metrics['requests_evicted_from']:12}  {rouge['mean']:6.2f}  {interval:>15}"
-    print(f"{budget:9}  {ours}  {theirs}  {difference}")
 
-settings = metrics["settings"]
-requests = [json.loads(line)["request"] for line in results.read_text().splitlines()]
-asked = sorted({(request.get("temperature") or 0, request.get("top_p") or 1) for request in requests})
-if settings["--greedy"]:
-    asked = [(0, 1)]
-how = "; ".join(f"sampled (temperature {t}, top_p {p}, seed {settings['--seed']})" if t else "greedy" for t, p in asked)
-print(
-    "\nROUGE-2 F in points. Theirs: by the rouge package, on sampled text of prompts of about 2k tokens, float16,"
-    f"\nwithout a beginning-of-sequence token. Ours: by rouge-score, with stemming, on text that is {how}."
-    "\nScorers, samples and prompts differ, so a difference is expected: compare the budgets of a column."
-)
+def table():
+    arguments = iter(sys.argv[1:])
+    latest = None
+    for model, budget, path in zip(arguments, arguments, arguments):
+        if model != latest:
+            print(f"{model}\n{'KV budget':9}  requests  evicted from  {'ours':>6}  {'95 %':>15}  {'theirs':>6}  difference")
+            latest = model
+        results = Path(path)
+        metrics = json.loads(results.with_suffix(".metrics.json").read_text())
+        rouge = {name: 100 * value for name, value in metrics["rouge"]["rouge2"].items()}
+        published = dict(zip(BUDGETS, PUBLISHED.get(Path(model).name, ()))).get(budget)
+        theirs = f"{100 * published:6.2f}" if published else f"{'-':>6}"
+        difference = f"{rouge['mean'] - 100 * published:+10.2f}" if published else f"{'-':>10}"
+        interval = f"[{rouge['low']:.2f}, {rouge['high']:.2f}]"
+        ours = f"{metrics['requests']:8}  {metrics['requests_evicted_from']:12}  {rouge['mean']:6.2f}  {interval:>15}"
+        print(f"{budget:9}  {ours}  {theirs}  {difference}")
+
+    settings = metrics["settings"]
+    requests = [json.loads(line)["request"] for line in results.read_text().splitlines()]
+    asked = sorted({(request.get("temperature") or 0, request.get("top_p") or 1) for request in requests})
+    if settings["--greedy"]:
+        asked = [(0, 1)]
+    how = "; ".join(f"sampled (temperature {t}, top_p {p}, seed {settings['--seed']})" if t else "greedy" for t, p in asked)
+    print(
+        "\nROUGE-2 F in points. Theirs: by the rouge package, on sampled text of prompts of about 2k tokens, float16,"
+        f"\nwithout a beginning-of-sequence token. Ours: by rouge-score, with stemming, on text that is {how}."
+        "\nScorers, samples and prompts differ, so a difference is expected: compare the budgets of a column."
+    )
+
+
+sys.exit(cli.run(table, "the results are kept; run the same command again to resume"))
 PY
 exit "$status"

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -29,11 +28,16 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 from tqdm import tqdm
 from transformers import TextStreamer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
@@ -51,12 +55,12 @@ from run_summarization import (
     peak_memory,
     quiet_libraries,
     render_chat,
-    seed,
     select_device,
 )
 from utils.ablation import FULL, policy_name
-from utils.bench import exit_status, print_table, synchronize
-from utils.requests import InputError, OneLineParser, checked, count, must_know, to_json
+from utils.bench import print_table, synchronize
+from utils.cli import InputError, OneLineParser, count, output_file, seed
+from utils.requests import LONGEST_LINE, check_flags, checked, json_object, must_know, read_lines, to_json
 
 GIVEN, SAID = "given", "said"
 PICTURES = (".png", ".svg")  # beside a report
@@ -73,7 +77,7 @@ class Turn:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--input-path", default=str(DEMO_REQUESTS), help="jsonl of turns, prompts or requests; - = standard input")
     add_model_flags(parser)
@@ -84,16 +88,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=seed, default=42, help="seed of sampling")
     add("--chat", action="store_true", help="wrap turns in the tokenizer's chat template, for instruct models")
     add("--quiet", action="store_true", help="print no text")
-    add("--report", type=Path, help="perplexity, ms a token and memory along the stream, jsonl; plots beside it")
+    add("--report", type=output_file, help="perplexity, ms a token and memory along the stream, jsonl; plots beside it")
     add("--report_every", type=count, help="tokens of a line of it; 1 %% of --stream_tokens, or 1,000")
     add("--overwrite", action="store_true", help="replace the report that is there")
     add("--beside", type=Path, nargs="+", default=[], help="other reports to draw in the same figure")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
-    if args.temperature and not 1e-3 <= args.temperature <= 1000:
-        parser.error(f"--temperature {args.temperature}: must be 0, or between 0.001 and 1000")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top_p {args.top_p}: must be above 0, at most 1")
+    check_flags(temperature=args.temperature, top_p=args.top_p)
     if args.beside and args.report is None:
         parser.error("--beside: is drawn with --report; give that")
     if args.report is not None and args.report.suffix in PICTURES:
@@ -109,42 +110,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def read_turns(path: Path) -> list[Turn]:
     """Raises InputError for a file, or a line, without turns."""
     turns = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"--input-path {path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path, "--input-path"):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)}); mend it") from None
-        turns += turns_of(fields, f"{path}, line {number}")
+            turns += turns_of(json_object(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}; fix the line") from None
     if not turns:
         raise InputError(f"--input-path {path}: holds no turns")
     return turns
 
 
-def turns_of(fields, where: str) -> list[Turn]:
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: not a JSON object; mend it")
+def turns_of(fields: dict) -> list[Turn]:
+    """Raises ValueError that says what is wrong with the line."""
     name = next((name for name in ("turns", "prompt", "article") if name in fields), None)
     if name is None:
-        raise InputError(f"{where}: has none of turns (a list), prompt, article; mend it")
+        raise ValueError("has none of turns (a list), prompt, article")
     texts = fields[name] if name == "turns" else [fields[name]]
-    if not isinstance(texts, list) or not texts or not all(map(is_text, texts)):
-        raise InputError(f"{where}: {name!r} must be {'a list of texts' if name == 'turns' else 'a text'}; mend it")
-    try:
-        asked = checked(fields, ("max_tokens", "stop"))
-    except ValueError as error:
-        raise InputError(f"{where}: {error}; fix the line") from None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{name!r} must be {'a list of texts' if name == 'turns' else 'a text'}")
+    asked = checked(fields, ("max_tokens", "stop"))
     return [Turn(text, **asked, opens=number == 0) for number, text in enumerate(texts)]
-
-
-def is_text(value) -> bool:
-    """Whether it is a string of something, with no half of a surrogate pair, which is JSON but no text."""
-    return isinstance(value, str) and bool(value.strip()) and value.encode(errors="ignore").decode() == value
 
 
 def typed_turns() -> Iterator[Turn]:
@@ -155,7 +142,10 @@ def typed_turns() -> Iterator[Turn]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline().decode(errors="replace")
+        raw = sys.stdin.buffer.readline(LONGEST_LINE + 1)
+        if len(raw) > LONGEST_LINE:
+            raise InputError(f"--input-path -: a line is longer than {LONGEST_LINE >> 20} MiB; give shorter turns")
+        line = raw.decode(errors="replace")
         if opens:
             line = line.removeprefix("\ufeff")
         if not line or line.strip() == "/quit":
@@ -266,7 +256,7 @@ class Report:
         if path is not None:
             for file in (path, *pictures_of(path)):
                 if file.exists() and not file.is_file():
-                    raise InputError(f"--report {path}: {file} is no regular file; choose another path")
+                    raise InputError(f"--report {path}: {file} is not a regular file; choose another path")
                 if file.exists() and not overwrite:
                     raise InputError(f"--report {path}: {file} is there already; choose another path, or --overwrite")
             try:
@@ -302,15 +292,13 @@ class Report:
 def read_report(path: Path) -> tuple[str, list[dict], str | None]:
     """A report's name with its model's, its lines, and why its stream ended. Raises InputError."""
     try:
-        head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, *lines = [json_object(line) for _, line in read_lines(path, "--beside")]
         ended = lines.pop()["ended"] if lines and "ended" in lines[-1] else None
         needed = {"tokens", "memory_bytes", "slots"}
         if all(needed <= line.keys() and all(map(math.isfinite, line.values())) for line in lines):
             name = str(head["stream"])
             return f"{head['model']}: {name}" if "model" in head else name, lines, ended
         raise ValueError
-    except OSError as error:
-        raise InputError(f"--beside {path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"--beside {path}: not a report of this script; leave it out") from None
 
@@ -407,24 +395,6 @@ def stream_name(h2o: H2OConfig | None) -> str:
     return f"{name}, rolling" if h2o.position_rolling else name
 
 
-def print_text(text: str, end: str = "\n") -> None:
-    """On the standard output. Raises InputError where it takes no more; BrokenPipeError where nobody reads it."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        leave_stdout()
-        raise InputError(
-            f"the standard output cannot be written ({error.strerror}); send it elsewhere, or pass --quiet"
-        ) from None
-
-
-def leave_stdout() -> None:
-    """What is still to be written there goes nowhere, or the interpreter's end would be an error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class Printer(TextStreamer):
     """Prints a reply's words as they are complete, at the same cost for each however long the reply.
 
@@ -453,11 +423,11 @@ class Printer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.waiting += text
         shown = len(self.waiting) - (0 if stream_end else self.stops.held(self.waiting))
-        print_text(self.waiting[:shown], end="\n" if stream_end else "")
+        print(self.waiting[:shown], end="\n" if stream_end else "", flush=True)
         self.waiting, self.printed = self.waiting[shown:], self.printed + shown
 
     def cut(self, text: str) -> None:
-        print_text(text[self.printed :])
+        print(text[self.printed :], flush=True)
 
 
 class Talk:
@@ -530,7 +500,7 @@ def passing(turns: list[Turn], talk: Talk, tokens: int | None) -> Iterator[Turn]
             before = report.passed
             for turn in turns:
                 if not talk.args.quiet:
-                    print_text(f">>> {turn.text.strip()}")
+                    print(f">>> {turn.text.strip()}", flush=True)
                 yield turn
                 bar.update(report.passed - bar.n)
                 if tokens is not None and report.passed >= tokens:
@@ -588,7 +558,7 @@ def follow(talk: Talk, turns: Iterator[Turn]) -> None:
         if stream.h2o is not None:
             way_out = "give a smaller window, --update_interval or --prefill_chunk"
             raise InputError(f"{report.ended}; {way_out}") from None
-        print(f"{report.name}: {report.ended}", file=sys.stderr)
+        cli.say(f"{report.name}: {report.ended}")
 
 
 def conclude(talk: Talk) -> None:
@@ -599,19 +569,13 @@ def conclude(talk: Talk) -> None:
         lines = read_report(path)[1]
         print_tenths(lines)
         if lines:
-            print("figures: " + ", ".join(map(str, plot(path, talk.args.beside))), file=sys.stderr)
+            cli.say("figures: " + ", ".join(map(str, plot(path, talk.args.beside))))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, also where memory ended the full cache; 2 after one line about what can be put right."""
+    """The exit status, see utils/cli.py; 0 also where memory ended the full cache."""
     kept = "the report up to here is kept, where one was asked for"
-    with suppress(AttributeError):  # letters that a terminal does not know are no end
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        return exit_status(lambda: run(parse_args(argv)), "give a smaller window", kept)
-    except BrokenPipeError:  # whoever read the text has left
-        leave_stdout()
-        return 1
+    return cli.run(lambda: run(parse_args(argv)), kept, "give a smaller window")
 
 
 if __name__ == "__main__":

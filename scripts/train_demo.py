@@ -17,19 +17,24 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils import cli
+
+if __name__ == "__main__":
+    cli.begin()
+
 import torch
 import torch.nn.functional as F
 import transformers
+from make_demo_data import POOLS, PROMPT, SHOT, SHOT_WORDS, make_stories, make_story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from make_demo_data import POOLS, PROMPT, SHOT, SHOT_WORDS, make_stories, make_story
-
-from utils.requests import InputError, OneLineParser, Request, read_requests
+from utils.cli import InputError, OneLineParser, count, count_or_zero, output_folder, positive, seed
+from utils.requests import Request, read_requests
 from utils.rouge import Rouge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,37 +276,41 @@ def write_card(
     (folder / "MODEL_CARD.md").write_text(text, encoding="utf-8")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output", type=Path, default=ROOT / "data/demo_model", help="folder of the checkpoint, replaced")
+    add("--output", type=output_folder, default=ROOT / "data/demo_model", help="folder of the checkpoint, replaced")
     add("--requests", type=Path, default=ROOT / "data/summarization/demo.jsonl", help="to evaluate on at the end")
-    add("--minutes", type=float, default=4.2, help="train no longer than this, whatever --steps says")
-    add("--steps", type=int, default=6000, help="optimizer steps")
-    add("--batch_tokens", type=int, default=65536, help="tokens a step, padding included")
+    add("--minutes", type=positive, default=4.2, help="train no longer than this, whatever --steps says")
+    add("--steps", type=count, default=6000, help="optimizer steps")
+    add("--batch_tokens", type=count, default=65536, help="tokens a step, padding included")
     add("--short_share", type=float, default=0.1, help="share of the steps that see short documents first")
-    add("--summary_weight", type=int, default=2, help="weight of a summary's tokens in the loss; an article's weigh 1")
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    add("--warmup", type=int, default=200, help="steps until the peak")
-    add("--layers", type=int, default=5)
-    add("--hidden_size", type=int, default=256, help="a multiple of 64; it sets the number of heads as well")
-    add("--vocab_size", type=int, default=3072)
-    add("--tokenizer_documents", type=int, default=4000, help="that the vocabulary is learned from")
-    add("--seed", type=int, default=1)
+    add(
+        "--summary_weight", type=count, default=2, help="weight of a summary's tokens in the loss; an article's weigh 1"
+    )
+    add("--lr", type=positive, default=1.5e-3, help="peak learning rate")
+    add("--warmup", type=count, default=200, help="steps until the peak")
+    add("--layers", type=count, default=5)
+    add("--hidden_size", type=count, default=256, help="a multiple of 64; it sets the number of heads as well")
+    add("--vocab_size", type=count, default=3072)
+    add("--tokenizer_documents", type=count, default=4000, help="that the vocabulary is learned from")
+    add("--seed", type=seed, default=1)
     add("--device", default="auto", help="auto: cuda where there is one")
-    add("--workers", type=int, default=max(0, min(15, len(os.sched_getaffinity(0)) - 1)), help="that make documents")
+    add(
+        "--workers",
+        type=count_or_zero,
+        default=max(0, min(15, len(os.sched_getaffinity(0)) - 1)),
+        help="that make documents",
+    )
     add("--compile", action="store_true", help="torch.compile the layers")
-    add("--log_every", type=int, default=100, help="steps between points of the loss curve")
-    args = parser.parse_args()
-    for flag in ("steps", "batch_tokens", "summary_weight", "warmup", "layers", "tokenizer_documents", "log_every"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if args.hidden_size < 64 or args.hidden_size % 64:
+    add("--log_every", type=count, default=100, help="steps between points of the loss curve")
+    args = parser.parse_args(argv)
+    if args.hidden_size % 64:
         raise InputError(f"--hidden_size {args.hidden_size}: must be a multiple of 64")
     if args.vocab_size < 512:
         raise InputError(f"--vocab_size {args.vocab_size}: must be at least 512, 256 of which are bytes")
-    if args.minutes <= 0 or args.lr <= 0 or args.workers < 0 or not 0 <= args.short_share <= 1:
-        raise InputError("--minutes and --lr must be above 0, --workers at least 0, --short_share from 0 to 1")
+    if not 0 <= args.short_share <= 1:
+        raise InputError(f"--short_share {args.short_share}: must be from 0 to 1")
     return args
 
 
@@ -334,13 +343,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"ROUGE-2 F {rouge:.2f} points on {len(requests)} requests with the full cache; checkpoint in {args.output}")
 
 
-def main() -> int:
-    try:
-        run(parse_args())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    """The exit status, see utils/cli.py."""
+    return cli.run(
+        lambda: run(parse_args(argv)), "training begins anew with the next command", "give smaller --batch_tokens"
+    )
 
 
 if __name__ == "__main__":

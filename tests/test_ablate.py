@@ -223,7 +223,7 @@ def test_killed_sweep_goes_on_to_the_same_cells(sweep, ablate, monkeypatch):
         patch.setattr(ablate.JsonlFile, "append", torn)
         killed = sweep(*grid, output="killed.jsonl", code=130)
     (said,) = killed.errors
-    assert "the same command goes on" in said and [cell["cell"] for cell in killed.cells] == done
+    assert "run the same command again" in said and [cell["cell"] for cell in killed.cells] == done
     measured, measure = [], ablate.Lab.measure
     monkeypatch.setattr(
         ablate.Lab, "measure", lambda self, h2o, texts: measured.append(h2o) or measure(self, h2o, texts)
@@ -483,7 +483,7 @@ def test_cells_that_cannot_work_are_left_out(sweep):
         ("--retention_request 5", ["--retention_request 5", "0 to 4"]),
         ("--timed_tokens 1", ["--timed_tokens", "at least 2"]),
         ("--batch_size 0", ["--batch_size"]),
-        ("--output-path /dev/null", ["--output-path /dev/null"]),
+        ("--output-path /dev/null", ["--output-path: /dev/null"]),
         ("--output-path {requests}", ["--output-path", "is the --input-path"]),
     ],
 )

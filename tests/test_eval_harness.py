@@ -348,7 +348,7 @@ def test_interrupted_command_goes_on(evaluate, make_lm, harness, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("h2optimizer.harness.score_in_batches", stop_at_documents)
         _, _, err = evaluate("tiny_choice,tiny_rolling", *flags, code=130)
-    assert "the same command goes on" in err.splitlines()[-1]
+    assert "run the same command again" in err.splitlines()[-1]
     other, *_ = evaluate("tiny_choice", *flags, "--num_window_length=12")
     assert other["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
     lm = make_lm(**NARROW, dtype="bfloat16")
@@ -375,13 +375,13 @@ def test_scores_that_no_window_can_change_are_named(evaluate):
     ("tiny_broken", (), "--tasks tiny_broken: cannot be loaded (UndefinedError"),
     ("tiny_choice", ("--include_path", "/nowhere"), "--include_path /nowhere: no such folder"),
     ("tiny_choice", ("--limit", "1.5"), "--limit: '1.5': must be a whole number of documents"),
-    ("tiny_choice", ("--num_fewshot", "-1"), "--num_fewshot -1: must be at least 0"),
+    ("tiny_choice", ("--num_fewshot", "-1"), "--num_fewshot: '-1': must be a whole number of at least 0"),
     ("tiny_choice", ("--metadata", "[]"), "--metadata: must be a JSON object"),
     ("tiny_choice", ("--metadata", "{"), "--metadata: must be a JSON object"),
     ("tiny_choice", ("--num_fewshot", "1000"), "--num_fewshot 1000: --tasks tiny_choice gives no such examples"),
     ("tiny_choice", ("--num_window_length", "24"), "does nothing without --enable_h2o_generation"),
     ("tiny_choice", ("--model-name", "/nowhere"), "--model-name /nowhere: cannot be loaded"),
-    ("tiny_choice", ("--output-path", "/proc/x/y.json"), "--output-path /proc/x/y.json: cannot be written"),
+    ("tiny_choice", ("--output-path", "/proc/x/y.json"), "--output-path: /proc/x/y.json is in /proc"),
     ("tiny_text", ("--max_length", "12"), "task tiny_text: 12 tokens are to follow a context"),
     ("tiny_choice", ("--max_length", "3"), "task tiny_choice: a continuation has"),
 ])  # fmt: skip

@@ -302,7 +302,7 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
 
 @pytest.mark.parametrize("lines, flags, said", [
     (lambda cells: [], (), "holds no cells"),
-    (lambda cells: [{"article": "a", "summary_gt": "b"}], (), "line 1: no cell of scripts/ablate.py"),
+    (lambda cells: [{"article": "a", "summary_gt": "b"}], (), "line 1: not a cell of scripts/ablate.py"),
     (lambda cells: cells[1:], (), "no cell of a full cache"),
     (lambda cells: cells[:1], (), "no cell of a bounded cache"),
     (lambda cells: [cells[0], cells[1] | {"h2o": {"window": 3}}], (), "cannot be read"),
@@ -310,7 +310,7 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
     (lambda cells: cells, ("--cells", "nothing"), "--cells nothing: means no cell"),
     (lambda cells: cells, ("--setup", "nothing"), "--setup nothing means 0 of"),
     (lambda cells: cells, ("--output-path", "cells.jsonl/below"), "cannot be written"),
-    (lambda cells: cells, ("--output-path", "cells.jsonl"), "cannot be written"),
+    (lambda cells: cells, ("--output-path", "cells.jsonl"), "is not a folder"),
     (lambda cells: cells, ("--input-path", "gone.jsonl"), "gone.jsonl: cannot be read"),
     (lambda cells: cells, ("--cell", "a"), "--help"),
 ])  # fmt: skip
@@ -375,7 +375,7 @@ def test_deep_line_takes_one_line(tmp_path):
     """A RecursionError of the JSON parser."""
     path = tmp_path / "cells.jsonl"
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(InputError, match="line 1: no cell"):
+    with pytest.raises(InputError, match="line 1: not a cell"):
         read_cells(path)
 
 

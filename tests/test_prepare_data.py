@@ -211,11 +211,11 @@ def test_output_is_whole_or_untouched(prepare_data, run, tmp_path, monkeypatch):
     path, output = write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
     output.write_text("old\n")
 
-    def fail(row):
+    def fail(fields):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data.json, "dumps", fail)
+        patch.setattr(prepare_data, "request_line", fail)
         assert prepare_data.main(["--input-path", str(path), "--output-path", str(output), "--overwrite"]) == 130
     assert output.read_text() == "old\n"
     (tmp_path / "link.jsonl").symlink_to(output)
@@ -239,7 +239,7 @@ BAD_FILES = {
     "open quote csv": ("in.csv", 'article,summary\n"a,b\nc,d\n', [], ["in.csv", "well-formed .csv"]),
     "no rows csv": ("in.csv", "article,summary\n", [], ["in.csv", "at least one row"]),
     "not parquet": ("in.parquet", "PAR0 and so on", [], ["in.parquet", "well-formed .parquet"]),
-    "latin-1 csv": ("in.csv", b"article,summary\n\xe9,b\n", [], ["in.csv", "utf-8", "well-formed .csv"]),
+    "latin-1 csv": ("in.csv", b"article,summary\n\xe9,b\n", [], ["in.csv", "UTF-8", "well-formed .csv"]),
     "requests": (
         "in.jsonl",
         '{"article": "A.", "summary_gt": "S."}\n',
@@ -266,11 +266,12 @@ BAD_FILES = {
     "split": ("in.jsonl", GOOD, ["--split", "train"], ["--split train", "local file"]),
 }
 BAD_FLAGS = [
-    (["--sample_num", "0"], ["--sample_num 0"]),
+    (["--sample_num", "0"], ["--sample_num", "'0'"]),
     (["--sample_num", "many"], ["--sample_num", "many"]),
-    (["--shots", "-1"], ["--shots -1"]),
-    (["--max_tokens", "0"], ["--max_tokens 0"]),
-    (["--temperature", "nan"], ["--temperature nan"]),
+    (["--shots", "-1"], ["--shots", "'-1'"]),
+    (["--max_tokens", "0"], ["--max_tokens", "'0'"]),
+    (["--temperature", "nan"], ["--temperature=nan"]),
+    (["--temperature", "1e-9"], ["--temperature=1e-09", "0.001"]),
     (["--dataset", "gigaword"], ["--dataset", "gigaword", "cnn_dailymail"]),
     (["--nonsense"], ["--nonsense", "--help"]),
 ]
@@ -309,10 +310,10 @@ def test_bad_paths(fails, prepare_data, capsys, tmp_path, monkeypatch):
     path = write(tmp_path / "in.jsonl", ROWS)
     (tmp_path / "folder.csv").mkdir()
     fails(["--input-path", tmp_path / "folder.csv"], ["folder.csv", "directory"])
-    fails(["--input-path", path, "--overwrite"], ["folder.csv", "not a regular file"], tmp_path / "folder.csv")
+    fails(["--input-path", path, "--overwrite"], ["folder.csv", "is a folder"], tmp_path / "folder.csv")
     fails(["--input-path", path, "--overwrite"], ["in.jsonl", "is the input"], path)
-    fails(["--input-path", path], ["in.jsonl/out.jsonl", "cannot write"], path / "out.jsonl")
-    fails(["--input-path", path], ["cannot write", "too long"], tmp_path / ("x" * 300))
+    fails(["--input-path", path], ["in.jsonl/out.jsonl", "cannot be written"], path / "out.jsonl")
+    fails(["--input-path", path], ["--output-path", "a name of more than"], tmp_path / ("x" * 300))
     (tmp_path / "kept.jsonl").write_text("kept\n")
     fails(["--input-path", path], ["kept.jsonl", "--overwrite"], tmp_path / "kept.jsonl")
     assert (tmp_path / "kept.jsonl").read_text() == "kept\n"

@@ -492,7 +492,7 @@ def test_parts_alone_are_not_gone_on_with(folder, tmp_path, capsys):
     part.mkdir()
     before = output.read_bytes()
     assert before and run_summarization.main([*argv, "--overwrite"]) == 2
-    assert "out.jsonl.part1 is no regular file" in capsys.readouterr().err and output.read_bytes() == before
+    assert "out.jsonl.part1 is not a regular file" in capsys.readouterr().err and output.read_bytes() == before
     part.rmdir()
     other = JsonlFile(part, "index", "result")
     part.write_text('{"index": 0}\n')

@@ -344,7 +344,7 @@ def test_command_without_the_flag_does_not_name_it(tmp_path):
     """A way out, --skip_bad_requests, that scripts/ablate.py does not have."""
     path = tmp_path / "requests.jsonl"
     path.write_text("{\n")
-    with pytest.raises(InputError, match=r"mend it$"):
+    with pytest.raises(InputError, match=r"fix the line$"):
         read_requests(path, None)
 
 

@@ -1419,7 +1419,7 @@ def test_interrupted_at_any_moment(run, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(batching.Batcher, name, interrupted)
         outcome = run(requests, *H2O, "--batch_size", "3", code=130)
-    assert "the same command goes on" in outcome.stderr[-1] and 0 < len(outcome.results) < 8
+    assert "run the same command again" in outcome.stderr[-1] and 0 < len(outcome.results) < 8
     assert_same_results(run(requests, *H2O, "--batch_size", "3"), expected)
 
 
@@ -1562,10 +1562,10 @@ BAD_FLAGS = {
     "--device gpu": "--device gpu",
     "--device meta": "--device meta",
     "--device 0": "--device 0",
-    "--num_window 64": "unrecognized arguments: --num_window",
-    "--greed": "unrecognized arguments: --greed",
-    "--window_length 64": "unrecognized arguments: --window_length",
-    "stray": "unrecognized arguments: stray",
+    "--num_window 64": "unrecognized argument --num_window; did you mean --num_window_length?",
+    "--greed": "unrecognized argument --greed; did you mean --greedy?",
+    "--window_length 64": "unrecognized argument --window_length; did you mean --num_window_length?",
+    "stray": "unrecognized argument stray",
 }
 
 

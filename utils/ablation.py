@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.cli import InputError
 from utils.policies import STREAMING_LLM_SINKS as SINKS
-from utils.requests import InputError, read_entries
+from utils.requests import read_entries, read_lines
 from utils.rouge import ROUGE_TYPES, mean_with_interval
 
 if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way
@@ -152,13 +153,11 @@ def check_cell(cell: dict) -> None:
 
 def read_cells(path: Path) -> list[dict]:
     """The cells of a file, in its order; a last line that a crash cut short is left out. Raises InputError."""
+    lines = (line for _, line in read_lines(path, "--input-path"))
     try:
-        with path.open("rb") as file:
-            cells = [cell for cell, _ in read_entries(file, "cell", check_cell)]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        cells = [cell for cell, _ in read_entries(lines, "cell", check_cell)]
     except ValueError as error:
-        raise InputError(f"{path}, {error}: no cell of scripts/ablate.py; fix the line, or remove it") from None
+        raise InputError(f"{path}, {error}: not a cell of scripts/ablate.py; fix the line, or remove it") from None
     if not cells:
         raise InputError(f"{path}: holds no cells; scripts/ablate.py makes them")
     return cells

@@ -1,6 +1,5 @@
-"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, flags, a table, the exit."""
+"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, a table."""
 
-import argparse
 import copy
 import gc
 import statistics
@@ -11,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from utils.requests import InputError, count
 
 SHAPES = {
     "8b": dict(
@@ -269,35 +266,6 @@ def measure_ceilings(dtype: torch.dtype, repeats: int = 10) -> dict[str, float]:
     return rates
 
 
-def counts(text: str) -> list[int]:
-    """An argparse type: 1,256 is [1, 256]; "" is none."""
-    return [count(part) for part in text.split(",")] if text else []
-
-
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
-    return number
-
-
-def sizes(*names: str) -> Callable[[str], list[tuple[int, ...]]]:
-    """An argparse type: with names "batch" and "slots", 1x1024,32x1024 is [(1, 1024), (32, 1024)]; "" is none."""
-
-    def parse(text: str) -> list[tuple[int, ...]]:
-        parts = [part.split("x") for part in text.split(",")] if text else []
-        if not all(len(part) == len(names) and all(n.isdecimal() and int(n) >= 1 for n in part) for part in parts):
-            form = "x".join(names)
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {form},{form},… in whole numbers of at least 1")
-        return [tuple(map(int, part)) for part in parts]
-
-    return parse
-
-
 def print_row(result: dict) -> dict:
     """Prints a result as soon as it is there, on one line; returns it with its floats rounded."""
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
@@ -313,19 +281,3 @@ def print_table(rows: Iterable[dict], columns: dict[str, str]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def exit_status(
-    run: Callable[[], int | None], when_out_of_memory: str, interrupted: str = "the results so far are those printed"
-) -> int:
-    """What a script's `run` returns, 0 for None; after one line, 2 for what the caller can put right, 130 on Ctrl-C."""
-    try:
-        return run() or 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print(f"error: too little memory on the device: {when_out_of_memory}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        return 130
-    return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from utils.requests import InputError
+from utils.cli import ClosedPipe, InputError, default_signals, one_line, report, say, status_of
 
 MEETING = timedelta(minutes=2)  # for all processes to have come
 PATIENCE = timedelta(days=30)  # a process waits for another that still decodes; one that has died is noticed at once
@@ -95,17 +94,15 @@ class Processes:
 
     def _meet(self) -> distributed.Store:
         """Where all processes have come: those of a left-over environment wait for nobody, in torch, for ever."""
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch does not return to Python while it waits
         try:
-            return next(distributed.rendezvous("env://", self.rank, self.count, timeout=MEETING))[0]
+            with default_signals():  # torch does not return to Python while it waits
+                return next(distributed.rendezvous("env://", self.rank, self.count, timeout=MEETING))[0]
         except (ValueError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise InputError(
                 f"{self.count} processes: they did not meet ({reason}); start them with torchrun, or one with RANK, "
                 "LOCAL_RANK and WORLD_SIZE unset"
             ) from None
-        finally:
-            signal.signal(signal.SIGINT, handler)
 
     # What all of them know
 
@@ -142,25 +139,25 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What goes wrong in one process goes wrong in all, which end here: one line, exit status 2.
+        """What goes wrong in one process goes wrong in all, which end here: one line, and its exit status.
 
-        Raises: what was raised inside; of several processes' InputErrors none, for they end here. A process that
-        raises something else ends, which the others notice when they come here.
+        Raises: what was raised inside; of several processes' InputErrors and closed pipes none, for they end here. A
+        process that raises something else ends, which the others notice when they come here.
         """
         problem = None
         try:
             yield
-        except InputError as error:
+        except (InputError, ClosedPipe) as error:
             if self.count == 1:
                 raise
-            problem = str(error)
-        problems = [problem for problem in self.gather(problem) if problem]
+            problem = error
+        problems = [problem for problem in self.gather(problem) if problem is not None]
         if problems:
             if self.first:
-                print(f"error: {problems[0]}", file=sys.stderr, flush=True)
+                report(problems[0])
             with suppress(InputError):
                 self.gather(None)  # a launcher ends the others as soon as one has left
-            self.leave(2)
+            self.leave(status_of(problems[0]))
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
@@ -187,7 +184,7 @@ class Processes:
                 self._leave_word()
                 raise
             if self._store_add("claimed") == 1:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                report(error)
             self._leave_word()
             if self.first:
                 time.sleep(5 * GLANCE)  # the others look here
@@ -204,7 +201,7 @@ class Processes:
             except RuntimeError:  # process 0 has ended, and left no word
                 failed = True
                 if self.rank == 1 and not self._finished.is_set():
-                    print(f"error: {ENDED}", file=sys.stderr, flush=True)
+                    say(f"error: {ENDED}")
             if failed and not self._finished.is_set():
                 self.leave(2)
 
@@ -232,7 +229,8 @@ class Processes:
     def leave(self, status: int) -> int:
         """The exit status; of several processes this one ends with it here and now, waiting for no other."""
         if self.count > 1:
-            sys.stdout.flush()
+            with suppress(InputError, ClosedPipe):
+                sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         return status
@@ -240,10 +238,12 @@ class Processes:
     def say(self, text: str) -> None:
         """A line on stderr, beside a bar, by process 0."""
         if self.first:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(one_line(text), file=sys.stderr)
 
 
-ENDED = "another process has ended before its work was done; results so far are kept, the same command goes on"
+ENDED = (
+    "another process has ended before its work was done; results so far are kept, run the same command again to resume"
+)
 
 
 def _is_from_a_collective(error: Exception) -> bool:

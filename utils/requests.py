@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,31 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.cli import NOT_TEXT, InputError, is_text
 
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: the file, line or flag, and the way out."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Raises InputError where argparse would print its usage and exit."""
-
-    def error(self, message: str):
-        raise InputError(f"{message} (see --help)")
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
-    return int(text)
-
-
-def count_or_auto(text: str) -> int | str:
-    """An argparse type: a count, or "auto"."""
-    try:
-        return text if text == "auto" else count(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+LONGEST_LINE = 16 * 2**20  # bytes; a request's line, some 4 million tokens long
 
 
 @dataclass(frozen=True)
@@ -56,19 +34,9 @@ class Request:
     stop: tuple[str, ...] = ()
 
     @classmethod
-    def from_line(cls, line: str, index: int) -> Request:
+    def from_line(cls, line: str | bytes, index: int) -> Request:
         """Raises ValueError that says what is wrong with the line."""
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
-        if not isinstance(fields, dict):
-            raise ValueError("not a JSON object")
-        json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-        try:
-            json.dumps(fields, allow_nan=False)
-        except ValueError:
-            raise ValueError("holds NaN or an infinite number, which is not JSON") from None
+        fields = json_object(line)
         for name in ("article", "summary_gt"):
             if not isinstance(fields.get(name), str) or not fields[name].strip():
                 raise ValueError(f"has no text in {name!r}")
@@ -149,6 +117,85 @@ def unheeded(requests: list[Request]) -> str | None:
     return f"warning: fields that are not known are ignored: {shown}{more} (in {having} of {len(requests)} requests)"
 
 
+def check_flags(**fields) -> None:
+    """Raises InputError for the value of a flag, by the name of its field, that no request may have."""
+    try:
+        request_line({"article": "an article", "summary_gt": "its summary"} | fields)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+
+
+def request_line(fields: dict) -> str:
+    """The line of a request. Raises ValueError where `read_requests` would refuse it."""
+    line = json.dumps(fields) + "\n"
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
+    Request.from_line(line, 0)
+    return line
+
+
+def json_object(line: str | bytes) -> dict:
+    """What a line of JSON holds. Raises ValueError that says what is wrong with it."""
+    fields = None
+    try:
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        if "\0" not in text:  # else UTF-16, or no text at all
+            fields = json.loads(text)
+            text = json.dumps(fields, ensure_ascii=False)  # half a surrogate pair is JSON, but no text
+    except UnicodeDecodeError:
+        raise ValueError(NOT_TEXT) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
+    if "\0" in text or not is_text(text):
+        raise ValueError(NOT_TEXT)
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    try:
+        json.dumps(fields, allow_nan=False)
+    except ValueError:
+        raise ValueError("holds NaN or an infinite number, which is not JSON") from None
+    return fields
+
+
+def read_lines(path: Path, flag: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, with their numbers. Raises InputError.
+
+    `flag` is what the user gave the path with, for messages.
+    """
+    try:
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE + 1)
+                if not line:
+                    return
+                if len(line) > LONGEST_LINE:  # maybe without an end
+                    raise InputError(
+                        f"{flag} {path}, line {number}: longer than {LONGEST_LINE >> 20} MiB; "
+                        "give a file with one JSON object a line"
+                    )
+                yield number, line
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+
+
+def read_text(path: Path, flag: str) -> str:
+    """A whole file of at most LONGEST_LINE bytes. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LONGEST_LINE + 1)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    if len(raw) > LONGEST_LINE:
+        raise InputError(f"{flag} {path}: larger than {LONGEST_LINE >> 20} MiB; give a smaller file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeError:
+        text = "\0"
+    if "\0" in text:
+        raise InputError(f"{flag} {path}: {NOT_TEXT}; save it as UTF-8")
+    return text
+
+
 def read_requests(
     path: Path, skip_bad: bool | None = False, limit: int | None = None, flag: str = "--input-path"
 ) -> tuple[list[Request], int]:
@@ -160,23 +207,18 @@ def read_requests(
     Raises: InputError for a file that cannot be read or holds no request and, unless `skip_bad`, for a bad line.
     """
     requests, skipped = [], 0
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if len(requests) == limit:
-                    break
-                if not raw.strip():
-                    continue
-                try:
-                    requests.append(Request.from_line(raw.decode("utf-8-sig"), len(requests)))
-                except ValueError as error:  # UnicodeError is one too
-                    problem = "is not valid UTF-8 text" if isinstance(error, UnicodeError) else str(error)
-                    if not skip_bad:
-                        way_out = "mend it" if skip_bad is None else "mend it or pass --skip_bad_requests"
-                        raise InputError(f"{path}, line {number}: {problem}; {way_out}") from None
-                    skipped += 1
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    for number, raw in read_lines(path, flag):
+        if not raw.strip():
+            continue
+        try:
+            requests.append(Request.from_line(raw, len(requests)))
+        except ValueError as error:
+            if not skip_bad:
+                way_out = "fix the line" if skip_bad is None else "fix the line, or pass --skip_bad_requests"
+                raise InputError(f"{path}, line {number}: {error}; {way_out}") from None
+            skipped += 1
+        if len(requests) == limit:
+            break
     if not requests:
         bad = f" ({skipped} bad lines skipped)" if skipped else ""
         raise InputError(f"{flag} {path}: holds no requests{bad}; scripts/prepare_data.py makes some")
@@ -212,7 +254,7 @@ def checkpoint_fingerprint(name: str | Path) -> str | None:
             return _commit_on_hub(str(name))
         for file in _files_of(folder):
             size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(folder)} {size}\n"))
             with file.open("rb") as opened:
                 if size <= 2**26:
                     digest.update(opened.read())
@@ -338,7 +380,7 @@ class JsonlFile:
         if not path.exists():
             return
         if not path.is_file():  # a device could not be replaced by a file
-            raise InputError(f"--output-path {self.path}: {path} is no regular file; choose another path")
+            raise InputError(f"--output-path {self.path}: {path} is not a regular file; choose another path")
         if source is not None and source.exists() and path.samefile(source):
             raise InputError(f"--output-path {self.path}: {path} is the --input-path; choose another path")
 
@@ -363,7 +405,7 @@ class JsonlFile:
 
     def append(self, entry: dict) -> None:
         """Add one entry, in one write, and hand it to the operating system at once. Raises InputError."""
-        with self._writing(f"; {self.form}s so far are kept, the same command goes on"):
+        with self._writing(f"; {self.form}s so far are kept, run the same command again to resume"):
             self._file.write(to_json(entry, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
         self.entries[entry[self.key]] = entry
@@ -468,7 +510,7 @@ class ResultsFile(JsonlFile):
     def finish(self, metrics: dict) -> None:
         """Order the results as the requests are, and write the final metrics. Raises InputError."""
         lines = (to_json(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
-        with self._writing("; results are kept, the same command goes on"):
+        with self._writing("; results are kept, run the same command again to resume"):
             replace_file(self.path, lines)
             self.write_metrics(metrics)
         self.metrics = metrics
