@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -22,7 +23,9 @@ def refuse_adapter(name, **finding) -> None:
 
     `finding` are from_pretrained's arguments of the names in FINDING.
     """
-    if find_adapter_config_file(name, **finding) is not None:
+    # transformers 5.17 does not look into the subfolder of a local folder
+    beside = name is not None and Path(name, finding.get("subfolder") or "", "adapter_config.json").is_file()
+    if beside or find_adapter_config_file(name, **finding) is not None:
         raise CheckpointError(
             "holds an adapter (adapter_config.json), which takes effect only where peft is installed; merge it into "
             "its base model with peft's merge_and_unload() and save that, or remove the file"
@@ -32,7 +35,9 @@ def refuse_adapter(name, **finding) -> None:
 def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
     """Raises CheckpointError for a configuration of another family, of which the class would drop some parts."""
     wanted = model_class.config_class.model_type
-    given = config.get("model_type", wanted) if isinstance(config, dict) else config.model_type
+    given = config.get("model_type") if isinstance(config, dict) else config.model_type
+    if given is None:  # transformers takes Llama-2-7B's shape, and fills its weights at random
+        raise CheckpointError("has no config.json that names a model_type")
     if given != wanted:
         raise CheckpointError(f"a {given} checkpoint; {model_class.__name__} runs {wanted.capitalize()} only")
 

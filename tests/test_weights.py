@@ -105,6 +105,11 @@ def test_adapter_beside_the_weights(folder):
     (folder / "config.json").unlink()
     refused("merge_and_unload", folder)
     refused("merge_and_unload", folder.parent, subfolder=folder.name)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):  # and no model of a default shape
+        H2OLlamaForCausalLM.from_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    refused("has no config.json that names a model_type", folder)
 
 
 def test_what_loads_as_before(folder, checkpoint):
