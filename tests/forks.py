@@ -31,18 +31,18 @@ class Fork:
         self._reading, self._writing = os.pipe()
         self.child = os.fork()
         if self.child == 0:
-            os.close(self._reading)
-            self._run(work)
+            leave_with(partial(self._run, work))
         os.close(self._writing)
 
-    def _run(self, work) -> None:
+    def _run(self, work) -> int | None:
+        os.close(self._reading)
         for number, path in enumerate(self._paths, start=1):
             os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked
         tqdm.set_lock(threading.RLock())  # its own lock spans processes: a killed one would keep it
-        leave_with(partial(work, self))
+        return work(self)
 
     # In the fork
 
