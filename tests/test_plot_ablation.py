@@ -104,8 +104,8 @@ def test_frontier_shows_the_spread_of_calls(sweep):
 LONG_NAME = "someone/A-Model-Whose-Name-" + "-".join(["says", "how", "it", "was", "made"] * 6)
 SHAPES = {
     "one of each": dict(policies=("H2O",), windows=(64,), intervals=(16,), requests=1, layers=1, heads=1),
-    "long names": dict(policies=("H2O", "decay", "rolling", "StreamingLLM (4 sinks)"), windows=(64,), heads=8,
-                       setup=SETUP | {"model": LONG_NAME}),
+    "long names": dict(policies=("H2O", "decay", "rolling", "StreamingLLM (4 sinks)"), windows=(64,),
+                       intervals=(16,), heads=8, setup=SETUP | {"model": LONG_NAME}),
     "a row that is not full": dict(policies=("H2O",), windows=(64,), intervals=(16,), layers=9, heads=2),
 }  # fmt: skip
 
