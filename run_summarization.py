@@ -665,7 +665,7 @@ def decode_speed(results: Iterable[dict]) -> float | None:
     for result in results:
         tokens += result["tokens_generated"] - len(result["result"]["choices"])
         seconds += result["result"]["request_time"]["decode_time"]
-    return tokens / seconds if tokens else None
+    return tokens / seconds if tokens and seconds else None
 
 
 def summarize_metrics(results: list[dict], device: torch.device, idle: float = 0.0) -> dict:

@@ -120,7 +120,7 @@ def unheeded(requests: list[Request]) -> str | None:
 def check_flags(**fields) -> None:
     """Raises InputError for the value of a flag, by the name of its field, that no request may have."""
     try:
-        request_line({"article": "an article", "summary_gt": "its summary"} | fields)
+        checked(fields)
     except ValueError as error:
         raise InputError(f"--{error}") from None
 
