@@ -474,16 +474,20 @@ def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, capture
         [prompt(13), prompt(3), prompt(8)],
         [],
     )
-    base = tokens_of(model, rows, False, 40, flags)
-    ends = {"eos_token_id": [base[0][13 + 5], base[1][13 + 17]], "pad_token_id": 0}
+    unsaid = min(set(range(1, 128)).difference(*tokens_of(model, rows, False, 40, flags)))
+    last = torch.tensor([13 + 5, 13 + 17, 1000], device="cuda")  # columns
+
+    def ends(input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= last
+
+    asked = {"eos_token_id": unsaid, "pad_token_id": 0, "stopping_criteria": [ends]}
     for capture in (True, False):
         cache = new_cache(window_length=8, capture=capture, **flags)
-        tokens = tokens_of(model, rows, capture, 40, flags, past_key_values=cache, **ends)
+        tokens = tokens_of(model, rows, capture, 40, flags, past_key_values=cache, **asked)
         caches.append((tokens, cache))
     (tokens, cache), (expected_tokens, expected) = caches
     assert len(captured) == 1 and tokens == expected_tokens
-    fed = [len(row) + min(39, 40 - tokens[b][13:].count(0)) for b, row in enumerate(rows)]
-    assert min(fed) < 13 + 39 and cache.seen == expected.seen
+    assert cache.seen == expected.seen == [13 + 5, 3 + 17, 8 + 39]
     assert cache._rows.mirror(cache.layers[0].device).tolist() == [cache.lengths, cache.seen]
     assert_invariants(cache)
     for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
@@ -492,7 +496,7 @@ def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, capture
             for name in layer.tensors():
                 assert torch.equal(getattr(layer, name)[b, :, :length], getattr(other, name)[b, :, :length]), name
     decoder = next(iter(cache.decoders.values()))
-    assert any("partial" in name for name in decoder._ran)
+    assert any("partial" in name for name in decoder._graphs)
 
 
 def test_end_of_sequence_in_a_graph(gqa_on_gpu, captured):
