@@ -202,15 +202,14 @@ class Rows:
 
     def pad(self, columns: int, real: torch.Tensor, decode: bool) -> None:
         """Account for the padding among new columns, the first of which is number `columns`; real: bool [B, n]."""
-        for row, there in enumerate(real.tolist()):
-            if all(there):
-                continue
-            for begin, end in _runs_without(there):
-                for runs in (self.padding[row], self.ended[row])[: 1 + decode]:
-                    if runs and runs[-1][1] == columns + begin:
-                        runs[-1] = runs[-1][0], columns + end
-                    else:
-                        runs.append((columns + begin, columns + end))
+        edge = torch.ones(len(real), 1, dtype=torch.int8)
+        edges = torch.cat([edge, real.to(torch.int8), edge], dim=1).diff(dim=1).nonzero().tolist()
+        for (row, begin), (_, end) in zip(edges[::2], edges[1::2], strict=True):
+            for runs in (self.padding[row], self.ended[row])[: 1 + decode]:
+                if runs and runs[-1][1] == columns + begin:
+                    runs[-1] = runs[-1][0], columns + end
+                else:
+                    runs.append((columns + begin, columns + end))
 
     def append(self, new: list[int], on_device: bool = True) -> None:
         """Account for new tokens; on the device as well, unless `count_step` does so there."""
@@ -276,14 +275,6 @@ class Rows:
         if key not in self._plans:
             self._plans[key] = SlimmingPlan(self, *key)
         return self._plans[key]
-
-
-def _runs_without(real: list[bool]) -> list[tuple[int, int]]:
-    """The runs (begin, end) of False in a row."""
-    edges = [
-        at for at in range(len(real) + 1) if (real[at - 1] if at else True) != (real[at] if at < len(real) else True)
-    ]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 class SlotMasks(NamedTuple):
