@@ -27,8 +27,8 @@ class Columns:
     """
 
     def __init__(self, batch_size: int, columns: int, attention_mask: torch.Tensor | None, cache: HHCache):
-        if not columns:
-            raise ValueError("the input has no columns: give at least one token a row")
+        if not batch_size or not columns:
+            raise ValueError(f"the input has no {'columns' if batch_size else 'rows'}: give at least one token a row")
         self.columns, self.real, self.gaps = columns, None, None
         self.new = [columns] * batch_size
         if attention_mask is not None:

@@ -419,12 +419,21 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
             raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
 
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs.ndim != (2 if inputs_embeds is None else 3):
+            raise ValueError(f"input of shape {tuple(inputs.shape)}: must be [batch, tokens], or embeddings of those")
         columns = Columns(*inputs.shape[:2], attention_mask, cache)  # H2O: padding is dropped on entry
         inputs = columns.to_left(inputs)
         if position_ids is not None:
             position_ids = columns.to_left(position_ids.expand(len(inputs), -1))
-        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(logits_to_keep, list):
+            logits_to_keep = torch.tensor(logits_to_keep)
+        if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.ndim == 0:
+            wanted = slice(-int(logits_to_keep), None)
+        else:
+            wanted = logits_to_keep
 
         # H2O: a long prompt comes in chunks, with a slimming after each, where that is asked for
         hidden_states, all_hidden_states = None, None
@@ -493,9 +502,14 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    @property
+    def _adapter(self):
+        """peft's model around this one, where its `generate` is what runs: it puts a method of its own here."""
+        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        return None if owner is self else owner
+
     def _refuse_prefix_tuning(self) -> None:
-        adapted = getattr(self.prepare_inputs_for_generation, "__self__", self)  # peft puts its own method there
-        kind = getattr(getattr(adapted, "active_peft_config", None), "peft_type", None)
+        kind = getattr(getattr(self._adapter, "active_peft_config", None), "peft_type", None)
         if kind in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
                 f"{kind.value}: its keys and values come from no token, and an HHCache cannot rank them; use "
@@ -513,13 +527,20 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
         cache, embeds = model_kwargs.get(CACHE_ARGUMENT), model_kwargs.get("inputs_embeds")
-        given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
-        whole = mask is None or mask.shape[1] == given  # else they are the new tokens only
-        if isinstance(cache, HHCache) and whole and given <= cache.get_seq_length():
-            raise ValueError(
-                f"{given} tokens were given, and the cache has seen {cache.get_seq_length()}: give the whole text so "
-                "far and at least one token more, or reset() the cache"
-            )
+        if isinstance(cache, HHCache) and (seen := cache.get_seq_length()):
+            given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
+            # H2O: a mask of ones is dropped on the way, but not its length
+            masked = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if masked is not None and masked not in (given, seen + given):
+                raise ValueError(
+                    f"attention_mask has {masked} columns: {given} tokens were given, and the cache has seen {seen}; "
+                    "give the mask of the whole text"
+                )
+            if masked in (None, given) and given <= seen:
+                raise ValueError(
+                    f"{given} tokens were given, and the cache has seen {seen}: give the whole text so far and at "
+                    "least one token more, or reset() the cache"
+                )
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -543,7 +564,10 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
     ):
         if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and not is_first_iteration and next_sequence_length == 1:
             # H2O: decode tokens are real, no mask to read back from the device, but for rows that have ended
+            past = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_mask = None if ended_rows is None else ended_rows.mask()
+            if attention_mask is not None and self._adapter is not None:  # which puts columns of its own before all
+                attention_mask = torch.cat([past[:, :-1].long(), attention_mask], dim=1)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

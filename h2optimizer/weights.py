@@ -35,7 +35,7 @@ def refuse_adapter(name, **finding) -> None:
 def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
     """Raises CheckpointError for a configuration of another family, of which the class would drop some parts."""
     wanted = model_class.config_class.model_type
-    given = config.get("model_type") if isinstance(config, dict) else config.model_type
+    given = getattr(config, "model_type", None) if not isinstance(config, dict) else config.get("model_type")
     if given is None:  # transformers takes Llama-2-7B's shape, and fills its weights at random
         raise CheckpointError("has no config.json that names a model_type")
     if given != wanted:

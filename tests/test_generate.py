@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -1177,3 +1178,117 @@ def test_prefix_tuning_is_refused(gqa):
     model = peft.get_peft_model(copy.deepcopy(with_flags(gqa, window_length=8)), settings).eval()
     with pytest.raises(ValueError, match="PREFIX_TUNING"):
         model.generate(**left_pad([prompt(5)]), max_new_tokens=2)
+
+
+def second_turn_inputs(model):
+    """A first turn of 20 + 4 columns, whose cache and ids are returned, and the ids with five more tokens."""
+    ids, cache = torch.tensor([prompt(20, 1), prompt(20, 2)]), HHCache(model.h2o)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    return cache, torch.cat([first, ids[:, :5]], dim=1)
+
+
+def test_masks_of_ones_have_a_length(gqa):
+    """A mask that transformers drops because it holds ones only: of the wrong length the whole text would be fed once
+    more, and of the right one the new tokens alone would be refused."""
+    model = with_flags(gqa, window_length=64)
+    turn = {"max_new_tokens": 4, "do_sample": False}
+    cache, ids = second_turn_inputs(model)
+    expected = model.generate(ids, past_key_values=cache, **turn)[:, -4:].tolist()
+    cache, ids = second_turn_inputs(model)
+    new_only = model.generate(ids[:, 23:], attention_mask=torch.ones_like(ids), past_key_values=cache, **turn)
+    assert new_only[:, -4:].tolist() == expected and cache.seen == [32, 32]
+    for columns in (6, 28, 30):
+        cache, ids = second_turn_inputs(model)
+        with pytest.raises(ValueError, match="attention_mask"):
+            model.generate(ids, attention_mask=torch.ones(2, columns).long(), past_key_values=cache, **turn)
+        assert cache.seen == [23, 23]
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_columns_of_padding_alone(gqa, chunk):
+    """A column that brings a token to no row, fed by itself."""
+    model, rows = with_flags(gqa, window_length=64), torch.tensor([prompt(12), prompt(12, 1)])
+    mask = torch.ones_like(rows)
+    mask[:, :2] = mask[0, 5:8] = mask[1, 5:7] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = gqa.stock.generate(rows, **settings)
+    assert model.generate(rows, prefill_chunk_size=chunk, **settings).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("flags", [{"window_length": 8, "update_interval": 1}, {"window_length": 64}], ids=str)
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 5)], ids=["alike", "ragged"])
+def test_gradients_of_a_decode_step(gqa, flags, lengths):
+    """Slots that a step writes to before its gradients are computed, or a step whose own keys have none."""
+    rows = [prompt(length) for length in lengths]
+    gradients = []
+    for llama, cache in (
+        (gqa.stock, DynamicCache(config=gqa.stock.config)),
+        (with_flags(gqa, **flags), new_cache(**flags)),
+    ):
+        inputs = left_pad(rows)
+        with torch.no_grad():
+            llama(**inputs, **{CACHE_ARGUMENT: cache})
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], dim=1)
+        llama.zero_grad()
+        logits = llama(torch.tensor([[5], [7]]), attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits
+        logits.sum().backward()
+        gradients.append([p.grad.clone() for name, p in llama.named_parameters() if "k_proj" in name])
+        llama.zero_grad()
+    assert all(gradient.any() for gradient in gradients[1])
+    if flags["window_length"] == 64:
+        for ours, theirs in zip(*gradients[::-1], strict=True):
+            assert_close(ours, theirs, 1e-4)
+
+
+def test_prompt_tuning_of_rows_that_end(gqa):
+    """Virtual tokens that peft puts before the mask of a step in which a row has ended."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(copy.deepcopy(with_flags(gqa, window_length=64)), settings).eval()
+    rows = [prompt(12), prompt(5)]
+    free = model.generate(**left_pad(rows), max_new_tokens=6, do_sample=False)[:, -6:].tolist()
+    ends = next(token for token in free[0] if token not in free[1])
+    ended = model.generate(**left_pad(rows), max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    end = free[0].index(ends) + 1
+    assert ended[:, -6:].tolist() == [free[0][:end] + [0] * (6 - end), free[1]]
+
+
+@pytest.mark.parametrize(
+    "inputs, said",
+    [
+        ({}, "either input_ids or inputs_embeds"),
+        ({"input_ids": torch.ones(1, 3).long(), "inputs_embeds": torch.ones(1, 3, 64)}, "either input_ids"),
+        ({"input_ids": torch.ones(3).long()}, r"must be \[batch, tokens\]"),
+        ({"input_ids": torch.ones(0, 3).long()}, "no rows"),
+    ],
+)
+def test_inputs_of_another_form_are_refused(gqa, inputs, said):
+    with pytest.raises(ValueError, match=said):
+        with_flags(gqa, window_length=8)(**inputs)
+
+
+@pytest.mark.parametrize("keep", [np.int64(2), torch.tensor(2), [9, 10]], ids=["numpy", "0-dimensional", "list"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_logits_to_keep_in_any_form(gqa, keep, chunk):
+    model, inputs = with_flags(gqa, window_length=64, prefill_chunk=chunk), left_pad([prompt(11), prompt(5)])
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=keep).logits
+        assert_close(logits, model(**inputs).logits[:, -2:])
+
+
+@pytest.mark.parametrize("space", [2.5, "3", None, float("nan"), -1])
+def test_space_of_another_form_is_refused(space):
+    with pytest.raises(ValueError, match="must be a whole number of at least 0"):
+        new_cache(window_length=8).evict_for_space(space)
+
+
+def test_a_cache_of_another_model_is_refused(gqa):
+    """Tokens that some layers never see, or heads of another number."""
+    for config, said in (({"num_hidden_layers": 3}, "2 layers"), ({"num_key_value_heads": 4}, "KV heads")):
+        cache = new_cache(window_length=8)
+        forward(gqa.h2o, [prompt(9)], cache)
+        with pytest.raises(ValueError, match=said):
+            forward(with_flags(make_llamas(**config), window_length=8), [prompt(3)], cache)
+        with pytest.raises(ValueError, match="1 rows"):
+            cache.reorder_cache(torch.tensor([0, 0]))

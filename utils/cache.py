@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -396,19 +397,26 @@ class HHLayer(CacheLayerMixin):
         if not self.is_initialized or (step.max_start == 0 and not self._takes(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
             self.join(step.rows)
+        held, new = ((states.shape[1], states.shape[3]) for states in (self.keys, key_states))
+        if held != new:
+            raise ValueError(f"this HHCache holds {held} KV heads and head_dim, the model has {new}: reset() it first")
         # a turn under autocast, or one after it, may compute in another dtype than that of the slots
         key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         if step.decode:
             with torch.no_grad():
                 for slots, new in ((self.keys, key_states), (self.values, value_states)):
                     if step.partial:
-                        rows = torch.tensor([b for b, n in enumerate(step.new) if n], device=slots.device)
+                        bring = [b for b, n in enumerate(step.new) if n]
+                        rows = torch.tensor(bring, dtype=torch.long, device=slots.device)
                         slots[rows, :, step.starts(slots.device)[rows]] = new[rows, :, 0]
                     elif step.min_start == step.max_start and not step.static:
                         slots[:, :, step.min_start].copy_(new[:, :, 0])
                     else:
                         at = step.starts(slots.device)
                         slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
+            if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+                # slots carry no gradient, and later steps write to them
+                return self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
             width = self.h2o.capacity if step.static else step.width
             return self.keys[:, :, :width], self.values[:, :, :width]
         keys, values = self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
@@ -599,7 +607,7 @@ class HHCache(Cache):
 
     def __init__(self, h2o):
         if not hasattr(h2o, "window_length"):
-            raise ValueError(f"HHCache: give an H2OConfig, not {h2o!r:.60}")
+            raise ValueError(f"HHCache: give an H2OConfig, not a {type(h2o).__name__}")
         super().__init__(layers=[])
         self.h2o = h2o
         self.step: Step | None = None  # the forward under way
@@ -669,15 +677,18 @@ class HHCache(Cache):
         """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
 
         A decode step returns views of the slots, a forward of several tokens the slots followed by the new tokens.
-        Slots carry no gradient: it reaches the new tokens of a forward of several, and those only.
+        Slots carry no gradient: it reaches the new tokens, and those only.
 
-        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache.
+        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache; ValueError for
+            a model of another shape than the one whose tokens it holds.
         """
         if self.step is None:
             raise RuntimeError(
                 "an HHCache is slimmed only by H2OLlamaForCausalLM: call that model (not its .model, and not a plain "
                 "LlamaForCausalLM), or use a DynamicCache"
             )
+        if len(self.layers) <= layer_idx and self.clock:
+            raise ValueError(f"this HHCache holds {len(self.layers)} layers, the model has more: reset() it first")
         while len(self.layers) <= layer_idx:
             self.layers.append(HHLayer(self.h2o, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states, self.step)
@@ -739,8 +750,9 @@ class HHCache(Cache):
 
         Raises: ValueError where space_needed is negative, or more than the recent part.
         """
-        if space_needed < 0:
-            raise ValueError(f"space_needed={space_needed}: must be at least 0")
+        if not isinstance(space_needed, Integral) or space_needed < 0:
+            raise ValueError(f"space_needed={space_needed!r:.60}: must be a whole number of at least 0")
+        space_needed = int(space_needed)
         if space_needed > self.h2o.recent:
             raise ValueError(
                 f"space_needed={space_needed} does not fit into the {self.h2o.recent} recent slots of the window: "
@@ -792,7 +804,9 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Let row b continue row beam_idx[b], [B] int64, in place."""
+        """Let row b continue row beam_idx[b], [B] int64, in place. Raises ValueError for another number of rows."""
+        if beam_idx.shape != (len(self.lengths),):
+            raise ValueError(f"beam_idx {tuple(beam_idx.shape)}: this HHCache holds {len(self.lengths)} rows")
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
         if self._rows is not None:
