@@ -304,6 +304,14 @@ def test_files_are_closed_when_the_work_has_failed():
 # Signals
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Tests that were started in the background of a shell script have inherited an ignored Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_the_work_in_one_line(capsys, signum, status):
     """SIGTERM that loses what was held; the second one of `timeout`, which cuts off what is still written."""
@@ -347,12 +355,12 @@ def test_pool_that_ends_its_workers_by_sigterm(capfd):
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_during_imports(signum, status):
     """A traceback through torch's import, of a user who has seen a wrong flag."""
-    code = "from utils import cli; cli.begin(); print('importing', flush=True); import time; time.sleep(60)"
+    code = "from utils import cli; cli.begin(); print('importing', flush=True); import time; time.sleep(600)"
     program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
     try:
         program.stdout.readline()
         program.send_signal(signum)
-        _, stderr = program.communicate(timeout=60)
+        _, stderr = program.communicate(timeout=600)
     finally:
         program.kill()
     assert (program.returncode, stderr) == (status, "interrupted\n")
