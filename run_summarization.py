@@ -52,17 +52,8 @@ from utils.bench import free_memory
 from utils.cli import InputError, OneLineParser, count, count_or_all, count_or_auto, output_file, seed
 from utils.policies import SCORES
 from utils.processes import Processes
-from utils.requests import (
-    JsonlFile,
-    Request,
-    ResultsFile,
-    checkpoint_fingerprint,
-    fingerprint,
-    must_know,
-    part_path,
-    read_requests,
-    unheeded,
-)
+from utils.requests import Request, must_know, read_requests, unheeded
+from utils.results import JsonlFile, ResultsFile, checkpoint_fingerprint, fingerprint, part_path
 from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
 
 DEMO_REQUESTS = Path(__file__).resolve().parent / "data/summarization/demo.jsonl"

@@ -73,7 +73,8 @@ from utils.bench import (
 )
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
 from utils.policies import STREAMING_LLM_SINKS
-from utils.requests import JsonlFile, fingerprint, read_requests, read_text, unheeded
+from utils.requests import read_requests, read_text, unheeded
+from utils.results import JsonlFile, fingerprint
 from utils.rouge import ROUGE_TYPES
 
 DEFAULTS = dataclasses.asdict(H2OConfig())

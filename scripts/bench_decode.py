@@ -68,7 +68,7 @@ from utils.bench import (
 )
 from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.cli import InputError, OneLineParser, count, counts, positive, sizes
-from utils.requests import to_json
+from utils.results import to_json
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"

@@ -48,7 +48,7 @@ from utils.bench import (
     synchronize,
 )
 from utils.cli import OneLineParser, count, count_or_auto, count_or_zero
-from utils.requests import to_json
+from utils.results import to_json
 
 SAMPLED_BATCHES = 4  # of stock Llama's
 SHORTEST = 16  # tokens of a prompt in a soak

@@ -53,7 +53,7 @@ from h2optimizer import H2OConfig
 from h2optimizer.batching import is_out_of_memory
 from utils.bench import print_table
 from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
-from utils.requests import checkpoint_fingerprint, replace_file, to_json
+from utils.results import checkpoint_fingerprint, replace_file, to_json
 
 # What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.
 PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"

@@ -60,7 +60,8 @@ from run_summarization import (
 from utils.ablation import FULL, policy_name
 from utils.bench import print_table, synchronize
 from utils.cli import InputError, OneLineParser, count, output_file, seed
-from utils.requests import LONGEST_LINE, check_flags, checked, json_object, must_know, read_lines, to_json
+from utils.requests import LONGEST_LINE, check_flags, checked, json_object, must_know, read_lines
+from utils.results import to_json
 
 GIVEN, SAID = "given", "said"
 PICTURES = (".png", ".svg")  # beside a report

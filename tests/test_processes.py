@@ -30,7 +30,8 @@ from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils import processes
 from utils.processes import Processes
-from utils.requests import InputError, JsonlFile, ResultsFile, part_path, parts_of
+from utils.requests import InputError
+from utils.results import JsonlFile, ResultsFile, part_path, parts_of
 
 H2O = ["--enable_h2o_generation", "--num_window_length", "16", "--update_interval", "4"]
 SPLIT = ["--tensor_parallel"]

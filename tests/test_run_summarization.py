@@ -29,7 +29,8 @@ from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenize
 from forks import Fork, stop_while_writing
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
 from utils.cache import HHCache
-from utils.requests import Request, ResultsFile
+from utils.requests import Request
+from utils.results import ResultsFile
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = dict(window_length=24, num_heavy_hitters=10, update_interval=4)
