@@ -15,12 +15,12 @@ import importlib.util
 import io
 import platform
 import re
-import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from utils import cli
@@ -45,11 +45,11 @@ from transformers.distributed import DistributedConfig
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
-from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
+from h2optimizer.batching import Batcher, Sequence, devices_of, rows_that_fit
 from h2optimizer.texts import Stops, one_bos
 from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
-from utils.bench import free_memory
 from utils.cli import InputError, OneLineParser, count, count_or_all, count_or_auto, output_file, seed
+from utils.memory import half, halving, peak_memory
 from utils.policies import SCORES
 from utils.processes import Processes
 from utils.requests import Request, must_know, read_requests, unheeded
@@ -483,6 +483,15 @@ class Job:
     prompt: Prompt
     sequences: list[Sequence]
 
+    @property
+    def has_ended(self) -> bool:
+        return all(sequence.finish_reason for sequence in self.sequences)
+
+
+def left_of(jobs: list[Job]) -> int:
+    """Sequences that have not ended."""
+    return sum(not sequence.finish_reason for job in jobs for sequence in job.sequences)
+
 
 class Summarizer:
     """Runs requests through a model, many at once, and fewer when memory runs out."""
@@ -505,12 +514,14 @@ class Summarizer:
 
     def decode(self, prompts: list[Prompt]) -> Iterator[Job]:
         """Requests whose sequences have ended, in that order. Raises InputError when one alone is too large."""
+        if not prompts:
+            return
         jobs = [Job(prompt, []) for prompt in prompts]
         for job in jobs:
             choices = sampling(job.prompt.request, self.args.greedy)[2]
             job.sequences = [self._sequence(job.prompt, choice) for choice in range(choices)]
         rows = self.args.batch_size
-        if rows == "auto" and prompts:
+        if rows == "auto":
             longest = max(len(prompt.tokens) for prompt in prompts)
             try:
                 rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
@@ -522,22 +533,11 @@ class Summarizer:
             if self.processes.splits > 1:
                 rows = min(self.processes.gather(rows))
             self.processes.say(f"--batch_size auto: up to {rows} sequences at once")
-        while jobs:
-            rows = min(rows, sum(not sequence.finish_reason for job in jobs for sequence in job.sequences))
-            out_of_memory = False
-            try:
-                yield from self._ended(jobs, rows)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                out_of_memory = True
-            jobs = [job for job in jobs if not all(sequence.finish_reason for sequence in job.sequences)]
-            if out_of_memory:  # handled here, where the traceback no longer holds the tensors
-                free_memory(compiled=False)
-                rows = self._fewer(rows, jobs)
+        yield from halving(partial(self._ended, jobs), min(rows, left_of(jobs)), partial(self._fewer, jobs))
 
-    def _fewer(self, rows: int, jobs: list[Job]) -> int:
+    def _fewer(self, jobs: list[Job], rows: int) -> int:
         """Half as many rows, for jobs that begin anew where they have not ended. Raises InputError."""
+        jobs = [job for job in jobs if not job.has_ended]
         if self.processes.splits > 1:  # the others are in the middle of a step
             raise InputError(
                 f"process {self.processes.rank}: out of memory with {rows} sequences; pass a smaller --batch_size "
@@ -553,8 +553,8 @@ class Summarizer:
             for choice, sequence in enumerate(job.sequences):
                 if not sequence.finish_reason:
                     job.sequences[choice] = self._sequence(job.prompt, choice)
-        self.processes.say(f"out of memory with {rows} sequences: going on with {(rows + 1) // 2}")
-        return (rows + 1) // 2
+        self.processes.say(f"out of memory with {rows} sequences: going on with {half(rows)}")
+        return min(half(rows), left_of(jobs))
 
     def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
         request = prompt.request
@@ -641,13 +641,6 @@ class Summarizer:
             },
             "finish_reason": sequence.finish_reason,
         }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the process's peak so far: of the GPU, or without one of the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def decode_speed(results: Iterable[dict]) -> float | None:

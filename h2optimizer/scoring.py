@@ -6,13 +6,13 @@ One forward over both would attend to every token: to a bounded cache's score, w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from h2optimizer.batching import is_out_of_memory
 from h2optimizer.fidelity import ForcedDecode
-from utils.bench import free_memory
+from utils.memory import halving
 
 SHARING = 16  # rows that continuations of one context may take whatever the batch size: they share its prefill
 
@@ -64,7 +64,7 @@ def score_in_batches(
 ) -> Iterator[tuple[int, Score]]:
     """Each pair's index and score, batch by batch: up to `contexts` contexts, the longest first, equal ones together.
 
-    A batch has up to max(contexts, SHARING) rows. Where memory runs out it is halved; of one row that raises.
+    A batch has up to max(contexts, SHARING) rows. Where memory runs out it is halved; with one row that raises.
     """
     batches: list[list[int]] = []
     held = 0  # contexts in the last batch
@@ -75,18 +75,13 @@ def score_in_batches(
             held, new = 0, True
         batches[-1].append(i)
         held += new
-    batches.reverse()
-    while batches:
-        batch = batches.pop()
-        try:
-            scores = score(model, [pairs[i] for i in batch], pad_token_id, dtype)
-        except RuntimeError as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-            scores = None
-        if scores is None:  # handled here, where the traceback no longer holds the tensors
-            free_memory(compiled=False)
-            half = (len(batch) + 1) // 2
-            batches += [batch[half:], batch[:half]]
-        else:
-            yield from zip(batch, scores, strict=True)
+
+    def scored(batch: list[int], rows: int) -> Iterator[tuple[int, Score]]:
+        """Up to so many rows at a time; `batch` becomes what is left of it."""
+        while batch:
+            scores = score(model, [pairs[i] for i in batch[:rows]], pad_token_id, dtype)
+            yield from zip(batch[:rows], scores, strict=True)
+            del batch[:rows]
+
+    for batch in batches:
+        yield from halving(partial(scored, batch), len(batch))

@@ -27,6 +27,7 @@ import itertools
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,6 @@ import yaml
 from tqdm import tqdm
 
 from h2optimizer import H2OConfig
-from h2optimizer.batching import is_out_of_memory
 from h2optimizer.fidelity import Fidelity, Retention, compare
 from run_summarization import (
     DEMO_REQUESTS,
@@ -63,15 +63,9 @@ from run_summarization import (
 )
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
-from utils.bench import (
-    free_memory,
-    peak_allocated,
-    prefill_and_step_ms,
-    prefill_and_whole_ms,
-    print_table,
-    stock_llama,
-)
+from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
+from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
 from utils.policies import STREAMING_LLM_SINKS
 from utils.requests import read_requests, read_text, unheeded
 from utils.results import JsonlFile, fingerprint
@@ -246,25 +240,20 @@ class Lab:
 
     def _fidelity(self, model, texts: list[list[int]]) -> dict:
         sums: list[Fidelity | None] = [None] * len(self.prompts)
-        followed, at_once, todo = None, self.args.batch_size, list(self.order)
-        while todo:
-            batch = [prompt.request.index for prompt in todo[:at_once]]
-            follow = batch.index(self.followed) if self.followed in batch else None
-            prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
-            try:
-                fidelity, retention = compare(self.stock, model, prompts, said, self.pad, follow)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or at_once == 1:
-                    raise
-                fidelity = None
-            if fidelity is None:  # outside, where the traceback no longer holds the tensors
-                free_memory(compiled=False)
-                at_once = (at_once + 1) // 2
-                continue
+        followed, todo = None, [prompt.request.index for prompt in self.order]
+
+        def compared(at_once: int) -> Iterator[tuple]:
+            while todo:
+                batch = todo[:at_once]
+                follow = batch.index(self.followed) if self.followed in batch else None
+                prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
+                yield batch, *compare(self.stock, model, prompts, said, self.pad, follow)
+                del todo[:at_once]
+
+        for batch, fidelity, retention in halving(compared, self.args.batch_size):
             for i, of_row in zip(batch, fidelity, strict=True):
                 sums[i] = of_row
             followed = retention or followed
-            todo = todo[at_once:]
         names = [field.name for field in dataclasses.fields(Fidelity)]
         result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in names}}
         return result if followed is None else result | {"retention": self._retention(followed)}

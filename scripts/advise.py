@@ -38,16 +38,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig
 from run_summarization import load_config, quiet_libraries
-from utils.bench import (
-    SHAPES,
-    held_weights,
-    print_table,
-    read_weights,
-    row_held,
-    row_read,
-    weight_flops,
-)
+from utils.bench import SHAPES, print_table
 from utils.cli import InputError, OneLineParser, count, positive
+from utils.costs import held_weights, read_weights, row_held, row_read, weight_flops
 
 
 class Card(NamedTuple):

@@ -50,9 +50,9 @@ except ImportError as error:
 
 import run_summarization as summarization
 from h2optimizer import H2OConfig
-from h2optimizer.batching import is_out_of_memory
 from utils.bench import print_table
 from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
+from utils.memory import is_out_of_memory
 from utils.results import checkpoint_fingerprint, replace_file, to_json
 
 # What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.

@@ -40,7 +40,6 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from h2optimizer import H2OConfig
-from h2optimizer.batching import is_out_of_memory
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops, one_bos
 from run_summarization import (
@@ -52,7 +51,6 @@ from run_summarization import (
     h2o_config,
     has,
     load_model,
-    peak_memory,
     quiet_libraries,
     render_chat,
     select_device,
@@ -60,6 +58,7 @@ from run_summarization import (
 from utils.ablation import FULL, policy_name
 from utils.bench import print_table, synchronize
 from utils.cli import InputError, OneLineParser, count, output_file, seed
+from utils.memory import is_out_of_memory, peak_memory
 from utils.requests import LONGEST_LINE, check_flags, checked, json_object, must_know, read_lines
 from utils.results import to_json
 
