@@ -15,10 +15,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from h2optimizer.batching import rows_that_fit
+from h2optimizer.loading import must_know
 from h2optimizer.scoring import score_in_batches
 from h2optimizer.texts import Stops
 from utils.cli import InputError
-from utils.requests import must_know
 
 
 class CacheLM(HFLM):

@@ -46,21 +46,9 @@ from tqdm import tqdm
 
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import Fidelity, Retention, compare
-from run_summarization import (
-    DEMO_REQUESTS,
-    FLAG_OF_FIELD,
-    Prompt,
-    Summarizer,
-    add_model_flags,
-    attention_backend,
-    fingerprint_of,
-    in_order,
-    load_model,
-    quiet_libraries,
-    select_device,
-    tokenize,
-    warn_of_long_prompts,
-)
+from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend
+from h2optimizer.loading import fingerprint_of, load_model, quiet_libraries, select_device
+from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
 from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
@@ -108,9 +96,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
         grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
-    args = parser.parse_args(argv)
-    args.greedy, args.seed = True, 0  # what a Summarizer asks for
-    return args
+    return parser.parse_args(argv)
 
 
 # The grid
@@ -194,7 +180,7 @@ class Lab:
         self.stock = stock_llama(model)
         self.pad = tokenizer.pad_token_id
         # alike lengths together, as in a run; the timed prompts are the first of the file
-        self.order = in_order(prompts, args.batch_size)
+        self.order = decoding_order(prompts, args.batch_size)
         timed = prompts[: args.batch_size]
         shortest = min(len(prompt.tokens) for prompt in timed)
         rows = [prompt.tokens[:shortest] for prompt in timed]
@@ -220,7 +206,7 @@ class Lab:
 
     def _texts(self, model) -> dict:
         """Greedy texts, their ROUGE, and what the cache held."""
-        summarizer = Summarizer(model, self.tokenizer, self.args)
+        summarizer = Summarizer(model, self.tokenizer, self.args.batch_size, greedy=True)
         sequences = {}
         for job in summarizer.decode(self.order):
             sequences[job.prompt.request.index] = job.sequences[0]
@@ -380,7 +366,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
     if todo:
         quiet_libraries()
-        model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # whose projections can be merged
+        h2o = H2OConfig(backend="auto")  # of a model whose projections can be merged
+        model, tokenizer = load_model(args.model_name, h2o, device, args.dtype)
         if getattr(model, "hf_quantizer", None) is not None:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint whose weights are plain")
         prompts = tokenize(requests, tokenizer, model, args.model_name)

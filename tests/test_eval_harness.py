@@ -353,7 +353,7 @@ def test_interrupted_command_goes_on(evaluate, make_lm, harness, monkeypatch):
     assert other["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
     lm = make_lm(**NARROW, dtype="bfloat16")
     with monkeypatch.context() as patch:
-        patch.setattr(harness.summarization, "load_model", lambda *args: (lm.model, lm.tokenizer))
+        patch.setattr(harness, "load_model", lambda *args: (lm.model, lm.tokenizer))
         half, *_ = evaluate("tiny_choice", *flags, "--overwrite")
     assert half["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
     again, *_ = evaluate("tiny_choice,tiny_rolling", *flags, "--overwrite")

@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralCon
 import run_summarization
 from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, summarizing
+from h2optimizer.flags import h2o_config
 from utils.cache import HHCache
 from utils.requests import Request
 from utils.results import ResultsFile
@@ -617,8 +618,8 @@ def test_batches_change_nothing_and_results_come_in_order(run, checkpoint, token
 def test_order_of_decoding(batch_size):
     """A request lost or twice; long prompts late, when memory runs out after hours; requests alike not side by side."""
     requests = [Request.from_line(json.dumps(request), i) for i, request in enumerate(make_requests(10))]
-    prompts = [run_summarization.Prompt(request, [0] * (10 + (7 * request.index) % 5)) for request in requests]
-    ordered = run_summarization.in_order(prompts, batch_size)
+    prompts = [summarizing.Prompt(request, [0] * (10 + (7 * request.index) % 5)) for request in requests]
+    ordered = summarizing.decoding_order(prompts, batch_size)
     indices = [prompt.request.index for prompt in ordered]
     assert sorted(indices) == list(range(10))
     if batch_size == 1:
@@ -774,7 +775,7 @@ def test_every_flag_reaches_the_cache(run, caches):
 def test_compile_reaches_the_cache():
     """As every flag; what it needs is not here, so nothing is run with it."""
     args = run_summarization.parse_args(["--enable_h2o_generation", "--compile"])
-    assert run_summarization.h2o_config(args) == H2OConfig(compile=True)
+    assert h2o_config(args) == H2OConfig(compile=True)
 
 
 def test_compile_without_its_kernels(refused, no_model):
@@ -804,7 +805,7 @@ def test_flag_of_the_default_value_reaches_the_cache(run, caches, monkeypatch):
     edited["prefill_chunk"] = 5
     fields = [(name, type(value), dataclasses.field(default=value)) for name, value in edited.items()]
     monkeypatch.setattr(
-        run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
+        "h2optimizer.flags.H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
     )
     flags = "--num_heavy_hitter_tokens 0 --score_every_step --score_decay 0 --score_queries all --prefill_chunk all"
     run(make_requests(1, max_tokens=2), "--enable_h2o_generation", "--no-enable_position_rolling", *flags.split())
@@ -819,7 +820,7 @@ def test_editing_a_default_is_enough(run, caches, monkeypatch):
     edited = [("window_length", int, 20), ("update_interval", int, 2), ("score", str, "sink")]
     fields = [(name, kind, dataclasses.field(default=value)) for name, kind, value in edited]
     monkeypatch.setattr(
-        run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
+        "h2optimizer.flags.H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
     )
     outcome = run(make_requests(1, max_tokens=2), "--enable_h2o_generation", "--update_interval", "5")
     assert caches[0].h2o == H2OConfig()
@@ -1264,7 +1265,7 @@ def test_edited_default_is_refused_on_resuming(run, refused, monkeypatch):
     run(requests, "--enable_h2o_generation")
     fields = [("update_interval", int, dataclasses.field(default=2))]
     monkeypatch.setattr(
-        run_summarization, "H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
+        "h2optimizer.flags.H2OConfig", dataclasses.make_dataclass("H2OConfig", fields, bases=(H2OConfig,), frozen=True)
     )
     refused(requests, "--enable_h2o_generation", words="--update_interval is 2, but 16")
 

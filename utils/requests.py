@@ -217,12 +217,3 @@ def read_requests(
         bad = f" ({skipped} bad lines skipped)" if skipped else ""
         raise InputError(f"{flag} {path}: holds no requests{bad}; scripts/prepare_data.py makes some")
     return requests, skipped
-
-
-def must_know(model, name: str, largest: int) -> None:
-    """Raises InputError where the checkpoint's tokenizer makes a token that the model does not know."""
-    if largest >= (known := model.config.vocab_size):
-        raise InputError(
-            f"--model-name {name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
-            "they do not belong together"
-        )
