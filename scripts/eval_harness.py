@@ -39,7 +39,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
-    from h2optimizer.harness import CacheLM
+    from h2optimizer.lm_eval_model import CacheLM
 except ImportError as error:
     if __name__ != "__main__":
         raise
