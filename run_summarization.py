@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                 results = [output.results[request.index] for request in requests]
                 metrics = metrics_of(results, device, idle)
                 metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
-                metrics |= {"attention_backend": backend, "processes": processes.count}
+                metrics |= {"attention_backend": backend, "processes": processes.size}
                 metrics["tensor_parallel"] = processes.splits > 1
                 output.finish(metrics)
             print_table(output.metrics)

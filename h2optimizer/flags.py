@@ -150,7 +150,7 @@ def check_loading_flags(args: argparse.Namespace, processes: Processes) -> None:
             "run_summarization.py …, or leave it out"
         )
     for flag, given in {
-        f"{processes.count} processes": processes.count > 1,
+        f"{processes.size} processes": processes.size > 1,
         "--device": args.device != "auto",
     }.items():
         if args.device_map is not None and given:
@@ -158,9 +158,9 @@ def check_loading_flags(args: argparse.Namespace, processes: Processes) -> None:
     for flag, given in {"quantize": args.quantize, "compile": getattr(args, "compile", False)}.items():
         if given and args.tensor_parallel:
             raise InputError(f"--{flag}: not with --tensor_parallel; leave one of them out")
-    if processes.count > 1 and args.device not in ("auto", "cpu"):
+    if processes.size > 1 and args.device not in ("auto", "cpu"):
         raise InputError(
-            f"--device {args.device}: each of {processes.count} processes takes a GPU of its own; leave it out"
+            f"--device {args.device}: each of {processes.size} processes takes a GPU of its own; leave it out"
         )
     if processes.splits > 1 and args.device == "cpu" and torch.cuda.is_available():
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 from pathlib import Path
 
 import huggingface_hub
@@ -43,7 +44,7 @@ def select_device(name: str) -> torch.device:
 
 def own_device(name: str, processes: Processes) -> torch.device:
     """`select_device` for one of several processes, which takes the GPU of its own number. Raises InputError."""
-    if processes.count == 1 or name != "auto" or not torch.cuda.is_available():
+    if processes.size == 1 or name != "auto" or not torch.cuda.is_available():
         return select_device(name)
     if processes.local_rank >= (visible := torch.cuda.device_count()):
         raise InputError(
@@ -51,6 +52,11 @@ def own_device(name: str, processes: Processes) -> torch.device:
             f"{visible}, or pass --device cpu"
         )
     return select_device(f"cuda:{processes.local_rank}")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the kind of CPU, as results name it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def load_config(name: str) -> LlamaConfig:
@@ -103,13 +109,13 @@ def loading_options(
         options |= quantization(quantize, config, device, dtype)
     if processes.splits > 1:
         heads = config.num_key_value_heads
-        if heads % processes.count:
+        if heads % processes.size:
             fitting = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise InputError(
-                f"--tensor_parallel: {processes.count} processes cannot share {heads} KV heads; start {fitting}, or "
+                f"--tensor_parallel: {processes.size} processes cannot share {heads} KV heads; start {fitting}, or "
                 "leave it out, and each process takes a share of the requests"
             )
-        options["distributed_config"] = DistributedConfig(tp_size=processes.count, tp_plan="auto")
+        options["distributed_config"] = DistributedConfig(tp_size=processes.size, tp_plan="auto")
     elif device_map is not None:
         options["device_map"] = device_map
     elif quantize is not None or quantized is not None:
@@ -237,6 +243,12 @@ def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
     if reason:
         raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave it out")
     return text
+
+
+def eos_tokens(model) -> set[int]:
+    """The tokens that end a text, as the checkpoint's generation settings have them."""
+    eos = model.generation_config.eos_token_id
+    return set(eos if isinstance(eos, list) else [eos]) - {None}
 
 
 def end_as_chats_do(model, tokenizer) -> None:

@@ -14,7 +14,7 @@ import transformers
 
 from h2optimizer.batching import Batcher, Sequence, devices_of, rows_that_fit
 from h2optimizer.llama import H2OConfig
-from h2optimizer.loading import must_know, render_chat
+from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat
 from h2optimizer.texts import Stops, one_bos
 from utils import cli
 from utils.cli import InputError
@@ -121,8 +121,7 @@ class Summarizer:
         self.processes = processes or Processes()
         self.rouge = Rouge()
         self._stops: dict[tuple[str, ...], Stops] = {}
-        eos = model.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos]) - {None}
+        self.eos = eos_tokens(model)
 
     def run(self, prompts: list[Prompt]) -> Iterator[dict]:
         """Results, as result lines, in the order in which they end. Raises InputError when one alone is too large."""
@@ -136,24 +135,28 @@ class Summarizer:
         """Requests whose sequences have ended, in that order. Raises InputError when one alone is too large."""
         if not prompts:
             return
-        jobs = [Job(prompt, []) for prompt in prompts]
-        for job in jobs:
-            choices = sampling(job.prompt.request, self.greedy)[2]
-            job.sequences = [self._sequence(job.prompt, choice) for choice in range(choices)]
-        rows = self.rows
-        if rows == "auto":
-            longest = max(len(prompt.tokens) for prompt in prompts)
-            try:
-                rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
-            except torch.OutOfMemoryError:  # the others may have the room, and wait
-                raise InputError(
-                    f"process {self.processes.rank}: out of memory with the longest prompt ({longest} tokens) alone; "
-                    "start more processes, or pass a --prefill_chunk"
-                ) from None
-            if self.processes.splits > 1:
-                rows = min(self.processes.gather(rows))
-            self.processes.say(f"--batch_size auto: up to {rows} sequences at once")
+        jobs = [self._job(prompt) for prompt in prompts]
+        rows = self._rows_that_fit(prompts) if self.rows == "auto" else self.rows
         yield from halving(partial(self._ended, jobs), min(rows, left_of(jobs)), partial(self._fewer, jobs))
+
+    def _job(self, prompt: Prompt) -> Job:
+        choices = sampling(prompt.request, self.greedy)[2]
+        return Job(prompt, [self._sequence(prompt, choice) for choice in range(choices)])
+
+    def _rows_that_fit(self, prompts: list[Prompt]) -> int:
+        """How many sequences fit into the free memory of each process. Raises InputError where one does not."""
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        try:
+            rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+        except torch.OutOfMemoryError:  # the others may have the room, and wait
+            raise InputError(
+                f"process {self.processes.rank}: out of memory with the longest prompt ({longest} tokens) alone; "
+                "start more processes, or pass a --prefill_chunk"
+            ) from None
+        if self.processes.splits > 1:
+            rows = min(self.processes.gather(rows))
+        self.processes.say(f"--batch_size auto: up to {rows} sequences at once")
+        return rows
 
     def _fewer(self, jobs: list[Job], rows: int) -> int:
         """Half as many rows, for jobs that begin anew where they have not ended. Raises InputError."""
@@ -308,5 +311,5 @@ def metrics_of(results: list[dict], device: torch.device, idle: float = 0.0) -> 
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
     }

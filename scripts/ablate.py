@@ -25,7 +25,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ from tqdm import tqdm
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import Fidelity, Retention, compare
 from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend
-from h2optimizer.loading import fingerprint_of, load_model, quiet_libraries, select_device
+from h2optimizer.loading import device_name, fingerprint_of, load_model, quiet_libraries, select_device
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
@@ -354,7 +353,7 @@ def run(args: argparse.Namespace) -> int:
         "timed_tokens": args.timed_tokens,
         "repeats": args.repeats,
         "retention_request": "longest text" if args.retention_request is None else args.retention_request,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

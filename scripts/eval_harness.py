@@ -50,7 +50,7 @@ except ImportError as error:
 
 from h2optimizer import H2OConfig
 from h2optimizer.flags import add_cache_flags, add_model_flags, attention_backend, h2o_config
-from h2optimizer.loading import load_model, quiet_libraries, select_device
+from h2optimizer.loading import device_name, load_model, quiet_libraries, select_device
 from utils.bench import print_table
 from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
 from utils.memory import is_out_of_memory
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         "attention_backend": backend,
         "model_fingerprint": weights,
         "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "seconds": time.perf_counter() - begin,
         "evictions": lm.evictions,
     }

@@ -43,6 +43,7 @@ from h2optimizer import H2OConfig
 from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags, attention_backend, h2o_config
 from h2optimizer.loading import (
     end_as_chats_do,
+    eos_tokens,
     is_installed,
     load_model,
     must_know,
@@ -525,11 +526,9 @@ def run(args: argparse.Namespace) -> int:
     wording = Wording(tokenizer, args.model_name, args.chat)
     if args.chat:
         end_as_chats_do(model, tokenizer)
-    eos = model.generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos]) - {None}
     every = args.report_every or (args.stream_tokens or 100_000) // 100 or 1
     report = Report(args.report, every, stream_name(h2o), Path(args.model_name).resolve().name, args.overwrite)
-    stream = Stream(model, eos, args.temperature, args.top_p, args.seed)
+    stream = Stream(model, eos_tokens(model), args.temperature, args.top_p, args.seed)
     talk = Talk(stream, tokenizer, wording, report, args)
     try:
         follow(talk, typed_turns() if turns is None else passing(turns, talk, args.stream_tokens))
