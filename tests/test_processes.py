@@ -25,8 +25,8 @@ import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from forks import Fork, stop_while_writing
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama, loading, summarizing
+from summaries import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from test_benchmarks import load
-from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils import processes
 from utils.processes import Processes
 from utils.requests import InputError

@@ -18,8 +18,8 @@ from h2optimizer.batching import sample_rows
 from h2optimizer.loading import load_model
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops
+from summaries import instruct_model
 from test_benchmarks import load
-from test_run_summarization import instruct_model
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 SMALL = dict(window_length=16, num_heavy_hitters=6, update_interval=4)
