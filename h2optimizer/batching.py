@@ -392,11 +392,6 @@ def _columns_at_once(h2o, tokens: int) -> int:
     return tokens if h2o is None or h2o.prefill_chunk is None else min(tokens, h2o.prefill_chunk)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def devices_of(model) -> list[torch.device]:
     """The GPUs that hold layers of a model, or its only device."""
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}

@@ -25,8 +25,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import platform
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,36 +44,18 @@ import yaml
 from tqdm import tqdm
 
 from h2optimizer import H2OConfig
-from h2optimizer.batching import is_out_of_memory
 from h2optimizer.fidelity import Fidelity, Retention, compare
-from run_summarization import (
-    DEMO_REQUESTS,
-    FLAG_OF_FIELD,
-    Prompt,
-    Summarizer,
-    add_model_flags,
-    attention_backend,
-    fingerprint_of,
-    in_order,
-    load_model,
-    quiet_libraries,
-    select_device,
-    tokenize,
-    warn_of_long_prompts,
-)
+from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend
+from h2optimizer.loading import device_name, fingerprint_of, load_model, quiet_libraries, select_device
+from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
-from utils.bench import (
-    free_memory,
-    peak_allocated,
-    prefill_and_step_ms,
-    prefill_and_whole_ms,
-    print_table,
-    stock_llama,
-)
+from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
+from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
 from utils.policies import STREAMING_LLM_SINKS
-from utils.requests import JsonlFile, fingerprint, read_requests, read_text, unheeded
+from utils.requests import read_requests, read_text, unheeded
+from utils.results import JsonlFile, fingerprint
 from utils.rouge import ROUGE_TYPES
 
 DEFAULTS = dataclasses.asdict(H2OConfig())
@@ -113,9 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
         grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
-    args = parser.parse_args(argv)
-    args.greedy, args.seed = True, 0  # what a Summarizer asks for
-    return args
+    return parser.parse_args(argv)
 
 
 # The grid
@@ -199,7 +179,7 @@ class Lab:
         self.stock = stock_llama(model)
         self.pad = tokenizer.pad_token_id
         # alike lengths together, as in a run; the timed prompts are the first of the file
-        self.order = in_order(prompts, args.batch_size)
+        self.order = decoding_order(prompts, args.batch_size)
         timed = prompts[: args.batch_size]
         shortest = min(len(prompt.tokens) for prompt in timed)
         rows = [prompt.tokens[:shortest] for prompt in timed]
@@ -225,7 +205,7 @@ class Lab:
 
     def _texts(self, model) -> dict:
         """Greedy texts, their ROUGE, and what the cache held."""
-        summarizer = Summarizer(model, self.tokenizer, self.args)
+        summarizer = Summarizer(model, self.tokenizer, self.args.batch_size, greedy=True)
         sequences = {}
         for job in summarizer.decode(self.order):
             sequences[job.prompt.request.index] = job.sequences[0]
@@ -245,25 +225,20 @@ class Lab:
 
     def _fidelity(self, model, texts: list[list[int]]) -> dict:
         sums: list[Fidelity | None] = [None] * len(self.prompts)
-        followed, at_once, todo = None, self.args.batch_size, list(self.order)
-        while todo:
-            batch = [prompt.request.index for prompt in todo[:at_once]]
-            follow = batch.index(self.followed) if self.followed in batch else None
-            prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
-            try:
-                fidelity, retention = compare(self.stock, model, prompts, said, self.pad, follow)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or at_once == 1:
-                    raise
-                fidelity = None
-            if fidelity is None:  # outside, where the traceback no longer holds the tensors
-                free_memory(compiled=False)
-                at_once = (at_once + 1) // 2
-                continue
+        followed, todo = None, [prompt.request.index for prompt in self.order]
+
+        def compared(at_once: int) -> Iterator[tuple]:
+            while todo:
+                batch = todo[:at_once]
+                follow = batch.index(self.followed) if self.followed in batch else None
+                prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
+                yield batch, *compare(self.stock, model, prompts, said, self.pad, follow)
+                del todo[:at_once]
+
+        for batch, fidelity, retention in halving(compared, self.args.batch_size):
             for i, of_row in zip(batch, fidelity, strict=True):
                 sums[i] = of_row
             followed = retention or followed
-            todo = todo[at_once:]
         names = [field.name for field in dataclasses.fields(Fidelity)]
         result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in names}}
         return result if followed is None else result | {"retention": self._retention(followed)}
@@ -378,7 +353,7 @@ def run(args: argparse.Namespace) -> int:
         "timed_tokens": args.timed_tokens,
         "repeats": args.repeats,
         "retention_request": "longest text" if args.retention_request is None else args.retention_request,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -390,7 +365,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
     if todo:
         quiet_libraries()
-        model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # whose projections can be merged
+        h2o = H2OConfig(backend="auto")  # of a model whose projections can be merged
+        model, tokenizer = load_model(args.model_name, h2o, device, args.dtype)
         if getattr(model, "hf_quantizer", None) is not None:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint whose weights are plain")
         prompts = tokenize(requests, tokenizer, model, args.model_name)

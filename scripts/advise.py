@@ -37,17 +37,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig
-from run_summarization import load_config, quiet_libraries
-from utils.bench import (
-    SHAPES,
-    held_weights,
-    print_table,
-    read_weights,
-    row_held,
-    row_read,
-    weight_flops,
-)
+from h2optimizer.loading import load_config, quiet_libraries
+from utils.bench import SHAPES, print_table
 from utils.cli import InputError, OneLineParser, count, positive
+from utils.costs import held_weights, read_weights, row_held, row_read, weight_flops
 
 
 class Card(NamedTuple):

@@ -34,7 +34,7 @@ from h2optimizer.attention import find_flash_attn, resolve_backend, triton_atten
 from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
 from utils.cache import HHCache, Rows, Step
 from utils.cli import OneLineParser, count, sizes
-from utils.requests import to_json
+from utils.results import to_json
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case

@@ -50,25 +50,21 @@ from h2optimizer.generation import CHUNK, Decoder, KeptCaches, choose_greedily
 from utils.bench import (
     SHAPES,
     Spread,
-    allocated,
     attempt,
     device_report,
-    floor_ms,
-    free_memory,
     host_ms,
     make_models,
-    peak_allocated,
     prefill_and_step_ms,
     prefill_and_whole_ms,
     print_row,
     print_table,
-    read_weights,
-    row_held,
     synchronize,
 )
 from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.cli import InputError, OneLineParser, count, counts, positive, sizes
-from utils.requests import to_json
+from utils.costs import floor_ms, read_weights, row_held
+from utils.memory import allocated, free_memory, peak_allocated
+from utils.results import to_json
 
 BACKENDS = ("sdpa", "flash_attn")  # beside auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"

@@ -34,21 +34,10 @@ from transformers import LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
 from h2optimizer.batching import Batcher, Clock, Sequence
-from utils.bench import (
-    SHAPES,
-    allocated,
-    attempt,
-    device_report,
-    free_memory,
-    host_us,
-    make_models,
-    peak_allocated,
-    print_row,
-    print_table,
-    synchronize,
-)
+from utils.bench import SHAPES, attempt, device_report, host_us, make_models, print_row, print_table, synchronize
 from utils.cli import OneLineParser, count, count_or_auto, count_or_zero
-from utils.requests import to_json
+from utils.memory import allocated, free_memory, peak_allocated
+from utils.results import to_json
 
 SAMPLED_BATCHES = 4  # of stock Llama's
 SHORTEST = 16  # tokens of a prompt in a soak

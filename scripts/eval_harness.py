@@ -39,7 +39,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
-    from h2optimizer.harness import CacheLM
+    from h2optimizer.lm_eval_model import CacheLM
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -48,12 +48,13 @@ except ImportError as error:
     cli.report(cli.InputError(f"{problem}: pip install {missing or '--upgrade lm_eval'}"))
     sys.exit(cli.INPUT_ERROR)
 
-import run_summarization as summarization
 from h2optimizer import H2OConfig
-from h2optimizer.batching import is_out_of_memory
+from h2optimizer.flags import add_cache_flags, add_model_flags, attention_backend, h2o_config
+from h2optimizer.loading import device_name, load_model, quiet_libraries, select_device
 from utils.bench import print_table
 from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
-from utils.requests import checkpoint_fingerprint, replace_file, to_json
+from utils.memory import is_out_of_memory
+from utils.results import checkpoint_fingerprint, replace_file, to_json
 
 # What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.
 PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"
@@ -79,9 +80,8 @@ class H2OLlamaLM(CacheLM):
             raise InputError(f"{min(unknown)}: h2o_llama takes H2OConfig's fields, {', '.join(PASSED_ON.split())}")
         if full_cache and flags:
             raise InputError(f"{min(flags)}: does nothing with full_cache; leave one of them out")
-        args = argparse.Namespace(model_name=str(pretrained), dtype=dtype, device=device)
         h2o = None if full_cache else H2OConfig(**flags)
-        model, tokenizer = summarization.load_model(args, h2o, summarization.select_device(device))
+        model, tokenizer = load_model(str(pretrained), h2o, select_device(device), dtype)
         super().__init__(model, tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **kwargs)
 
 
@@ -112,7 +112,7 @@ def json_object(text: str) -> dict:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    summarization.add_model_flags(parser)
+    add_model_flags(parser)
     add("--tasks", type=names, required=True, help="comma-separated: lm_eval's names (or patterns), or YAML files")
     add("--include_path", type=Path, help="a folder with tasks of your own")
     add("--num_fewshot", type=count_or_zero, help="examples before each document; the task's own number unless given")
@@ -125,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log_samples", action="store_true", help="keep each document with its answers in the results")
     add("--output-path", type=output_file, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
     add("--overwrite", action="store_true", help="replace results that are there")
-    summarization.add_cache_flags(parser)
+    add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:
         parser.error("--tasks: names none; `lm_eval ls tasks` lists them")
@@ -174,9 +174,9 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
 
 
 def run(args: argparse.Namespace) -> int:
-    h2o = summarization.h2o_config(args)
-    device = summarization.select_device(args.device)
-    backend = summarization.attention_backend(h2o, device)
+    h2o = h2o_config(args)
+    device = select_device(args.device)
+    backend = attention_backend(h2o, device)
     output = args.output_path
     if output.exists() and not (output.is_file() and args.overwrite):
         raise InputError(f"--output-path {output}: exists; pass --overwrite to replace a file, or choose another path")
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--output-path {output}: cannot be written ({error.strerror})") from None
     manager, tasks = load_tasks(args)
 
-    summarization.quiet_libraries()
+    quiet_libraries()
     flags = {"full_cache": True} if h2o is None else dataclasses.asdict(h2o)
     positions = {} if args.max_length is None else {"max_length": args.max_length}
     model = {"pretrained": args.model_name, "dtype": args.dtype, **positions, **flags}
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         "attention_backend": backend,
         "model_fingerprint": weights,
         "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "seconds": time.perf_counter() - begin,
         "evictions": lm.evictions,
     }

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     cli.begin()
 
 from utils.cli import InputError, OneLineParser, count, output_file, seed
-from utils.requests import replace_file
+from utils.results import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "###\nArticle: {article}\n\nSummarize the above article in 1 sentence.\n"

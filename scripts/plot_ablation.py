@@ -41,7 +41,7 @@ from h2optimizer import H2OConfig
 from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
 from utils.ablation_report import FEW, report
 from utils.cli import InputError, OneLineParser, output_folder
-from utils.requests import replace_file
+from utils.results import replace_file
 
 # How figures look. Sizes are for 900 pixels of width on a page: WIDTH inches of 100.
 WIDTH, SMALL = 9.0, 8

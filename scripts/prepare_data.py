@@ -30,7 +30,8 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from utils.cli import NOT_TEXT, InputError, OneLineParser, count, count_or_zero, output_file, seed
-from utils.requests import check_flags, replace_file, request_line
+from utils.requests import check_flags, request_line
+from utils.results import replace_file
 
 if TYPE_CHECKING:  # importing datasets takes seconds: --help and a wrong flag should not wait for it
     from datasets import Dataset

@@ -40,27 +40,25 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from h2optimizer import H2OConfig
-from h2optimizer.batching import is_out_of_memory
-from h2optimizer.streaming import Stream
-from h2optimizer.texts import Stops, one_bos
-from run_summarization import (
-    DEMO_REQUESTS,
-    add_cache_flags,
-    add_model_flags,
-    attention_backend,
+from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags, attention_backend, h2o_config
+from h2optimizer.loading import (
     end_as_chats_do,
-    h2o_config,
-    has,
+    eos_tokens,
+    is_installed,
     load_model,
-    peak_memory,
+    must_know,
     quiet_libraries,
     render_chat,
     select_device,
 )
+from h2optimizer.streaming import Stream
+from h2optimizer.texts import Stops, one_bos
 from utils.ablation import FULL, policy_name
 from utils.bench import print_table, synchronize
 from utils.cli import InputError, OneLineParser, count, output_file, seed
-from utils.requests import LONGEST_LINE, check_flags, checked, json_object, must_know, read_lines, to_json
+from utils.memory import is_out_of_memory, peak_memory
+from utils.requests import LONGEST_LINE, check_flags, checked, json_object, read_lines
+from utils.results import to_json
 
 GIVEN, SAID = "given", "said"
 PICTURES = (".png", ".svg")  # beside a report
@@ -521,18 +519,16 @@ def run(args: argparse.Namespace) -> int:
     for flag, other in [("--input-path", Path(args.input_path)), *(("--beside", other) for other in args.beside)]:
         if args.report is not None and args.report.exists() and other.exists() and args.report.samefile(other):
             raise InputError(f"--report {args.report}: is given as {flag} too; choose another path")
-    if args.report is not None and not has("matplotlib"):
+    if args.report is not None and not is_installed("matplotlib"):
         raise InputError("--report: draws its figures with matplotlib; pip install matplotlib, or leave it out")
     quiet_libraries()
-    model, tokenizer = load_model(args, h2o, device)
+    model, tokenizer = load_model(args.model_name, h2o, device, args.dtype)
     wording = Wording(tokenizer, args.model_name, args.chat)
     if args.chat:
         end_as_chats_do(model, tokenizer)
-    eos = model.generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos]) - {None}
     every = args.report_every or (args.stream_tokens or 100_000) // 100 or 1
     report = Report(args.report, every, stream_name(h2o), Path(args.model_name).resolve().name, args.overwrite)
-    stream = Stream(model, eos, args.temperature, args.top_p, args.seed)
+    stream = Stream(model, eos_tokens(model), args.temperature, args.top_p, args.seed)
     talk = Talk(stream, tokenizer, wording, report, args)
     try:
         follow(talk, typed_turns() if turns is None else passing(turns, talk, args.stream_tokens))

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from utils.requests import JsonlFile
+from utils.results import JsonlFile
 
 
 class Fork:

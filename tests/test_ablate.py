@@ -304,7 +304,9 @@ def test_clock_and_memory_are_the_devices(sweep, ablate, monkeypatch):
     load_model, prefill_and_whole_ms = ablate.load_model, ablate.prefill_and_whole_ms
     with monkeypatch.context() as patch:
         patch.setattr(ablate, "select_device", lambda name: torch.device("cuda:1"))
-        patch.setattr(ablate, "load_model", lambda args, h2o, _: load_model(args, h2o, torch.device("cpu")))
+        patch.setattr(
+            ablate, "load_model", lambda name, h2o, _, dtype: load_model(name, h2o, torch.device("cpu"), dtype)
+        )
         patch.setattr(
             ablate, "prefill_and_whole_ms", lambda *args: seen.append(current[-1]) or prefill_and_whole_ms(*args)
         )

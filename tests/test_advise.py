@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import make_llamas, prompt
 from h2optimizer import H2OConfig
 from test_benchmarks import load
-from utils.bench import held_weights, read_weights, row_held, row_read, slot_bytes, slots_read, weight_flops
 from utils.cache import HHCache
+from utils.costs import held_weights, read_weights, row_held, row_read, slot_bytes, slots_read, weight_flops
 
 FULL, H2O = "full cache", "H2O"
 

@@ -12,8 +12,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from utils.bench import SHAPES, floor_ms, make_models, slots_read
+from utils.bench import SHAPES, make_models
 from utils.cache import CACHE_ARGUMENT, HHCache
+from utils.costs import floor_ms, slots_read
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 ATTENTION = ("--prefill", "40", "--decode", "2x20", "--slimming", "2", "--window_length", "16", "--repeats", "1")

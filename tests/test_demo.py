@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 import run_summarization
 from forks import Fork
+from h2optimizer.flags import DEMO_MODEL, DEMO_REQUESTS
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUESTS = [json.loads(line) for line in run_summarization.DEMO_REQUESTS.read_text(encoding="utf-8").splitlines()]
+REQUESTS = [json.loads(line) for line in DEMO_REQUESTS.read_text(encoding="utf-8").splitlines()]
 POLICIES = {
     "full": [],
     "n1": ["--update_interval", "1"],
@@ -28,7 +29,7 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def prompt_lengths():
-    tokenizer = AutoTokenizer.from_pretrained(run_summarization.DEMO_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     return [len(tokens) for tokens in tokenizer([request["article"] for request in REQUESTS])["input_ids"]]
 
 
@@ -71,7 +72,7 @@ def test_bundled_requests_are_what_the_script_makes(tmp_path):
     path = tmp_path / "new" / "demo.jsonl"
     script = [sys.executable, str(ROOT / "scripts/make_demo_data.py"), "--output-path", str(path)]
     subprocess.run(script, check=True, capture_output=True)
-    assert path.read_bytes() == run_summarization.DEMO_REQUESTS.read_bytes()
+    assert path.read_bytes() == DEMO_REQUESTS.read_bytes()
 
 
 def test_bundled_requests_have_the_xsum_form(prompt_lengths):
@@ -129,7 +130,7 @@ def test_bad_input_of_the_scripts_takes_one_line(monkeypatch, capsys, script, fl
 
 def test_model_is_small_and_grouped():
     """A retrained model that outgrew the repository, or lost what tests of GQA and RoPE rely on."""
-    folder = run_summarization.DEMO_MODEL
+    folder = DEMO_MODEL
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12 * 10**6
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "bfloat16"

@@ -12,7 +12,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from checkpoints import POSITIONS, made_up_text, make_checkpoint
-from h2optimizer import scoring
+from h2optimizer import likelihood
 from test_benchmarks import SCRIPTS, load
 from utils.cache import HHCache
 from utils.requests import InputError
@@ -233,7 +233,7 @@ def test_shared_contexts_are_prefilled_once(make_lm):
 
 def test_out_of_memory_halves_a_batch(make_lm, monkeypatch):
     """An evaluation that ends, or mixes up its answers, because one batch did not fit."""
-    lm, score = make_lm(**NARROW, batch_size=8), scoring.score
+    lm, score = make_lm(**NARROW, batch_size=8), likelihood.log_likelihoods
     asked = requests("loglikelihood", *pairs(lm)[:7])
     expected = lm.loglikelihood(asked, disable_tqdm=True)
 
@@ -242,7 +242,7 @@ def test_out_of_memory_halves_a_batch(make_lm, monkeypatch):
             raise torch.OutOfMemoryError
         return score(model, pairs, *args)
 
-    monkeypatch.setattr(scoring, "score", score_two)
+    monkeypatch.setattr(likelihood, "log_likelihoods", score_two)
     assert_scores(lm.loglikelihood(asked, disable_tqdm=True), expected)
 
 
@@ -338,7 +338,7 @@ def test_interrupted_command_goes_on(evaluate, make_lm, harness, monkeypatch):
     another device, that are taken for this one's."""
     flags = [*FLAGS, "--batch_size=16"]
     whole, *_ = evaluate("tiny_choice,tiny_rolling", *flags, output="whole.json")
-    scores = scoring.score_in_batches
+    scores = likelihood.log_likelihoods_in_batches
 
     def stop_at_documents(model, pairs, *args):
         if len(pairs[0][0]) == 1:
@@ -346,14 +346,14 @@ def test_interrupted_command_goes_on(evaluate, make_lm, harness, monkeypatch):
         return scores(model, pairs, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("h2optimizer.harness.score_in_batches", stop_at_documents)
+        patch.setattr("h2optimizer.lm_eval_model.log_likelihoods_in_batches", stop_at_documents)
         _, _, err = evaluate("tiny_choice,tiny_rolling", *flags, code=130)
     assert "run the same command again" in err.splitlines()[-1]
     other, *_ = evaluate("tiny_choice", *flags, "--num_window_length=12")
     assert other["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
     lm = make_lm(**NARROW, dtype="bfloat16")
     with monkeypatch.context() as patch:
-        patch.setattr(harness.summarization, "load_model", lambda *args: (lm.model, lm.tokenizer))
+        patch.setattr(harness, "load_model", lambda *args: (lm.model, lm.tokenizer))
         half, *_ = evaluate("tiny_choice", *flags, "--overwrite")
     assert half["h2o"]["evictions"]["tiny_choice"]["tokens"] > 0
     again, *_ = evaluate("tiny_choice,tiny_rolling", *flags, "--overwrite")

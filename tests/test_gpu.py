@@ -36,7 +36,7 @@ from conftest import (
 from h2optimizer import H2OConfig, attention, generation
 from h2optimizer.batching import Batcher, Sequence
 from h2optimizer.fidelity import compare
-from h2optimizer.scoring import score_in_batches
+from h2optimizer.likelihood import log_likelihoods_in_batches
 from h2optimizer.streaming import Stream
 from utils.cache import HHCache
 
@@ -845,7 +845,7 @@ def test_scores_are_the_cpus(gqa, gqa_on_gpu, batch):
     found = []
     for llamas in (gqa, gqa_on_gpu):
         llamas.h2o.h2o = H2OConfig(window_length=12, update_interval=2)
-        found.append(dict(score_in_batches(llamas.h2o, pairs, batch, dtype=torch.float32)))
+        found.append(dict(log_likelihoods_in_batches(llamas.h2o, pairs, batch, dtype=torch.float32)))
     for i in range(len(pairs)):
         assert found[1][i].logprob == pytest.approx(found[0][i].logprob, rel=1e-3, abs=1e-3)
         assert found[1][i][1:] == found[0][i][1:]

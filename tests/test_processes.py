@@ -4,7 +4,6 @@ and models that one process spreads over devices, or loads with quantised weight
 Processes are forks of this one, which has imported everything: that takes longer than all else here.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -25,12 +24,13 @@ from transformers import AutoTokenizer
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama, loading, summarizing
+from summaries import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from test_benchmarks import load
-from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils import processes
 from utils.processes import Processes
-from utils.requests import InputError, JsonlFile, ResultsFile, part_path, parts_of
+from utils.requests import InputError
+from utils.results import JsonlFile, ResultsFile, part_path, parts_of
 
 H2O = ["--enable_h2o_generation", "--num_window_length", "16", "--update_interval", "4"]
 SPLIT = ["--tensor_parallel"]
@@ -192,15 +192,15 @@ def test_wall_times_of_shares_add_up_to_the_run(finish):
     """Seconds of several processes added up, as if one had followed the other."""
 
     def slow(rank):
-        run, now = run_summarization.Summarizer.decode, [0.0]
+        run, now = summarizing.Summarizer.decode, [0.0]
 
         def decode(self, prompts):
             for job in run(self, prompts):
                 now[0] += 2.0 if rank else 1.0
                 yield job
 
-        run_summarization.Summarizer.decode = decode
-        run_summarization.time = SimpleNamespace(perf_counter=lambda: now[0])
+        summarizing.Summarizer.decode = decode
+        run_summarization.time = summarizing.time = SimpleNamespace(perf_counter=lambda: now[0])
 
     metrics = finish(2, *H2O, "--greedy", patch=slow).metrics
     assert metrics["seconds"] == pytest.approx(8)  # 4 requests each, of which process 1 takes 2 s
@@ -304,7 +304,7 @@ def test_memory_that_the_longest_prompt_exceeds_in_parts_of_the_model(start):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             return 1
 
-        run_summarization.rows_that_fit = fits
+        summarizing.rows_that_fit = fits
 
     line = only_error(start(2, *H2O, *SPLIT, "--batch_size", "auto", patch=patch).wait())
     assert line.startswith("error: process 1: out of memory with the longest prompt (") and "--prefill_chunk" in line
@@ -320,7 +320,7 @@ def test_automatic_batch_size_is_the_least_of_all_parts(finish):
     """A process with less free memory that gets as many rows as the others: they would not even have the same steps."""
 
     def patch(rank):
-        run_summarization.rows_that_fit = lambda *args: 3 - rank
+        summarizing.rows_that_fit = lambda *args: 3 - rank
 
     outcome = finish(2, *H2O, *SPLIT, "--batch_size", "auto", patch=patch)
     assert "--batch_size auto: up to 2 sequences at once" in outcome.stderr[0]
@@ -513,8 +513,7 @@ def test_parts_of_a_model(folder, tmp_path):
         group = Processes.launched()
         group.tensor_parallel = True
         group.join()
-        args = argparse.Namespace(model_name=folder / "model", quantize=None)
-        place = run_summarization.placement(args, group, torch.device("cpu"))
+        place = loading.loading_options(folder / "model", torch.device("cpu"), "auto", group)
         model = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32, **place)
         cache = batching.HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
@@ -592,7 +591,7 @@ def test_placement_that_cannot_be(alone_with, capsys, flags, words):
 
 def test_library_that_is_not_installed(alone_with, monkeypatch, capsys):
     """ImportError from the depths of transformers."""
-    monkeypatch.setattr(run_summarization, "has", lambda library: False)
+    monkeypatch.setattr(loading, "is_installed", lambda library: False)
     for flags in (["--quantize", "torchao-int8", "--device", "cpu"], ["--device_map", "auto"]):
         assert alone_with(*flags)[0] == 2
         assert "pip install" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""utils/requests.py and utils/rouge.py: what a line may hold, result files that survive, and ROUGE by hand."""
+"""utils/requests.py, results.py and rouge.py: what a line may hold, result files that survive, and ROUGE by hand."""
 
 import json
 import os
@@ -8,16 +8,8 @@ import resource
 import huggingface_hub
 import pytest
 
-from utils.requests import (
-    InputError,
-    JsonlFile,
-    Request,
-    ResultsFile,
-    checkpoint_fingerprint,
-    fingerprint,
-    read_requests,
-    unheeded,
-)
+from utils.requests import InputError, Request, read_requests, unheeded
+from utils.results import JsonlFile, ResultsFile, checkpoint_fingerprint, fingerprint
 from utils.rouge import EveryScript, Rouge, mean_with_interval
 
 LINE = '{"article": "a b", "summary_gt": "c"}\n'

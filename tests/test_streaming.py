@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-import run_summarization
 from checkpoints import made_up_text, make_checkpoint
 from conftest import forward, prompt
 from h2optimizer import H2OConfig
 from h2optimizer.batching import sample_rows
+from h2optimizer.loading import load_model
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops
+from summaries import instruct_model
 from test_benchmarks import load
-from test_run_summarization import instruct_model
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 SMALL = dict(window_length=16, num_heavy_hitters=6, update_interval=4)
@@ -248,8 +248,8 @@ def test_chat_is_the_templates_own_conversation(streamed, script, checkpoint, to
     code, _, err, _ = streamed([{"turns": TEXTS[:3]}], *ROLLING, "--chat")
     assert code == 2 and "--chat: " in err[-1] and "template" in err[-1]
     monkeypatch.setattr(script, "load_model", lambda *args: (model, with_template))
-    args = script.parse_args(["--model-name", str(checkpoint), *ROLLING])
-    model, with_template = run_summarization.load_model(args, script.h2o_config(args), torch.device("cpu"))
+    h2o = script.h2o_config(script.parse_args(ROLLING))
+    model, with_template = load_model(str(checkpoint), h2o, torch.device("cpu"))
     with_template.chat_template = TEMPLATE
     code, out, err, _ = streamed([{"turns": TEXTS[:3]}], *ROLLING, "--chat")
     assert code == 0 and not err

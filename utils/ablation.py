@@ -29,7 +29,8 @@ import numpy as np
 
 from utils.cli import InputError
 from utils.policies import STREAMING_LLM_SINKS as SINKS
-from utils.requests import read_entries, read_lines
+from utils.requests import read_lines
+from utils.results import read_entries
 from utils.rouge import ROUGE_TYPES, mean_with_interval
 
 if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way

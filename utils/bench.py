@@ -1,7 +1,6 @@
-"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, counted bytes, a table."""
+"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, a table; utils/costs.py counts."""
 
 import copy
-import gc
 import statistics
 import sys
 import time
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from utils.memory import free_memory
 
 SHAPES = {
     "8b": dict(
@@ -57,107 +58,6 @@ def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def device_report(device: str) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
-
-
-def held_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
-    """Bytes of all weights. With `bits`, those of the layers' projections take so many each, their scales not counted.
-
-    Quantisers leave the rest as it is: embedding, head and norms.
-    """
-    return sum(
-        p.nbytes if bits is None or not name.endswith("_proj.weight") else p.numel() * bits // 8
-        for name, p in model.named_parameters()
-    )
-
-
-def unread_embedding(model: LlamaForCausalLM) -> torch.Tensor | None:
-    """An embedding of which a step reads a row a token; None where it is the head as well, which is read whole."""
-    embedding = model.get_input_embeddings().weight
-    return None if embedding is model.get_output_embeddings().weight else embedding
-
-
-def read_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
-    """Bytes of the weights that every decode step reads; `bits` as in `held_weights`."""
-    unread = unread_embedding(model)
-    return held_weights(model, bits) - (0 if unread is None else unread.nbytes)
-
-
-def weight_flops(model: LlamaForCausalLM) -> int:
-    """Operations that the matrices take for a token in a decode step; attention's, a few a byte it reads, left out."""
-    unread = unread_embedding(model)
-    return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not unread)
-
-
-def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float:
-    """Bytes that a decode step moves for a slot of a row: K and V of all layers and, where scored, mass in and out.
-
-    `scored` is the share of steps that add mass, float32.
-    """
-    return config.num_hidden_layers * config.num_key_value_heads * (2 * config.head_dim * itemsize + scored * 2 * 4)
-
-
-def slots_read(prompt: int, steps: int, h2o=None) -> float:
-    """Slots of a row that a decode step attends to, the mean of `steps` steps: a full cache's, or H2O's."""
-    if h2o is None:
-        return prompt + (steps + 1) / 2
-    window, interval = h2o.window_length, h2o.update_interval
-    start = min(prompt, window)
-    growing = min(steps, -(-(window - start) // interval) * interval)  # steps up to the first that leaves a full window
-    cycles, rest = divmod(steps - growing, interval)
-
-    def total(start: int, steps: int) -> int:
-        return steps * start + steps * (steps + 1) // 2
-
-    return (total(start, growing) + cycles * total(window, interval) + total(window, rest)) / steps
-
-
-def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:
-    """Bytes of a row's cache that a mean decode step moves: keys, values and mass; no slimming."""
-    scored = 0.0
-    if h2o is not None and h2o.needs_mass:
-        scored = 1.0 if h2o.score_every_step else 1 / h2o.update_interval
-    return slots_read(prompt, steps, h2o) * slot_bytes(config, itemsize, scored)
-
-
-def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
-    """Bytes of memory that a row takes: a full cache of `tokens`, or H2O's slots of any number, and a step's logits.
-
-    H2O's slots have mass and position beside them (float32, int32), and one layer at a time what slimming picks.
-    """
-    logits = 8 * config.vocab_size
-    if h2o is None:
-        return int(tokens * slot_bytes(config, itemsize)) + logits
-    heads, picked = config.num_key_value_heads, 4 * config.num_key_value_heads * (h2o.window_length + 1)
-    return int(h2o.capacity * (slot_bytes(config, itemsize) + config.num_hidden_layers * heads * 8)) + logits + picked
-
-
-def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
-    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming."""
-    row = row_read(model.config, model.dtype.itemsize, prompt, steps, h2o)
-    return (read_weights(model) + batch * row) / bandwidth / 1e9
-
-
-def free_memory(compiled: bool = True) -> None:
-    """Give back the GPU's memory that nothing needs: cycles, `compiled` functions and their graphs, blocks."""
-    if not torch.cuda.is_available():
-        return
-    if compiled and "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def allocated() -> int:
-    """Bytes of tensors on the GPU; 0 without one."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-
-
-def peak_allocated(run: Callable) -> int:
-    """The most bytes of tensors on the GPU during `run`, those from before it counted in; 0 without one."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def attempt(name: str, run: Callable, *args, failures: tuple = (torch.OutOfMemoryError,)):

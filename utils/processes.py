@@ -31,7 +31,7 @@ class Processes:
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
     local_rank: int = 0  # among those of this machine
     tensor_parallel: bool = False
 
@@ -43,10 +43,10 @@ class Processes:
     def launched(cls) -> Processes:
         """As the environment says; `join` makes them a group."""
         try:
-            rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         except (KeyError, ValueError):
             return cls()
-        return cls(rank, count, local) if count > 1 and 0 <= rank < count else cls()
+        return cls(rank, size, local) if size > 1 and 0 <= rank < size else cls()
 
     @staticmethod
     def started_by_launcher() -> bool:
@@ -61,16 +61,16 @@ class Processes:
     @property
     def shares(self) -> int:
         """How many processes share out the requests."""
-        return 1 if self.tensor_parallel else self.count
+        return 1 if self.tensor_parallel else self.size
 
     @property
     def splits(self) -> int:
         """How many processes hold a part of the model each."""
-        return self.count if self.tensor_parallel else 1
+        return self.size if self.tensor_parallel else 1
 
     def join(self) -> None:
         """Find the others. Raises InputError, without accelerate, and where they do not come."""
-        if self.count == 1:
+        if self.size == 1:
             return
         try:
             from accelerate import PartialState
@@ -79,7 +79,7 @@ class Processes:
                 time.sleep(25 * GLANCE)
                 self.leave(2)
             raise InputError(
-                f"{self.count} processes: need accelerate; pip install accelerate, or start one process"
+                f"{self.size} processes: need accelerate; pip install accelerate, or start one process"
             ) from None
         on_gpu = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # NCCL is set up where a tensor of a GPU asks for it
@@ -96,11 +96,11 @@ class Processes:
         """Where all processes have come: those of a left-over environment wait for nobody, in torch, for ever."""
         try:
             with default_signals():  # torch does not return to Python while it waits
-                return next(distributed.rendezvous("env://", self.rank, self.count, timeout=MEETING))[0]
+                return next(distributed.rendezvous("env://", self.rank, self.size, timeout=MEETING))[0]
         except (ValueError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise InputError(
-                f"{self.count} processes: they did not meet ({reason}); start them with torchrun, or one with RANK, "
+                f"{self.size} processes: they did not meet ({reason}); start them with torchrun, or one with RANK, "
                 "LOCAL_RANK and WORLD_SIZE unset"
             ) from None
 
@@ -108,9 +108,9 @@ class Processes:
 
     def gather(self, value) -> list:
         """The value of each process, on each of them. Raises InputError where a process has ended."""
-        if self.count == 1:
+        if self.size == 1:
             return [value]
-        values = [None] * self.count
+        values = [None] * self.size
         with self._hearing():
             distributed.all_gather_object(values, value)
         return values
@@ -118,7 +118,7 @@ class Processes:
     def broadcast(self, value):
         """Process 0's value. Raises InputError where a process has ended."""
         values = [value]
-        if self.count > 1:
+        if self.size > 1:
             with self._hearing():
                 distributed.broadcast_object_list(values, src=0)
         return values[0]
@@ -148,7 +148,7 @@ class Processes:
         try:
             yield
         except (InputError, ClosedPipe) as error:
-            if self.count == 1:
+            if self.size == 1:
                 raise
             problem = error
         problems = [problem for problem in self.gather(problem) if problem is not None]
@@ -165,7 +165,7 @@ class Processes:
 
         Nothing can be agreed on there. Who fails leaves word, and the others look for it beside their work.
         """
-        if self.count == 1:
+        if self.size == 1:
             yield
             return
         server = distributed.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if self.first else None
@@ -221,14 +221,14 @@ class Processes:
         The group is not taken apart first: the end of an NCCL communicator would wait for every CUDA graph with its
         calls, for ever where one is still referred to.
         """
-        if self.count > 1:
+        if self.size > 1:
             with suppress(InputError):
                 self.gather(None)
         return self.leave(status)
 
     def leave(self, status: int) -> int:
         """The exit status; of several processes this one ends with it here and now, waiting for no other."""
-        if self.count > 1:
+        if self.size > 1:
             with suppress(InputError, ClosedPipe):
                 sys.stdout.flush()
             sys.stderr.flush()

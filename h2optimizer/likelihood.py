@@ -6,30 +6,31 @@ One forward over both would attend to every token: to a bounded cache's score, w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from h2optimizer.batching import is_out_of_memory
 from h2optimizer.fidelity import ForcedDecode
-from utils.bench import free_memory
+from utils.memory import halving
 
 SHARING = 16  # rows that continuations of one context may take whatever the batch size: they share its prefill
 
 Pair = tuple[list[int], list[int]]  # the tokens of a context and of its continuation, neither empty
 
 
-class Score(NamedTuple):
+class LogLikelihood(NamedTuple):
     """Of a continuation after its context."""
 
     logprob: float  # nats, the sum of its tokens
     greedy: bool  # whether each of them is the most probable one
-    after_eviction: (
-        int  # how many came after the cache had dropped slots: not the first, but where chunks of its context did
-    )
+    # How many came after the cache had dropped slots: not the first, but where chunks of its context did.
+    after_eviction: int
 
 
-def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None) -> list[Score]:
+def log_likelihoods(
+    model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None
+) -> list[LogLikelihood]:
     """Continuations of any lengths side by side; equal contexts are prefilled once. `dtype`: of log-probabilities."""
     lengths = [len(continuation) for _, continuation in pairs]
     steps = max(lengths)
@@ -49,7 +50,7 @@ def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | 
     table = zip(
         torch.stack(logprobs, 1).tolist(), torch.stack(greedy, 1).tolist(), lengths, after_eviction, strict=True
     )
-    return [Score(sum(row[:n]), all(same[:n]), after) for row, same, n, after in table]
+    return [LogLikelihood(sum(row[:n]), all(same[:n]), after) for row, same, n, after in table]
 
 
 def _evicts_in_prefill(h2o, tokens: int) -> bool:
@@ -59,13 +60,26 @@ def _evicts_in_prefill(h2o, tokens: int) -> bool:
     return (tokens - 1) // h2o.prefill_chunk * h2o.prefill_chunk > h2o.window_length
 
 
-def score_in_batches(
+def log_likelihoods_in_batches(
     model, pairs: list[Pair], contexts: int, pad_token_id: int = 0, dtype: torch.dtype | None = None
-) -> Iterator[tuple[int, Score]]:
-    """Each pair's index and score, batch by batch: up to `contexts` contexts, the longest first, equal ones together.
+) -> Iterator[tuple[int, LogLikelihood]]:
+    """Each pair's index and log-likelihood, batch by batch. Where memory runs out a batch is halved; of one row that
+    raises."""
 
-    A batch has up to max(contexts, SHARING) rows. Where memory runs out it is halved; of one row that raises.
-    """
+    def computed(batch: list[int], rows: int) -> Iterator[tuple[int, LogLikelihood]]:
+        """Up to so many rows at a time; `batch` becomes what is left of it."""
+        while batch:
+            found = log_likelihoods(model, [pairs[i] for i in batch[:rows]], pad_token_id, dtype)
+            yield from zip(batch[:rows], found, strict=True)
+            del batch[:rows]
+
+    for batch in _batches(pairs, contexts):
+        yield from halving(partial(computed, batch), len(batch))
+
+
+def _batches(pairs: list[Pair], contexts: int) -> list[list[int]]:
+    """Indices of pairs, the longest contexts first and equal ones together: up to `contexts` contexts a batch, and up
+    to max(contexts, SHARING) rows."""
     batches: list[list[int]] = []
     held = 0  # contexts in the last batch
     for i in sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], -len(pairs[i][1]))):
@@ -75,18 +89,4 @@ def score_in_batches(
             held, new = 0, True
         batches[-1].append(i)
         held += new
-    batches.reverse()
-    while batches:
-        batch = batches.pop()
-        try:
-            scores = score(model, [pairs[i] for i in batch], pad_token_id, dtype)
-        except RuntimeError as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-            scores = None
-        if scores is None:  # handled here, where the traceback no longer holds the tensors
-            free_memory(compiled=False)
-            half = (len(batch) + 1) // 2
-            batches += [batch[half:], batch[:half]]
-        else:
-            yield from zip(batch, scores, strict=True)
+    return batches

@@ -15,10 +15,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from h2optimizer.batching import rows_that_fit
-from h2optimizer.scoring import score_in_batches
+from h2optimizer.likelihood import log_likelihoods_in_batches
+from h2optimizer.loading import must_know
 from h2optimizer.texts import Stops
 from utils.cli import InputError
-from utils.requests import must_know
 
 
 class CacheLM(HFLM):
@@ -181,8 +181,9 @@ class CacheLM(HFLM):
         contexts, answers = self.batch_size, [None] * len(pairs)
         if contexts == "auto" and pairs:
             contexts = rows_that_fit(self.model, *(max(map(len, part)) for part in zip(*pairs, strict=True)))
-        scores = score_in_batches(self.model, pairs, contexts, self.tokenizer.pad_token_id, self.softmax_dtype)
-        for i, score in tqdm(scores, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
+        pad, dtype = self.tokenizer.pad_token_id, self.softmax_dtype
+        found = log_likelihoods_in_batches(self.model, pairs, contexts, pad, dtype)
+        for i, score in tqdm(found, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
             self._must_be_number(score.logprob)
             answers[i] = score.logprob, score.greedy
             self._counts.update(tokens=len(pairs[i][1]), tokens_after_eviction=score.after_eviction)

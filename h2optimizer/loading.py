@@ -1,0 +1,258 @@
+"""A Llama checkpoint, by its folder or its name on the hub, as a model and a tokenizer. What is wrong is one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
+from transformers.distributed import DistributedConfig
+
+from h2optimizer.llama import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
+from utils.cli import InputError
+from utils.processes import Processes
+from utils.results import checkpoint_fingerprint
+
+QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")  # each names its library
+
+
+def select_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and (device.index or 0) >= (visible := torch.cuda.device_count()):
+            raise InputError(f"--device {name}: {visible} CUDA devices are visible; pass --device cpu")
+        torch.zeros(1, device=device).item()  # torch names devices that it cannot compute on here
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--device {name}: cannot be used ({reason}); pass cuda, cuda:1 or cpu") from None
+    return device
+
+
+def own_device(name: str, processes: Processes) -> torch.device:
+    """`select_device` for one of several processes, which takes the GPU of its own number. Raises InputError."""
+    if processes.size == 1 or name != "auto" or not torch.cuda.is_available():
+        return select_device(name)
+    if processes.local_rank >= (visible := torch.cuda.device_count()):
+        raise InputError(
+            f"{processes.local_rank + 1} processes on one machine, {visible} CUDA devices are visible: start "
+            f"{visible}, or pass --device cpu"
+        )
+    return select_device(f"cuda:{processes.local_rank}")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the kind of CPU, as results name it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def load_config(name: str) -> LlamaConfig:
+    """The configuration of a Llama checkpoint, without its weights. Raises InputError."""
+    try:
+        refuse_adapter(name, local_files_only=True)  # without asking the hub: an adapter alone has no config.json
+        config = AutoConfig.from_pretrained(name)
+        refuse_adapter(name)
+    except CheckpointError as error:
+        raise InputError(f"--model-name {name}: {error}") from None
+    except Exception as error:
+        raise unusable(name, error) from None
+    if config.model_type != "llama":
+        raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
+    return config
+
+
+def fingerprint_of(name: str) -> str | None:
+    """`checkpoint_fingerprint`, for a name on the hub after its config.json is fetched. Raises InputError."""
+    if not Path(name).is_dir():
+        quiet_libraries()
+        load_config(name)
+    return checkpoint_fingerprint(name)
+
+
+def unusable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"--model-name {name}: cannot be loaded here or from the hub ({reason})")
+
+
+def loading_options(
+    name: str,
+    device: torch.device,
+    dtype: str,
+    processes: Processes,
+    quantize: str | None = None,
+    device_map: str | None = None,
+) -> dict:
+    """What from_pretrained is told about where weights go, and in what form; nothing for a plain model on one device.
+
+    All but `processes` as their flags have them.
+
+    Raises: InputError for what this checkpoint, device or installation does not allow.
+    """
+    config, options = load_config(name), {}
+    quantized = getattr(config, "quantization_config", None)
+    if quantize is not None:
+        if quantized is not None:
+            raise InputError(f"--quantize {quantize}: {name} holds quantised weights; leave it out")
+        options |= quantization(quantize, config, device, dtype)
+    if processes.splits > 1:
+        heads = config.num_key_value_heads
+        if heads % processes.size:
+            fitting = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise InputError(
+                f"--tensor_parallel: {processes.size} processes cannot share {heads} KV heads; start {fitting}, or "
+                "leave it out, and each process takes a share of the requests"
+            )
+        options["distributed_config"] = DistributedConfig(tp_size=processes.size, tp_plan="auto")
+    elif device_map is not None:
+        options["device_map"] = device_map
+    elif quantize is not None or quantized is not None:
+        options["device_map"] = {"": device}  # quantised there, or not to be moved
+    if "device_map" in options and not is_installed("accelerate"):
+        raise InputError("--device_map and quantised weights: need accelerate; pip install accelerate")
+    return options
+
+
+def quantization(choice: str, config: LlamaConfig, device: torch.device, dtype: str) -> dict:
+    """What from_pretrained is told for --quantize: transformers' own configuration. Raises InputError."""
+    library = choice.split("-")[0]
+    if choice == "torchao-int4" and (device.type != "cuda" or dtype not in ("auto", "bfloat16")):
+        raise InputError(
+            f"--quantize {choice}: its kernels need a GPU and bfloat16; pass --dtype bfloat16, or another choice"
+        )
+    if not is_installed(library):
+        raise InputError(f"--quantize {choice}: needs {library}; pip install {library}")
+    if choice == "bitsandbytes-int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if choice == "bitsandbytes-int4":
+        own = (config.dtype if device.type == "cuda" else None) or torch.float32
+        computed_in = own if dtype == "auto" else getattr(torch, dtype)
+        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": computed_in}
+        return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if choice == "torchao-int8":
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")  # torch's own kernel
+    return {"quantization_config": TorchAoConfig(tiles), "dtype": torch.bfloat16}
+
+
+def is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def load_model(
+    name: str, h2o: H2OConfig | None, device: torch.device, dtype: str = "auto", options: dict | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Model (eval mode) and left-padding tokenizer of a Llama checkpoint; stock Llama where `h2o` is None.
+
+    Args:
+        name: a folder, or a name on the hub.
+        dtype: as the flag has it; "auto" is the checkpoint's, and float32 on a CPU.
+        options: `loading_options`.
+
+    Raises: InputError where it cannot be loaded.
+    """
+    on_gpu = device.type == "cuda"
+    try:
+        load_config(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        kwargs = {
+            "dtype": getattr(torch, dtype) if dtype != "auto" else "auto" if on_gpu else torch.float32,
+            **(options or {}),
+        }
+        if h2o is None:
+            whole = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refuse_misfits names what is not
+            model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs, **whole)
+            refuse_misfits(model, loading)
+        else:
+            model = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
+    except InputError:
+        raise
+    except CheckpointError as error:
+        raise InputError(f"--model-name {name}: {str(error).removeprefix(f'{name}: ')}") from None
+    except torch.OutOfMemoryError:
+        raise too_large(name, device) from None
+    except Exception as error:  # a damaged checkpoint fails in any of four libraries
+        raise unusable(name, error) from None
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.config.vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    # Requests decide how to sample: nothing else of the checkpoint's generation defaults takes part.
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    try:
+        return (model if options else model.to(device)).eval(), tokenizer
+    except torch.OutOfMemoryError:
+        raise too_large(name, device) from None
+
+
+def too_large(name: str, device: torch.device) -> InputError:
+    return InputError(f"--model-name {name}: does not fit into the memory of --device {device}")
+
+
+def must_know(model, name: str, largest: int) -> None:
+    """Raises InputError where the checkpoint's tokenizer makes a token that the model does not know."""
+    if largest >= (known := model.config.vocab_size):
+        raise InputError(
+            f"--model-name {name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
+            "they do not belong together"
+        )
+
+
+def quiet_libraries() -> None:
+    """What goes wrong with a model is said by this project's own lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+
+
+def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
+    """A conversation of user and assistant in turn in the tokenizer's chat template, ready for the next reply.
+
+    Raises: InputError where there is no template, or it cannot say this.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"--chat: the tokenizer of {model_name} has no chat template; take an instruct model, or leave it out"
+        )
+    bos = tokenizer.bos_token or ""  # the template's own; a text may begin with one as well
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": text.removeprefix(bos)} for i, text in enumerate(texts)
+    ]
+    to_reply = len(texts) % 2 == 1
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_reply)
+        reason = "" if text else "it makes no text of a message"
+    except Exception as error:  # a program of the model's authors
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if reason:
+        raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave it out")
+    return text
+
+
+def eos_tokens(model) -> set[int]:
+    """The tokens that end a text, as the checkpoint's generation settings have them."""
+    eos = model.generation_config.eos_token_id
+    return set(eos if isinstance(eos, list) else [eos]) - {None}
+
+
+def end_as_chats_do(model, tokenizer) -> None:
+    """Let the tokenizer's own end-of-sequence token end a text too: some instruct models' settings leave it out."""
+    settings, eos = model.generation_config, tokenizer.eos_token_id
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = [token for token in dict.fromkeys([*known, eos]) if token is not None] or None

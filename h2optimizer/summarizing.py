@@ -1,0 +1,315 @@
+"""Requests run through a model, many at once: the prompts, the jobs, a line of result for each, metrics over all."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+
+from h2optimizer.batching import Batcher, Sequence, devices_of, rows_that_fit
+from h2optimizer.llama import H2OConfig
+from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat
+from h2optimizer.texts import Stops, one_bos
+from utils import cli
+from utils.cli import InputError
+from utils.memory import half, halving, peak_memory
+from utils.processes import Processes
+from utils.requests import Request
+from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
+
+
+@dataclass
+class Prompt:
+    """A request with its tokens."""
+
+    request: Request
+    tokens: list[int]
+
+
+def tokenize(requests: list[Request], tokenizer, model, model_name: str, chat: bool = False) -> list[Prompt]:
+    """Requests with their tokens. Raises InputError where tokenizer and model do not belong together."""
+    if chat:  # the template says where a text begins
+        texts = [render_chat(tokenizer, [request.article], model_name) for request in requests]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    else:
+        encoded = [one_bos(of, tokenizer) for of in tokenizer([request.article for request in requests])["input_ids"]]
+    must_know(model, model_name, max(max(tokens, default=0) for tokens in encoded))
+    for request, tokens in zip(requests, encoded, strict=True):
+        if not tokens:
+            raise InputError(f"request {request.index}: the tokenizer of {model_name} finds no token in its article")
+    return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
+
+
+def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig | None) -> None:
+    """Say once how many requests need more positions than the model was trained on."""
+    rolling = h2o is not None and h2o.position_rolling
+    # Rolling keeps decoding within the window's positions, but a prompt, or a chunk of it, is prefilled at its own.
+    needs = [len(p.tokens) + (0 if rolling else p.request.max_tokens) for p in prompts]
+    if rolling and h2o.prefill_chunk is not None:
+        needs = [min(n, h2o.window_length + h2o.prefill_chunk) for n in needs]
+    if too_long := sum(n > positions for n in needs):
+        what = "prompts" if rolling else "prompts with their summaries"
+        way_out = "; a --prefill_chunk keeps them within window and chunk" if rolling else ""
+        cli.say(
+            f"warning: {too_long} of {len(prompts)} {what} are longer than the model's {positions} positions "
+            f"(the longest needs {max(needs)}); expect poor text there{way_out}"
+        )
+
+
+def decoding_order(prompts: list[Prompt], batch_size: int | str, processes: Processes | None = None) -> list[Prompt]:
+    """The order to decode in: longest prompts first, so that memory runs out early or not at all, and alike together.
+
+    One by one, requests keep their order. Processes that share them out deal them, longest first, and get alike shares.
+    """
+    shares = processes.shares if processes else 1
+    if batch_size == 1 and shares == 1:
+        return prompts
+    prompts = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
+    return prompts[processes.rank :: shares] if shares > 1 else prompts
+
+
+def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
+    """(temperature, top_p, sequences) that a request is decoded with; (0, 1, 1) is greedy, whose choices are equal."""
+    return (0.0, 1.0, 1) if greedy or request.temperature == 0 else (request.temperature, request.top_p, request.n)
+
+
+@dataclass
+class Job:
+    """A request on its way: the sequences of its choices, one where these are equal."""
+
+    prompt: Prompt
+    sequences: list[Sequence]
+
+    @property
+    def has_ended(self) -> bool:
+        return all(sequence.finish_reason for sequence in self.sequences)
+
+
+def left_of(jobs: list[Job]) -> int:
+    """Sequences that have not ended."""
+    return sum(not sequence.finish_reason for job in jobs for sequence in job.sequences)
+
+
+class Summarizer:
+    """Runs requests through a model, many at once, and fewer when memory runs out.
+
+    Args:
+        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        rows: sequences decoded together, or "auto": as many as fit into the free memory.
+        greedy: whatever temperature, top_p and n the requests ask for.
+        seed: of sampling.
+        processes: those of this run, of which this one may hold a part of the model.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        rows: int | str,
+        greedy: bool = False,
+        seed: int = 0,
+        processes: Processes | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.rows, self.greedy, self.seed = rows, greedy, seed
+        self.processes = processes or Processes()
+        self.rouge = Rouge()
+        self._stops: dict[tuple[str, ...], Stops] = {}
+        self.eos = eos_tokens(model)
+
+    def run(self, prompts: list[Prompt]) -> Iterator[dict]:
+        """Results, as result lines, in the order in which they end. Raises InputError when one alone is too large."""
+        latest = time.perf_counter()
+        for job in self.decode(prompts):
+            now = time.perf_counter()
+            yield self._result(job, wall_time=(now - latest) / self.processes.shares)
+            latest = now
+
+    def decode(self, prompts: list[Prompt]) -> Iterator[Job]:
+        """Requests whose sequences have ended, in that order. Raises InputError when one alone is too large."""
+        if not prompts:
+            return
+        jobs = [self._job(prompt) for prompt in prompts]
+        rows = self._rows_that_fit(prompts) if self.rows == "auto" else self.rows
+        yield from halving(partial(self._ended, jobs), min(rows, left_of(jobs)), partial(self._fewer, jobs))
+
+    def _job(self, prompt: Prompt) -> Job:
+        choices = sampling(prompt.request, self.greedy)[2]
+        return Job(prompt, [self._sequence(prompt, choice) for choice in range(choices)])
+
+    def _rows_that_fit(self, prompts: list[Prompt]) -> int:
+        """How many sequences fit into the free memory of each process. Raises InputError where one does not."""
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        try:
+            rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+        except torch.OutOfMemoryError:  # the others may have the room, and wait
+            raise InputError(
+                f"process {self.processes.rank}: out of memory with the longest prompt ({longest} tokens) alone; "
+                "start more processes, or pass a --prefill_chunk"
+            ) from None
+        if self.processes.splits > 1:
+            rows = min(self.processes.gather(rows))
+        self.processes.say(f"--batch_size auto: up to {rows} sequences at once")
+        return rows
+
+    def _fewer(self, jobs: list[Job], rows: int) -> int:
+        """Half as many rows, for jobs that begin anew where they have not ended. Raises InputError."""
+        jobs = [job for job in jobs if not job.has_ended]
+        if self.processes.splits > 1:  # the others are in the middle of a step
+            raise InputError(
+                f"process {self.processes.rank}: out of memory with {rows} sequences; pass a smaller --batch_size "
+                "(results so far are kept, the command then goes on)"
+            )
+        if rows == 1:
+            prompt = jobs[0].prompt
+            raise InputError(
+                f"request {prompt.request.index} ({len(prompt.tokens)} tokens): does not fit into memory even "
+                "alone; use a device with more or a smaller window, or leave it out (results so far are kept)"
+            )
+        for job in jobs:  # what was under way begins anew, and says the same again
+            for choice, sequence in enumerate(job.sequences):
+                if not sequence.finish_reason:
+                    job.sequences[choice] = self._sequence(job.prompt, choice)
+        self.processes.say(f"out of memory with {rows} sequences: going on with {half(rows)}")
+        return min(half(rows), left_of(jobs))
+
+    def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
+        request = prompt.request
+        temperature, top_p, _ = sampling(request, self.greedy)
+        return Sequence(
+            prompt=prompt.tokens,
+            max_tokens=request.max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=(self.seed, request.index, choice),
+            has_ended=self._stops_of(request).said if request.stop else None,
+        )
+
+    def _stops_of(self, request: Request) -> Stops:
+        if request.stop not in self._stops:
+            self._stops[request.stop] = Stops(self.tokenizer, request.stop)
+        return self._stops[request.stop]
+
+    def _ended(self, jobs: list[Job], rows: int) -> Iterator[Job]:
+        """Each job when the last of its sequences has ended."""
+        todo = [(sequence, job) for job in jobs for sequence in job.sequences if not sequence.finish_reason]
+        job_of = {id(sequence): job for sequence, job in todo}
+        left = Counter(id(job) for _, job in todo)  # several may end in one step: what counts is what has come out
+        sampled = [sequence for sequence, _ in todo if sequence.temperature > 0]
+        nucleus = any(sequence.top_p < 1 for sequence in sampled)
+        agree = self.processes.agree_on if self.processes.splits > 1 else None
+        batcher = Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus, agree)
+        for sequence in batcher.run(sequence for sequence, _ in todo):
+            job = job_of[id(sequence)]
+            left[id(job)] -= 1
+            if sequence.finish_reason == "nan":
+                raise InputError(
+                    f"request {job.prompt.request.index}: the model's logits are NaN after {len(sequence.tokens) - 1} "
+                    f"tokens in {str(self.model.dtype).removeprefix('torch.')}; pass another --dtype, or leave the "
+                    "request out (results so far are kept)"
+                )
+            if not left[id(job)]:
+                yield job
+
+    def _result(self, job: Job, wall_time: float) -> dict:
+        request, longest = job.prompt.request, max(job.sequences, key=lambda sequence: len(sequence.tokens))
+        choices = [self.choice(request, sequence) for sequence in job.sequences]
+        if request.temperature == 0 and not self.greedy:
+            choices *= request.n
+        decoding = longest.seconds - longest.seconds_to_first_token
+        kv_bytes = sum(sequence.cache["kv_bytes"] for sequence in job.sequences)
+        timing = {
+            "latency": longest.seconds,
+            "time_to_first_token": longest.seconds_to_first_token,
+            "time_per_output_token": decoding / (len(longest.tokens) - 1) if len(longest.tokens) > 1 else None,
+            "decode_time": sum(sequence.decode_seconds for sequence in job.sequences) / self.processes.shares,
+            "wall_time": wall_time,
+            "batch_size": longest.rows,
+        }
+        return {
+            "index": request.index,
+            "request": request.fields,
+            "result": {"choices": choices, "request_time": timing},
+            "rouge": self.rouge.score(request.summary_gt, choices[0]["text"]),
+            "cache": longest.cache | {"kv_bytes": kv_bytes * self.processes.splits},  # each process has as many heads
+            "tokens_generated": sum(len(sequence.tokens) for sequence in job.sequences),
+            "tokens_emitted": sum(len(choice["logprobs"]["tokens"]) for choice in choices),
+            "peak_memory_bytes": self._peak_memory(),
+        }
+
+    def _peak_memory(self) -> int:
+        """Of all devices that hold the model."""
+        peak = sum(map(peak_memory, devices_of(self.model)))
+        return sum(self.processes.gather(peak)) if self.processes.splits > 1 else peak
+
+    def choice(self, request: Request, sequence: Sequence) -> dict:
+        """Text up to the stop string or EOS, with the tokens that make it up."""
+        tokens = sequence.tokens
+        emitted = tokens[:-1] if tokens[-1] in self.eos else tokens
+        text = self.tokenizer.decode(emitted, skip_special_tokens=True)
+        stop = self._stops_of(request).first(tokens) if request.stop else None
+        if stop is not None and stop[1] <= len(emitted):
+            text, emitted = stop[0], emitted[: stop[1]]
+        return {
+            "text": text,
+            "logprobs": {
+                "tokens": self.tokenizer.convert_ids_to_tokens(emitted),
+                "token_logprobs": [round(p, 6) for p in sequence.logprobs[: len(emitted)]],
+            },
+            "finish_reason": sequence.finish_reason,
+        }
+
+
+def decode_speed(results: Iterable[dict]) -> float | None:
+    """Tokens a second that decode steps gave all sequences together; a text's first token is prefill's."""
+    tokens = seconds = 0
+    for result in results:
+        tokens += result["tokens_generated"] - len(result["result"]["choices"])
+        seconds += result["result"]["request_time"]["decode_time"]
+    return tokens / seconds if tokens and seconds else None
+
+
+def metrics_of(results: list[dict], device: torch.device, idle: float = 0.0) -> dict:
+    """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds.
+
+    Speed of decoding is that of all sequences together, without prefill: their tokens but the first, over what the
+    steps took. `tokens_per_second` counts prefill's time and tokens in. None stands where no token was decoded.
+
+    Args: idle: what processes, on average, have waited for the last one.
+    """
+    times = [result["result"]["request_time"] for result in results]
+    seconds = sum(t["wall_time"] for t in times) + idle
+    tokens = sum(result["tokens_generated"] for result in results)
+    mean = {}
+    for name in ("time_to_first_token", "time_per_output_token"):
+        timed = [t[name] for t in times if t[name] is not None]  # a single token has no time per token
+        mean[name] = sum(timed) / len(timed) if timed else None
+    return {
+        "rouge_unit": "F-measure from 0 to 1",
+        "rouge": {name: mean_with_interval([result["rouge"][name] for result in results]) for name in ROUGE_TYPES},
+        "requests": len(results),
+        "tokens_generated": tokens,
+        "tokens_emitted": sum(result["tokens_emitted"] for result in results),
+        **mean,
+        "decode_tokens_per_second": decode_speed(results),
+        "requests_per_second": len(results) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
+        "peak_memory_of": "GPU" if device.type == "cuda" else "process",
+        "kv_bytes_per_request": sum(result["cache"]["kv_bytes"] for result in results) / len(results),
+        "slots_kept_per_request": sum(result["cache"]["slots_kept"] for result in results) / len(results),
+        "requests_evicted_from": sum(result["cache"]["slimmings"] > 0 for result in results),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": device_name(device),
+    }
