@@ -15,6 +15,7 @@ import io
 import sys
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from utils import cli
@@ -43,7 +44,15 @@ from h2optimizer.loading import (
     own_device,
     quiet_libraries,
 )
-from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, metrics_of, tokenize, warn_of_long_prompts
+from h2optimizer.summarizing import (
+    Prompt,
+    Summarizer,
+    check_result,
+    decoding_order,
+    metrics_of,
+    tokenize,
+    warn_of_long_prompts,
+)
 from utils.cli import InputError, OneLineParser, count, count_or_auto, output_file, seed
 from utils.processes import Processes
 from utils.requests import Request, read_requests, unheeded
@@ -82,6 +91,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_loading_flags(parser)
     add_cache_flags(parser)
     return parser.parse_args(argv)
+
+
+def is_whole(metrics: dict) -> bool:
+    """Whether `print_table` can show them: those of an unfinished run, or of a file that was edited, it cannot."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            print_table(metrics)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def print_table(metrics: dict) -> None:
@@ -142,7 +161,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                 processes.say(f"warning: {skipped} bad lines of {args.input_path} skipped")
             if warning := unheeded(requests):
                 processes.say(warning)
-            output = ResultsFile(args.output_path, settings_of(args, h2o, requests), args.overwrite, args.input_path)
+            settings, check = settings_of(args, h2o, requests), partial(check_result, requests=requests)
+            output = ResultsFile(args.output_path, settings, args.overwrite, args.input_path, check)
             if output.results:
                 processes.say(f"{len(output.results)} of {len(requests)} results are there already")
     requests, done = processes.broadcast((requests, set(output.results) if output else None))
@@ -171,7 +191,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                     f"--output-path {args.output_path}: {len(missing)} results are missing, first that of request "
                     f"{missing[0]}; all processes must write to one folder; run the same command again"
                 )
-            if todo or not output.metrics:
+            if todo or not is_whole(output.metrics):
                 results = [output.results[request.index] for request in requests]
                 metrics = metrics_of(results, device, idle)
                 metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}

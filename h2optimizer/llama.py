@@ -71,9 +71,10 @@ class H2OConfig:
             if type(number) is not int or number < least:
                 raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
         if self.capacity >= 2**31:  # positions are int32
+            name = "window_length" if self.window_length >= self.update_interval else "update_interval"
             raise ValueError(
-                f"window_length={self.window_length}: must be below 2**31 together with update_interval="
-                f"{self.update_interval}; give a smaller one"
+                f"{name}={getattr(self, name)}: window_length and update_interval must be below 2**31 together; give a "
+                "smaller one"
             )
         if self.score_seed >= 2**32:
             raise ValueError(f"score_seed={self.score_seed}: must be below 2**32")

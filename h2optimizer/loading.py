@@ -22,7 +22,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from h2optimizer.llama import H2OConfig, H2OLlamaForCausalLM
-from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
+from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits, refuse_other_family
 from utils.cli import InputError
 from utils.processes import Processes
 from utils.results import checkpoint_fingerprint
@@ -71,6 +71,10 @@ def load_config(name: str) -> LlamaConfig:
         raise unusable(name, error) from None
     if config.model_type != "llama":
         raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
+    try:
+        refuse_other_family(LlamaForCausalLM, config)
+    except CheckpointError as error:
+        raise InputError(f"--model-name {name}: {error}") from None
     return config
 
 
@@ -82,9 +86,9 @@ def fingerprint_of(name: str) -> str | None:
     return checkpoint_fingerprint(name)
 
 
-def unusable(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"--model-name {name}: cannot be loaded here or from the hub ({reason})")
+def unusable(name: str, error: Exception, what: str = "cannot be loaded here or from the hub") -> InputError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return InputError(f"--model-name {name}: {what} ({reason})")
 
 
 def loading_options(
@@ -189,6 +193,16 @@ def load_model(
         raise unusable(name, error) from None
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    # What is returned is the caller's to say, not the checkpoint's.
+    model.config.output_attentions = model.config.output_hidden_states = False
+    model.config.return_dict = True
+    eos = model.generation_config.eos_token_id
+    for token in eos if isinstance(eos, list) else [eos]:
+        if token is not None and (type(token) is not int or not 0 <= token < model.config.vocab_size):
+            raise InputError(
+                f"--model-name {name}: eos_token_id {token!r} is not a token of the model, which are 0 to "
+                f"{model.config.vocab_size - 1}; correct generation_config.json or config.json"
+            )
     # Requests decide how to sample: nothing else of the checkpoint's generation defaults takes part.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id,
@@ -248,7 +262,7 @@ def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
 def eos_tokens(model) -> set[int]:
     """The tokens that end a text, as the checkpoint's generation settings have them."""
     eos = model.generation_config.eos_token_id
-    return set(eos if isinstance(eos, list) else [eos]) - {None}
+    return {token for token in (eos if isinstance(eos, list) else [eos]) if token is not None}
 
 
 def end_as_chats_do(model, tokenizer) -> None:

@@ -14,7 +14,7 @@ import transformers
 
 from h2optimizer.batching import Batcher, Sequence, devices_of, rows_that_fit
 from h2optimizer.llama import H2OConfig
-from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat
+from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat, unusable
 from h2optimizer.texts import Stops, one_bos
 from utils import cli
 from utils.cli import InputError
@@ -34,11 +34,14 @@ class Prompt:
 
 def tokenize(requests: list[Request], tokenizer, model, model_name: str, chat: bool = False) -> list[Prompt]:
     """Requests with their tokens. Raises InputError where tokenizer and model do not belong together."""
-    if chat:  # the template says where a text begins
-        texts = [render_chat(tokenizer, [request.article], model_name) for request in requests]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    else:
-        encoded = [one_bos(of, tokenizer) for of in tokenizer([request.article for request in requests])["input_ids"]]
+    articles = [request.article for request in requests]
+    texts = [render_chat(tokenizer, [article], model_name) for article in articles] if chat else articles
+    try:
+        encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template says where a text begins
+    except Exception as error:  # of a tokenizer that lacks a part, or another library's words for text that is none
+        raise unusable(model_name, error, "its tokenizer fails") from None
+    if not chat:
+        encoded = [one_bos(of, tokenizer) for of in encoded]
     must_know(model, model_name, max(max(tokens, default=0) for tokens in encoded))
     for request, tokens in zip(requests, encoded, strict=True):
         if not tokens:
@@ -238,6 +241,7 @@ class Summarizer:
             "result": {"choices": choices, "request_time": timing},
             "rouge": self.rouge.score(request.summary_gt, choices[0]["text"]),
             "cache": longest.cache | {"kv_bytes": kv_bytes * self.processes.splits},  # each process has as many heads
+            "sequences": len(job.sequences),
             "tokens_generated": sum(len(sequence.tokens) for sequence in job.sequences),
             "tokens_emitted": sum(len(choice["logprobs"]["tokens"]) for choice in choices),
             "peak_memory_bytes": self._peak_memory(),
@@ -266,11 +270,37 @@ class Summarizer:
         }
 
 
+def check_result(result: dict, requests: list[Request]) -> None:
+    """Raises ValueError, with the reason, for a line that is not the result of one of these requests."""
+    index = result["index"]
+    if type(index) is not int or not 0 <= index < len(requests):
+        raise ValueError(f"its index is {index!r}; the requests are 0 to {len(requests) - 1}")
+    if result.get("request") != requests[index].fields:
+        raise ValueError(f"its request is not request {index}")
+    try:
+        timing, decoded = result["result"]["request_time"], timed_alone(result)
+        numbers = [result["rouge"][name] for name in ROUGE_TYPES]
+        numbers += [result["cache"][name] for name in ("kv_bytes", "slots_kept", "slimmings")]
+        numbers += [result[name] for name in ("sequences", "tokens_generated", "tokens_emitted", "peak_memory_bytes")]
+        numbers += [timing[name] for name in ("time_to_first_token", "decode_time", "wall_time")] + decoded
+        whole = all(isinstance(number, int | float) for number in numbers)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError("a part of it is missing")
+
+
+def timed_alone(result: dict) -> list[float]:
+    """The time of each token after the first, where there is one."""
+    each = result["result"]["request_time"]["time_per_output_token"]
+    return [] if each is None else [each]
+
+
 def decode_speed(results: Iterable[dict]) -> float | None:
     """Tokens a second that decode steps gave all sequences together; a text's first token is prefill's."""
     tokens = seconds = 0
     for result in results:
-        tokens += result["tokens_generated"] - len(result["result"]["choices"])
+        tokens += result["tokens_generated"] - result["sequences"]
         seconds += result["result"]["request_time"]["decode_time"]
     return tokens / seconds if tokens and seconds else None
 
@@ -286,10 +316,9 @@ def metrics_of(results: list[dict], device: torch.device, idle: float = 0.0) -> 
     times = [result["result"]["request_time"] for result in results]
     seconds = sum(t["wall_time"] for t in times) + idle
     tokens = sum(result["tokens_generated"] for result in results)
-    mean = {}
-    for name in ("time_to_first_token", "time_per_output_token"):
-        timed = [t[name] for t in times if t[name] is not None]  # a single token has no time per token
-        mean[name] = sum(timed) / len(timed) if timed else None
+    mean = {"time_to_first_token": sum(t["time_to_first_token"] for t in times) / len(times)}
+    timed = [each for result in results for each in timed_alone(result)]  # a single token has no time per token
+    mean["time_per_output_token"] = sum(timed) / len(timed) if timed else None
     return {
         "rouge_unit": "F-measure from 0 to 1",
         "rouge": {name: mean_with_interval([result["rouge"][name] for result in results]) for name in ROUGE_TYPES},

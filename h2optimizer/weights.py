@@ -40,6 +40,9 @@ def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
         raise CheckpointError("has no config.json that names a model_type")
     if given != wanted:
         raise CheckpointError(f"a {given} checkpoint; {model_class.__name__} runs {wanted.capitalize()} only")
+    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    if wanted == "llama" and get("sliding_window") is not None:  # which only transformers' full cache would follow
+        raise CheckpointError("config.json has a sliding_window, which Llama's attention does not know; remove it")
 
 
 def refuse_misfits(model, loading: dict, resized: bool = False) -> None:

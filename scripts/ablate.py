@@ -134,7 +134,9 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
                 attention_backend(h2o, device)
             except (ValueError, InputError) as error:
                 said = str(error).removeprefix("--")
-                faults.append(f"{', '.join(f'{name}={of}' for name, of in settings.items())}: {said}")
+                cell = ", ".join(f"{name}={of}" for name, of in settings.items())
+                named = len(settings) == 1 and said.startswith(*settings)  # it says so itself
+                faults.append(said if named else f"{cell}: {said}")
             else:
                 cells[canonical(h2o, device)] = None
     if not cells:

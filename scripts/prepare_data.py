@@ -86,9 +86,11 @@ def begins_as_text(piece: bytes) -> bool:
 
 def find_column(dataset: "Dataset", source: str, kind: str, named: str | None) -> str:
     """The column that holds the `kind` ("article" or "summary"); InputError when none or several could be it."""
-    found = [column for column in ([named] if named else COLUMNS[kind]) if column in dataset.column_names]
+    found = [column for column in (COLUMNS[kind] if named is None else [named]) if column in dataset.column_names]
     if len(found) != 1:
-        wanted = f"the column {named}" if named else f"exactly one of the columns {', '.join(COLUMNS[kind])}"
+        wanted = (
+            f"the column {named!r}" if named is not None else f"exactly one of the columns {', '.join(COLUMNS[kind])}"
+        )
         raise InputError(
             f"{source}: the {kind} should be in {wanted}, but the columns are "
             f"{', '.join(dataset.column_names)}; name the right one with --{kind}_column"

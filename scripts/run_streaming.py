@@ -57,10 +57,13 @@ from utils.ablation import FULL, policy_name
 from utils.bench import print_table, synchronize
 from utils.cli import InputError, OneLineParser, count, output_file, seed
 from utils.memory import is_out_of_memory, peak_memory
-from utils.requests import LONGEST_LINE, check_flags, checked, json_object, read_lines
+from utils.requests import LONGEST_LINE, check_flags, checked, json_object, read_lines, unheeded_fields
 from utils.results import to_json
 
 GIVEN, SAID = "given", "said"
+# Fields of a line that are read, or that ask for nothing: MT-Bench's, and those of requests.
+HEEDED = tuple("turns prompt article max_tokens stop question_id category reference summary_gt id index model engine "
+               "request_type".split())  # fmt: skip
 PICTURES = (".png", ".svg")  # beside a report
 
 
@@ -107,16 +110,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def read_turns(path: Path) -> list[Turn]:
     """Raises InputError for a file, or a line, without turns."""
-    turns = []
+    turns, lines = [], []
     for number, line in read_lines(path, "--input-path"):
         if not line.strip():
             continue
         try:
-            turns += turns_of(json_object(line))
+            lines.append(json_object(line))
+            turns += turns_of(lines[-1])
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {error}; fix the line") from None
     if not turns:
         raise InputError(f"--input-path {path}: holds no turns")
+    if warning := unheeded_fields(lines, HEEDED, {"n": (1,), "temperature": (0,), "top_p": (1,)}):
+        cli.say(warning)
     return turns
 
 

@@ -95,20 +95,25 @@ _ASKS_NOTHING = {
 
 def unheeded(requests: list[Request]) -> str | None:
     """One line on fields that ask for something which is not done, and how many requests have them; or None."""
-    names, having = {}, 0
-    for request in requests:
+    return unheeded_fields([request.fields for request in requests], _SAID_OF_ITSELF)
+
+
+def unheeded_fields(lines: list[dict], heeded: tuple[str, ...], defaults: dict[str, tuple] | None = None) -> str | None:
+    """As `unheeded`, for lines of which the `heeded` fields are read; `defaults`: values that ask for nothing."""
+    names, having, asks_nothing = {}, 0, _ASKS_NOTHING | (defaults or {})
+    for fields in lines:
         found = [
             name
-            for name, value in request.fields.items()
-            if name not in _SAID_OF_ITSELF and value is not None and value not in _ASKS_NOTHING.get(name, ())
+            for name, value in fields.items()
+            if name not in heeded and value is not None and value not in asks_nothing.get(name, ())
         ]
         having += bool(found)
         names |= dict.fromkeys(found)
     if not names:
         return None
-    shown = ", ".join(" ".join(name.split())[:40] for name in list(names)[:10])
+    shown = ", ".join(" ".join(name.split())[:40] or repr(name) for name in list(names)[:10])
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"warning: fields that are not known are ignored: {shown}{more} (in {having} of {len(requests)} requests)"
+    return f"warning: fields that are not known are ignored: {shown}{more} (in {having} of {len(lines)} requests)"
 
 
 def check_flags(**fields) -> None:

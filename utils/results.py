@@ -230,17 +230,31 @@ class ResultsFile(JsonlFile):
         settings: what a resumed run must share, by command-line flag.
         overwrite: start anew whatever is there; it stays until `start`.
         source: the file of requests, which neither may be.
+        check: raises ValueError, with the reason, for a line that is not a result of this run.
 
     Raises: InputError when a path cannot be written, is in use, or holds something else than results of `settings`.
     """
 
-    def __init__(self, path: Path, settings: dict, overwrite: bool = False, source: Path | None = None):
-        self.settings, self.overwrite = settings, overwrite
+    def __init__(
+        self,
+        path: Path,
+        settings: dict,
+        overwrite: bool = False,
+        source: Path | None = None,
+        check: Callable[[dict], None] | None = None,
+    ):
+        self.settings, self.overwrite, self.check = settings, overwrite, check
         self.metrics: dict = {}  # of a finished run
         self.metrics_path = path.parent / (path.name.removesuffix(".jsonl") + ".metrics.json")
         parts = parts_of(path)
         if parts and not overwrite and not path.exists():
             raise InputError(f"--output-path {path}: is not there, but its {parts[0].name} is; bring it back, {KEEP}")
+        other = path.with_suffix("") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.jsonl")
+        if other.is_file() and self.metrics_path.exists():
+            raise InputError(
+                f"--output-path {path}: its {self.metrics_path.name} would replace that of {other.name}; choose "
+                "another path"
+            )
         super().__init__(path, "index", "result", source, also=(self.metrics_path, *parts))
         if not overwrite and (parts or path.stat().st_size):
             self._resume()
@@ -253,7 +267,7 @@ class ResultsFile(JsonlFile):
         try:
             metrics = json.loads(self.metrics_path.read_text())
             before = dict(metrics.pop("settings"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 f"--output-path {self.path}: exists without its {self.metrics_path.name}; {KEEP}"
             ) from None
@@ -263,7 +277,7 @@ class ResultsFile(JsonlFile):
                 raise InputError(
                     f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same to go on, {KEEP}"
                 )
-        self.resume(KEEP)
+        self.resume(KEEP, self.check)
         self.metrics = metrics
         self.absorb()
 
@@ -271,7 +285,7 @@ class ResultsFile(JsonlFile):
         """Take the results of parts in, and remove these. Raises InputError, also where one is still being written."""
         for path in parts_of(self.path):
             part = JsonlFile(path, self.key, self.form)
-            part.resume(KEEP)
+            part.resume(KEEP, self.check)
             for index, entry in part.entries.items():
                 if index not in self.entries:
                     self.append(entry)
