@@ -23,7 +23,9 @@ from utils import cli
 if __name__ == "__main__":
     cli.begin()
 
+import torch
 from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from h2optimizer import H2OConfig, generation
 from h2optimizer.flags import (
@@ -156,43 +158,22 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         device = own_device(args.device, processes)
         backend = attention_backend(h2o, device)
         if processes.first:  # the one that reads: a pipe gives its lines once
-            requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
-            if skipped:
-                processes.say(f"warning: {skipped} bad lines of {args.input_path} skipped")
-            if warning := unheeded(requests):
-                processes.say(warning)
-            settings, check = settings_of(args, h2o, requests), partial(check_result, requests=requests)
-            output = ResultsFile(args.output_path, settings, args.overwrite, args.input_path, check)
-            if output.results:
-                processes.say(f"{len(output.results)} of {len(requests)} results are there already")
+            requests, skipped, output = open_files(args, h2o, processes)
     requests, done = processes.broadcast((requests, set(output.results) if output else None))
-
-    todo, idle = [request for request in requests if request.index not in done], 0.0
+    todo, idle = {request.index for request in requests} - done, 0.0
     if todo:
         with processes.together():
-            quiet_libraries()
-            options = loading_options(args.model_name, device, args.dtype, processes, args.quantize, args.device_map)
-            model, tokenizer = load_model(args.model_name, h2o, device, args.dtype, options)
-            generation.CAPTURE_SHARDED = processes.splits > 1  # Processes.close asks nothing of NCCL
-            prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
-            if args.chat:
-                end_as_chats_do(model, tokenizer)
+            model, tokenizer, prompts = load(args, h2o, device, processes, requests)
             if processes.first:
                 warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o)
                 output.start()
-        prompts = [prompt for prompt in prompts if prompt.request.index not in done]
+        prompts = [prompt for prompt in prompts if prompt.request.index in todo]
         summarizer = Summarizer(model, tokenizer, args.batch_size, args.greedy, args.seed, processes)
         idle = summarize(summarizer, decoding_order(prompts, args.batch_size, processes), output, args.output_path)
     with processes.together():
         if processes.first:
-            output.absorb()
-            if missing := [request.index for request in requests if request.index not in output.results]:
-                raise InputError(
-                    f"--output-path {args.output_path}: {len(missing)} results are missing, first that of request "
-                    f"{missing[0]}; all processes must write to one folder; run the same command again"
-                )
+            results = all_results(output, requests)
             if todo or not is_whole(output.metrics):
-                results = [output.results[request.index] for request in requests]
                 metrics = metrics_of(results, device, idle)
                 metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
                 metrics |= {"attention_backend": backend, "processes": processes.size}
@@ -201,6 +182,51 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
             print_table(output.metrics)
             sys.stdout.flush()  # where it fails, all processes end with the same status
     return 0
+
+
+def open_files(
+    args: argparse.Namespace, h2o: H2OConfig | None, processes: Processes
+) -> tuple[list[Request], int, ResultsFile]:
+    """The requests, how many lines were skipped, and the results that are there. Raises InputError."""
+    requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
+    if skipped:
+        processes.say(f"warning: {skipped} bad lines of {args.input_path} skipped")
+    if warning := unheeded(requests):
+        processes.say(warning)
+    settings, check = settings_of(args, h2o, requests), partial(check_result, requests=requests)
+    output = ResultsFile(args.output_path, settings, args.overwrite, args.input_path, check)
+    if output.results:
+        processes.say(f"{len(output.results)} of {len(requests)} results are there already")
+    return requests, skipped, output
+
+
+def load(
+    args: argparse.Namespace,
+    h2o: H2OConfig | None,
+    device: torch.device,
+    processes: Processes,
+    requests: list[Request],
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, list[Prompt]]:
+    """Model, tokenizer, and the requests with their tokens. Raises InputError."""
+    quiet_libraries()
+    options = loading_options(args.model_name, device, args.dtype, processes, args.quantize, args.device_map)
+    model, tokenizer = load_model(args.model_name, h2o, device, args.dtype, options)
+    generation.CAPTURE_SHARDED = processes.splits > 1  # Processes.close asks nothing of NCCL
+    prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
+    if args.chat:
+        end_as_chats_do(model, tokenizer)
+    return model, tokenizer, prompts
+
+
+def all_results(output: ResultsFile, requests: list[Request]) -> list[dict]:
+    """Those of all processes, in the order of the requests. Raises InputError where one is missing."""
+    output.absorb()
+    if missing := [request.index for request in requests if request.index not in output.results]:
+        raise InputError(
+            f"--output-path {output.path}: {len(missing)} results are missing, first that of request "
+            f"{missing[0]}; all processes must write to one folder; run the same command again"
+        )
+    return [output.results[request.index] for request in requests]
 
 
 def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile | None, path: Path) -> float:

@@ -270,3 +270,54 @@ def test_model_name_with_the_hub_out_of_reach(refused, monkeypatch):
             logging.getLogger("huggingface_hub").removeHandler(handler)
     assert len(waits) > 1, "nobody tried"
     assert not logged
+
+
+ODD = {
+    "sliding window": ({"config.json": {"sliding_window": 16}}, "sliding_window"),
+    "no token": ({"generation_config.json": {"eos_token_id": 10**9}}, "eos_token_id 1000000000 is not a token"),
+    "nested": ({"generation_config.json": {"eos_token_id": [[2]]}}, "eos_token_id [2] is not a token"),
+    "negative": ({"generation_config.json": {"eos_token_id": -1}}, "eos_token_id -1 is not a token"),
+}
+
+
+@both_caches
+@pytest.mark.parametrize("settings, said", ODD.values(), ids=ODD)
+def test_settings_that_no_llama_has(refused, checkpoint, tmp_path, flags, settings, said):
+    """A window that only transformers' full cache follows, or texts that never end."""
+    refused(make_requests(1), *flags, model=with_settings(checkpoint, tmp_path, settings), words=["--model-name", said])
+
+
+@both_caches
+@pytest.mark.parametrize("field", ["output_attentions", "output_hidden_states", "return_dict"])
+def test_outputs_that_a_checkpoint_asks_for(run, checkpoint, tmp_path, flags, field):
+    """What is returned is the caller's to say."""
+    requests = make_requests(2, max_tokens=4)
+    odd = with_settings(checkpoint, tmp_path, {"config.json": {field: field != "return_dict"}})
+    assert run(requests, *flags, model=odd).texts == run(requests, *flags, "--overwrite").texts
+
+
+def test_tokenizer_that_fails(refused, monkeypatch):
+    """Another library's exception, for a tokenizer that lacks a part."""
+    original = run_summarization.load_model
+
+    def load_model(*args):
+        model, tokenizer = original(*args)
+
+        def fail(*args, **kwargs):
+            raise Exception("Missing [UNK]")
+
+        monkeypatch.setattr(type(tokenizer), "__call__", fail)
+        return model, tokenizer
+
+    monkeypatch.setattr(run_summarization, "load_model", load_model)
+    refused(make_requests(1), words=["--model-name", "its tokenizer fails", "Missing [UNK]"])
+
+
+def with_settings(checkpoint: Path, folder: Path, settings: dict[str, dict]) -> Path:
+    """A copy of the checkpoint whose JSON files have other values of some fields."""
+    copy = shutil.copytree(checkpoint, folder / "odd")
+    for name, fields in settings.items():
+        path = copy / name
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(known | fields))
+    return copy

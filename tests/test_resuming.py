@@ -23,6 +23,7 @@ from summaries import (  # noqa: F401
     assert_same_results,
     checkpoint,
     instruct_model,
+    metrics_path,
     no_model,
     refused,
     run,
@@ -229,3 +230,41 @@ def test_overwrite_with_a_wrong_model_keeps_the_results(run, refused):
     before = first.files
     refused(requests, "--overwrite", model="nobody/misspelt", words="--model-name")
     assert first.files == before
+
+
+EDITS = {
+    "another index": (lambda result: result.update(index=99), "its index is 99"),
+    "index true": (lambda result: result.update(index=True), "its index is True"),
+    "another request": (lambda result: result.update(index=1), "is not request 1"),
+    "edited request": (lambda result: result["request"].update(article="another"), "is not request 0"),
+    "no scores": (lambda result: result.pop("rouge"), "a part of it is missing"),
+    "no count": (lambda result: result.update(tokens_generated=None), "a part of it is missing"),
+    "no cache": (lambda result: result.update(cache={}), "a part of it is missing"),
+}
+
+
+@pytest.mark.parametrize("change, said", EDITS.values(), ids=EDITS)
+def test_results_that_were_edited_are_refused(run, refused, change, said):
+    """Another request's result that is kept as this one's, or a KeyError after all others have been decoded."""
+    outcome = run(make_requests(3, max_tokens=2))
+    result = json.loads(outcome.lines[0])
+    change(result)
+    outcome.path.write_text(json.dumps(result) + "\n")
+    before = outcome.path.read_bytes()
+    refused(make_requests(3, max_tokens=2), words=["out.jsonl, line 1", said])
+    assert outcome.path.read_bytes() == before
+
+
+def test_metrics_that_were_edited_are_computed_anew(run):
+    """A table of a finished run that fails where the file has lost a part."""
+    outcome = run(make_requests(2, max_tokens=2))
+    edited = {"settings": outcome.metrics["settings"], "requests": 2}
+    metrics_path(outcome.path).write_text(json.dumps(edited))
+    again = run(make_requests(2, max_tokens=2))
+    assert again.metrics["rouge"] == outcome.metrics["rouge"] and again.stdout.startswith("ROUGE")
+
+
+def test_results_do_not_share_their_metrics(run, refused):
+    """out and out.jsonl, whose metrics would be one file."""
+    run(make_requests(2, max_tokens=2))
+    refused(make_requests(2, max_tokens=2), output="out", words="would replace that of out.jsonl")

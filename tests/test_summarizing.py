@@ -413,8 +413,10 @@ def test_greedy_choices_are_equal_and_decoded_once(run):
     outcome = run(requests, *H2O)
     for result in outcome.results:
         one, *others = result["result"]["choices"]
-        assert others == [one, one] and result["tokens_generated"] == 6
+        assert others == [one, one] and result["tokens_generated"] == 6 and result["sequences"] == 1
     assert not outcome.stderr
+    seconds = sum(result["result"]["request_time"]["decode_time"] for result in outcome.results)
+    assert outcome.metrics["decode_tokens_per_second"] == pytest.approx(2 * (6 - 1) / seconds)
 
 
 def test_fields_that_do_nothing_are_warned_of_once(run):

@@ -249,7 +249,7 @@ class ResultsFile(JsonlFile):
         parts = parts_of(path)
         if parts and not overwrite and not path.exists():
             raise InputError(f"--output-path {path}: is not there, but its {parts[0].name} is; bring it back, {KEEP}")
-        other = path.with_suffix("") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.jsonl")
+        other = path.parent / (path.name.removesuffix(".jsonl") if path.suffix == ".jsonl" else f"{path.name}.jsonl")
         if other.is_file() and self.metrics_path.exists():
             raise InputError(
                 f"--output-path {path}: its {self.metrics_path.name} would replace that of {other.name}; choose "
