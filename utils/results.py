@@ -250,7 +250,7 @@ class ResultsFile(JsonlFile):
         if parts and not overwrite and not path.exists():
             raise InputError(f"--output-path {path}: is not there, but its {parts[0].name} is; bring it back, {KEEP}")
         other = path.parent / (path.name.removesuffix(".jsonl") if path.suffix == ".jsonl" else f"{path.name}.jsonl")
-        if other.is_file() and self.metrics_path.exists():
+        if os.path.isfile(other) and os.path.exists(self.metrics_path):  # of which names may be too long
             raise InputError(
                 f"--output-path {path}: its {self.metrics_path.name} would replace that of {other.name}; choose "
                 "another path"
