@@ -18,6 +18,7 @@ from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolv
 from h2optimizer.columns import Columns
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
 from utils.policies import SCORES, STREAMING_LLM_SINKS
+from utils.schedule import Schedule
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
@@ -118,6 +119,11 @@ class H2OConfig:
     def capacity(self) -> int:
         """Slots allocated per row and KV head."""
         return self.window_length + self.update_interval
+
+    @property
+    def schedule(self) -> Schedule:
+        """When slimming is due."""
+        return Schedule(self.window_length, self.update_interval, self.prefill_chunk)
 
     @property
     def needs_mass(self) -> bool:

@@ -60,8 +60,7 @@ def held_shares(retention: dict, layer: int, h2o: H2OConfig) -> tuple[np.ndarray
     last_held, prompt = unpack(retention["last_held"])[layer], retention["prompt_tokens"]
     step, token = np.arange(1, len(retention["mass_lost"]) + 1)[:, None], np.arange(last_held.shape[-1])
     held = np.mean([(last >= step) & (token < prompt + step) for last in last_held], axis=0)
-    slimmed = (step - 1) // h2o.update_interval * h2o.update_interval
-    recent = token >= prompt + slimmed - h2o.recent
+    recent = token >= prompt + h2o.schedule.last_due(step - 1) - h2o.recent
     return held * ~recent, held * recent
 
 
