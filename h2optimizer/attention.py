@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
-from utils.cache import HHLayer, Step, kernels_take
+from utils.cache import HHLayer, kernels_take
+from utils.step import Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
 

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from h2optimizer import H2OConfig
 from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
 from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
-from utils.cache import HHCache, Rows, Step
+from utils.cache import HHCache
 from utils.cli import OneLineParser, count, sizes
 from utils.requests import to_json
+from utils.step import Rows, Step
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case

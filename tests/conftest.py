@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from oracle import Oracle
-from utils.cache import HHCache, Rows, Step
+from utils.cache import HHCache
+from utils.step import Rows, Step
 
 torch.set_num_threads(1)
 
