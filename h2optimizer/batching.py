@@ -447,7 +447,5 @@ def _bytes_per_row(cache: HHCache | DynamicCache, device: torch.device, tokens: 
     """Of the layers on a device, as they are: a part of a model has a part of the heads. A full cache at `tokens`."""
     layers = [layer for layer in cache.layers if layer.keys.device == device]
     if isinstance(cache, HHCache):
-        return sum(slots.nbytes for layer in layers for slots in (layer.tensors() | {"mass": layer.mass}).values()) // (
-            len(cache.lengths)
-        )
+        return sum(layer.slots.nbytes for layer in layers) // len(cache.lengths)
     return tokens * sum(t[0, :, 0].nbytes for layer in layers for t in (layer.keys, layer.values))

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from conftest import addresses, new_cache, slot_tensors
-from utils.cache import random_priority, random_salt, select_slots
+from h2optimizer.attention import resolve_backend
+from h2optimizer.slimming import slimmer_of
+from utils.policies import random_priority, random_salt
+from utils.slimming import select_slots
 
 slimming = pytest.importorskip("h2optimizer.kernels.slimming")
 
@@ -285,7 +288,8 @@ def run_script(cache, device, script=SCRIPT, slim=None):
         for b, n in enumerate(new):
             states[:, b, n:] = torch.nan  # padding must not get into the slots
         keys, values = states.to(device).transpose(2, 3)
-        cache.update(keys, values, 0)
+        backend = resolve_backend(cache.h2o.backend, str(device))
+        cache.update(keys, values, 0, slimmer=slimmer_of(backend))
         mass = torch.randint(0, 4, (3, heads, step.width), generator=generator) / 3
         for b, (start, n) in enumerate(zip(step.start, new, strict=True)):
             mass[b, :, start + n :] = 0
@@ -407,5 +411,5 @@ def test_a_graph_holds_the_slimming():
 def test_who_slims(device):
     """Kernels on a CPU that nobody asked for, or none where they were asked for."""
     configs = [new_cache(backend=backend).h2o for backend in ("auto", "sdpa", "eager", "triton")]
-    auto = slimming if device == "cuda" else None
-    assert [h2o.slimming_kernels(torch.device(device)) for h2o in configs] == [auto, None, None, slimming]
+    slimmers = [slimmer_of(resolve_backend(h2o.backend, device)) for h2o in configs]
+    assert [slimmer.by_kernel for slimmer in slimmers] == [device == "cuda", False, False, True]

@@ -12,7 +12,9 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from utils.step import Rows, SlimmingPlan, Step
+from utils.slimming import Slimming, TorchSlimmer
+from utils.slots import Slots, gather_by_mask
+from utils.step import Rows, Step
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What transformers' models call their cache, as argument and as output: `cache` from 5.24 on.
@@ -25,136 +27,64 @@ def kernels_take(states: torch.Tensor) -> bool:
     return states.dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * states.element_size() % 16 == 0
 
 
-def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor, window: int) -> torch.Tensor:
-    """The slots to keep: all recent ones and, of the older ones, those with the greatest score, `window` together.
-
-    Args:
-        score: [B, Hkv, slots], finite, float.
-        empty, recent: bool [B, 1, slots]; recent slots are kept whatever their score, empty ones only where a row is
-            shorter than the window, to fill it up.
-        window: slots to keep; all `slots` when there are no more.
-
-    Returns: int64 [B, Hkv, min(window, slots)], ascending. Of equal scores the older slot is kept. A row that is not
-    longer than the window keeps every slot where it is.
-    """
-    score = score.masked_fill(recent, torch.inf).masked_fill(empty, -torch.inf)
-    return score.sort(dim=-1, descending=True, stable=True).indices[..., :window].sort(dim=-1).values
-
-
-def random_priority(positions: torch.Tensor, layer_idx: int, seed: int) -> torch.Tensor:
-    """A fixed pseudo-random number per token and KV head, so that a row's choice depends on neither batch nor device.
-
-    A 32-bit integer hash with the xor-shift-multiply finaliser of MurmurHash3's kind; float32 values below 2**24.
-
-    Args: positions: [B, Hkv, slots]. Returns: float32 of the same shape.
-    """
-    head = torch.arange(positions.shape[1], device=positions.device)[:, None]
-    x = (positions.long() * 0x9E3779B1 + head * 0xC2B2AE3D + random_salt(layer_idx, seed)) & 0xFFFFFFFF
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return ((x ^ (x >> 16)) >> 8).float()
-
-
-def random_salt(layer_idx: int, seed: int) -> int:
-    """What layer and seed add to the hash of a token: 32 bits."""
-    return (layer_idx * 0x85EBCA77 + seed * 0x27D4EB2F) & 0xFFFFFFFF
-
-
 class HHLayer(CacheLayerMixin):
-    """The slots of one layer, allocated at its first forward and never moved.
+    """One layer: its slots, allocated at its first forward, and what a forward of several tokens adds to them.
 
-    keys, values [B, Hkv, capacity, D]; mass (and count, for score_norm "mean") [B, Hkv, capacity] float32, zero past a
-    row's length; positions [B, Hkv, capacity] int32; lengths [B] int32, of the rows. `block` holds a multi-token
-    forward's keys and values (and then mass, count) until its slimming brings them into the slots.
+    `block` holds such a forward's keys and values (and then mass, count) until its slimming brings them into the slots.
+    `keys` and `values` are the slots', for code that knows transformers' layers; `lengths` [B] int32 are the rows'.
     """
 
     def __init__(self, h2o, layer_idx: int):
         super().__init__()
         self.h2o = h2o
         self.layer_idx = layer_idx
+        self.slimmer = TorchSlimmer()
         self.block: dict[str, torch.Tensor] | None = None
 
-    @torch.inference_mode(False)  # slots outlive the mode they are made in
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        slots = (*key_states.shape[:2], self.h2o.capacity)
-        self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(*slots, value_states.shape[-1])
-        self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
-        self.count = torch.zeros_like(self.mass) if self.h2o.needs_mass and self.h2o.score_norm == "mean" else None
-        self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
+        ranked = ("mass", "count") if self.h2o.score_norm == "mean" else ("mass",)
+        ranked *= self.h2o.needs_mass
+        self.own(Slots(key_states, value_states, self.h2o.capacity, ranked))
+
+    def own(self, slots: Slots) -> None:
+        """Hold these slots from here on."""
+        self.slots, self.keys, self.values = slots, *slots.read()
+        self.dtype, self.device = self.keys.dtype, self.keys.device
         self.by_flash_attn = self.h2o.backend == "flash_attn"
-        self.by_kernel = self.h2o.slimming_kernels(self.device) is not None and kernels_take(self.keys)
-        self.by_kernel &= self.keys.dtype == self.values.dtype
+        self.by_kernel = self.slimmer.by_kernel and kernels_take(self.keys) and self.keys.dtype == self.values.dtype
         self.is_initialized = True
 
     def join(self, rows: Rows) -> None:
         """Take the rows' lengths from their mirror, and allocate now what a CUDA graph must not allocate."""
         self.lengths = rows.mirror(self.device)[0]
-        if self.h2o.slimming_kernels(self.device) is not None:
-            rows.kept(self.device, self.keys.shape[1], self.h2o.window_length)
+        if self.slimmer.by_kernel:
+            rows.kept(self.device, self.slots.heads, self.h2o.window_length)
 
     def decodes_by_kernel(self, step: Step) -> bool:
         """Whether one operator rotates, appends, attends and adds mass in this forward, in place of `update`."""
         needed = step.scored or step.partial or self.h2o.position_rolling or not self.by_flash_attn
         return step.decode and self.by_kernel and needed
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The slot tensors by name, mass only where slots are ranked by it."""
-        names = ("keys", "values", "positions") + ("mass", "count") * self.h2o.needs_mass
-        return {name: slots for name in names if (slots := getattr(self, name)) is not None}
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step):
-        if not self.is_initialized or (step.max_start == 0 and not self._takes(key_states, value_states)):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, slimmer: TorchSlimmer):
+        if not self.is_initialized or (step.max_start == 0 and not self.slots.suit(key_states, value_states)):
+            self.slimmer = slimmer
             self.lazy_initialization(key_states, value_states)
             self.join(step.rows)
-        # a turn under autocast, or one after it, may compute in another dtype than that of the slots
-        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         if step.decode:
-            with torch.no_grad():
-                for slots, new in ((self.keys, key_states), (self.values, value_states)):
-                    if step.partial:
-                        rows = torch.tensor([b for b, n in enumerate(step.new) if n], device=slots.device)
-                        slots[rows, :, step.starts(slots.device)[rows]] = new[rows, :, 0]
-                    elif step.min_start == step.max_start and not step.static:
-                        slots[:, :, step.min_start].copy_(new[:, :, 0])
-                    else:
-                        at = step.starts(slots.device)
-                        slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
-            width = self.h2o.capacity if step.static else step.width
-            return self.keys[:, :, :width], self.values[:, :, :width]
-        keys, values = self._join(self.keys, key_states, step), self._join(self.values, value_states, step)
+            self.slots.append(key_states, value_states, step)
+            return self.slots.read(self.h2o.capacity if step.static else step.width)
+        keys, values = self.slots.extended(key_states, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
         return keys, values
-
-    def _takes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether empty slots that are there suit these states: after `reset` the model may be another."""
-        pairs = (self.keys, key_states), (self.values, value_states)
-        return all(
-            (slots.dtype, slots.device, slots.shape[1], slots.shape[3])
-            == (states.dtype, states.device, states.shape[1], states.shape[3])
-            for slots, states in pairs
-        )
-
-    def _join(self, slots: torch.Tensor, new: torch.Tensor, step: Step) -> torch.Tensor:
-        """Each row's filled slots, then its new tokens: [B, Hkv, step.width, D]."""
-        if step.max_start == 0:
-            return new
-        if step.min_start == step.max_start:
-            return torch.cat([slots[:, :, : step.max_start], new], dim=2)
-        joined = new.new_zeros(*new.shape[:2], step.width, new.shape[-1])
-        joined[:, :, : step.max_start] = slots[:, :, : step.max_start]
-        at = step.starts(new.device)[:, None] + torch.arange(step.columns, device=new.device)
-        return joined.scatter(2, at[:, None, :, None].expand_as(new), new)
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:
         """Add this forward's mass [B, Hkv, step.width]; what is there decays first."""
         decay = self.h2o.score_decay
         added = {"mass": mass}
-        if self.count is not None:
+        if self.slots.count is not None:
             added["count"] = step.scored_queries(mass.device)[:, None].expand_as(mass)
         for name, addition in added.items():
-            slots = getattr(self, name)
+            slots = getattr(self.slots, name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays:
                 old.mul_(torch.where(step.brought(old.device) > 0, decay, 1.0)[:, None, None] if step.padded else decay)
@@ -170,76 +100,30 @@ class HHLayer(CacheLayerMixin):
 
         With `static` the same is enqueued whatever the rows' lengths.
         """
-        source, self.block = self.block or self.tensors(), None
-        appending, width = source["keys"] is not self.keys, source["keys"].shape[2]
-        plan = rows.plan(self.keys.device, width, self.h2o.capacity, heavy, recent)
+        block, self.block = self.block, None
+        width = self.h2o.capacity if block is None else block["keys"].shape[2]
+        plan = rows.plan(self.device, width, self.h2o.capacity, heavy, recent)
         plan.ragged |= static
         if plan.longest <= plan.window and not static:
-            for name, old in source.items() if appending else ():
-                _fill(getattr(self, name), old[:, :, : plan.longest], plan)
+            if block is not None:
+                self.slots.fill({name: old[:, :, : plan.longest] for name, old in block.items()}, plan)
             return  # positions are right: they are counted on past the row's end
-        kernels = self.h2o.slimming_kernels(self.keys.device)
-        ranking = kernels is not None and max(width, self.h2o.capacity) <= kernels.MAX_SLOTS
-        moving = kernels is not None and not by_mask
-        if appending and not (ranking and moving):
-            filled = min(self.h2o.capacity, width)
-            new = plan.masks.appended[..., filled:width].expand(*self.mass.shape[:2], -1)
-            source["positions"] = torch.cat([self.positions[:, :, :filled], new], dim=-1)
-        kept = rows.kept(self.keys.device, self.keys.shape[1], self.h2o.window_length) if kernels else None
-        keep = self._keep(source, plan, kernels if ranking else None, kept, moving)
-        if moving:
-            if not ranking:
-                kernels.hand_over(keep, kept)
-            keys, values = source.pop("keys"), source.pop("values")
-            kernels.compact(self.keys, self.values, keys, values, plan.mirror, kept, plan.window)
-            if ranking:
-                return  # the rest moved when its slots were picked
-        for name, old in source.items():
-            _fill(getattr(self, name), _compact_by_mask(old, keep) if by_mask else _compact(old, keep), plan)
-        for name in ("mass", "count"):
-            if (slots := getattr(self, name)) is not None:
-                slots[:, :, plan.window :].zero_()
-        torch.where(plan.masks.filled, self.positions, plan.masks.upcoming, out=self.positions)
-
-    def _keep(self, source: dict[str, torch.Tensor], plan: SlimmingPlan, kernels, kept, moving: bool) -> torch.Tensor:
-        """The slots that either slimming keeps, ascending: [B, Hkv, window], int64 from torch, int32 from the kernel.
-
-        The kernel writes them to `kept` and, with `moving`, brings positions, mass and count into place at once.
-        """
-        if kernels is None:
-            return select_slots(self._score(source), plan.masks.empty, plan.masks.recent, plan.window)
-        rank, salt, slots, scores = "oldest", 0, (None, None), (None, None)
-        if self.h2o.score == "random" and plan.heavy:
-            rank, salt = "random", random_salt(self.layer_idx, self.h2o.score_seed)
-        elif self.h2o.needs_mass:
-            rank, slots = "mass" if self.count is None else "mean", (self.mass, self.count)
-            scores = source["mass"].contiguous(), source["count"].contiguous() if "count" in source else None
-        kernels.select(
-            self.positions, *slots, *scores, plan.slots, plan.mirror, kept, plan.heavy, plan.recent, rank, salt, moving
-        )
-        return kept[..., : plan.window]
-
-    def _score(self, source: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What slots are ranked by, greatest kept: float32 [B, Hkv, slots]."""
-        positions = source["positions"]
-        if self.h2o.score == "random":
-            return random_priority(positions, self.layer_idx, self.h2o.score_seed)
-        if not self.h2o.needs_mass:  # sinks, or a window without heavy hitters, where nothing is ranked
-            return -torch.arange(positions.shape[-1], dtype=torch.float32, device=positions.device).expand_as(positions)
-        if self.count is not None:
-            return source["mass"] / source["count"].clamp(min=torch.finfo(torch.float32).tiny)
-        return source["mass"]
+        kept = None
+        if self.slimmer.by_kernel:
+            kept = rows.kept(self.device, self.slots.heads, self.h2o.window_length)
+        slimming = Slimming(self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, kept)
+        if by_mask:
+            self.slots.compact(slimming.tensors(), self.slimmer.pick(slimming), plan, gather_by_mask)
+        else:
+            self.slimmer.slim(slimming)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        for slots in self.tensors().values():
-            slots.copy_(slots.index_select(0, beam_idx.to(slots.device)))
+        self.slots.reorder(beam_idx)
 
     def reset(self) -> None:
         self.block = None
         if self.is_initialized:
-            for slots in (self.keys, self.values, self.mass) + ((self.count,) if self.count is not None else ()):
-                slots.zero_()
-            self.positions.copy_(torch.arange(self.h2o.capacity, dtype=torch.int32, device=self.positions.device))
+            self.slots.clear()
 
     # The mask sizes and lengths that transformers asks of a layer belong to the whole cache here.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -250,31 +134,6 @@ class HHLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1  # tokens never run out of slots
-
-
-def _fill(slots: torch.Tensor, kept: torch.Tensor, plan: SlimmingPlan) -> None:
-    """Copy [B, Hkv, n(, D)] into the first n slots, but nothing past a row's end: padding stays outside."""
-    slots = slots[:, :, : kept.shape[2]]
-    if plan.ragged:
-        filled = plan.masks.filled[..., : kept.shape[2]]
-        kept = torch.where(filled if kept.ndim == 3 else filled[..., None], kept, slots)
-    slots.copy_(kept)
-
-
-def _compact(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The kept slots of [B, Hkv, slots(, D)] by gather."""
-    if old.ndim == 3:
-        return old.gather(2, keep)
-    dtype = old.dtype
-    if old.shape[-1] * old.itemsize % 8 == 0:  # move 8 bytes with each index, not 2
-        old = old.view(torch.int64)
-    return old.gather(2, keep[..., None].expand(*keep.shape, old.shape[-1])).view(dtype)
-
-
-def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The same as H2O does it: a boolean mask over the slots, and a copy of what it leaves."""
-    mask = torch.zeros(old.shape[:3], dtype=torch.bool, device=old.device).scatter(2, keep.long(), True)
-    return old[mask].view(*keep.shape, *old.shape[3:])
 
 
 class Decoders(dict):
@@ -378,11 +237,20 @@ class HHCache(Cache):
         rows.append(new, on_device=not static)
         return self.step
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args,
+        slimmer: TorchSlimmer | None = None,
+        **kwargs,
+    ):
         """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
 
         A decode step returns views of the slots, a forward of several tokens the slots followed by the new tokens.
-        Slots carry no gradient: it reaches the new tokens of a forward of several, and those only.
+        Slots carry no gradient: it reaches the new tokens of a forward of several, and those only. `slimmer`, torch's
+        unless given, slims the layer from its first forward on.
 
         Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache.
         """
@@ -393,7 +261,7 @@ class HHCache(Cache):
             )
         while len(self.layers) <= layer_idx:
             self.layers.append(HHLayer(self.h2o, len(self.layers)))
-        return self.layers[layer_idx].update(key_states, value_states, self.step)
+        return self.layers[layer_idx].update(key_states, value_states, self.step, slimmer or TorchSlimmer())
 
     @torch.no_grad()
     def add_mass(self, mass: torch.Tensor, layer_idx: int) -> None:
@@ -480,8 +348,8 @@ class HHCache(Cache):
         other._rows = Rows(batch_size)
         for layer in self.layers:
             other.layers.append(HHLayer(self.h2o, layer.layer_idx))
-            row = layer.keys[:1].expand(batch_size, -1, -1, -1), layer.values[:1].expand(batch_size, -1, -1, -1)
-            other.layers[-1].lazy_initialization(*row)
+            other.layers[-1].slimmer = layer.slimmer
+            other.layers[-1].own(layer.slots.empty_like(batch_size))
             other.layers[-1].join(other._rows)
         return other
 
@@ -497,9 +365,7 @@ class HHCache(Cache):
         if not (self.can_join and source.can_join):
             raise ValueError("take_rows: rows change right after a slimming only (where `can_join` holds)")
         for mine, theirs in zip(self.layers, source.layers, strict=True):
-            to, of = (torch.tensor(indices, device=mine.keys.device) for indices in (rows, source_rows))
-            for name, slots in mine.tensors().items():
-                slots.index_copy_(0, to, getattr(theirs, name).index_select(0, of))
+            mine.slots.take_rows(rows, theirs.slots, source_rows)
         self._rows.take(rows, source._rows, source_rows)
         self.clock = max(self.clock, 1)  # what a row brings begins with its prefill
 
@@ -547,16 +413,11 @@ class HHCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all slots, filled or not: keys, values, mass and positions of every layer."""
-        return sum(
-            slots.nbytes
-            for layer in self.layers
-            if layer.is_initialized
-            for slots in (layer.tensors() | {"mass": layer.mass}).values()
-        )
+        return sum(layer.slots.nbytes for layer in self.layers if layer.is_initialized)
 
     def positions(self, layer: int) -> torch.Tensor:
         """Original positions that a layer's slots hold, int32 [B, Hkv, longest row], -1 past a row's length."""
-        positions = self.layers[layer].positions[:, :, : max(self.lengths)]
+        positions = self.layers[layer].slots.positions[:, :, : max(self.lengths)]
         lengths = self._rows.mirror(positions.device)[0, :, None, None]
         return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
 

@@ -145,7 +145,7 @@ class Rows:
         self._brought: dict[torch.device, torch.Tensor] = {}
         self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
-        self._kept: dict[torch.device, torch.Tensor] = {}
+        self._kept: dict[tuple, torch.Tensor] = {}
         self._plans: dict[tuple, SlimmingPlan] = {}
 
     def mirror(self, device: torch.device) -> torch.Tensor:
@@ -156,12 +156,13 @@ class Rows:
         return self._mirrors[device]
 
     def kept(self, device: torch.device, heads: int, window: int) -> torch.Tensor:
-        """int32 [B, heads, window + 1] on `device`, at a fixed address: what the slimming kernels pass on."""
-        if device not in self._kept:
+        """int32 [B, heads, window + 1] on `device`, at a fixed address: what slimming kernels pass on."""
+        key = device, heads, window
+        if key not in self._kept:
             with torch.inference_mode(False):
                 shape = (len(self.lengths), heads, window + 1)
-                self._kept[device] = torch.zeros(shape, dtype=torch.int32, device=device)
-        return self._kept[device]
+                self._kept[key] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._kept[key]
 
     def gap(self, device: torch.device) -> torch.Tensor:
         """`gaps` on `device`, at a fixed address: int32 [B]."""
