@@ -50,7 +50,7 @@ from h2optimizer.texts import Stops, one_bos
 from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
 from utils.bench import free_memory
 from utils.cli import InputError, OneLineParser, count, count_or_all, count_or_auto, output_file, seed
-from utils.policies import POLICIES
+from utils.policies import POLICIES, named_policies
 from utils.processes import Processes
 from utils.requests import (
     JsonlFile,
@@ -169,8 +169,7 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--score",
         choices=tuple(POLICIES),
-        help="what stays beside the newest slots: mass (H2O), sink (half of the window: the oldest), streaming_llm "
-        "(the 4 oldest), random",
+        help=f"what stays beside the newest slots: {named_policies()}",
     )
     add("--score_seed", type=seed, help="of --score random")
     add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")

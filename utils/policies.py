@@ -32,6 +32,7 @@ class Policy:
 
     label: str  # in tables and figures
     score: Callable[[Candidates], torch.Tensor]
+    meaning: str = ""  # what --help says beside its name
     by_mass: bool = False  # needs attention mass, which decode steps then add up
     seeded: bool = False  # depends on score_seed
     heavy: int | None = None  # slots kept by score where num_heavy_hitters is -1; None = half of the window
@@ -61,14 +62,19 @@ def random(slots: Candidates) -> torch.Tensor:
     return random_priority(slots.positions, slots.layer_idx, slots.seed)
 
 
-STREAMING_LLM = Policy("StreamingLLM", oldest, heavy=4, rank="oldest")  # as published, arXiv 2309.17453
+STREAMING_LLM = Policy("StreamingLLM", oldest, "the 4 oldest", heavy=4, rank="oldest")  # as in arXiv 2309.17453
 POLICIES = {
-    "mass": Policy("H2O", mass, by_mass=True, rank="mass"),
-    "sink": Policy("sinks", oldest, rank="oldest"),
+    "mass": Policy("H2O", mass, "H2O", by_mass=True, rank="mass"),
+    "sink": Policy("sinks", oldest, "half of the window: the oldest", rank="oldest"),
     "streaming_llm": STREAMING_LLM,
     "random": Policy("random + recent", random, seeded=True, rank="random"),
 }
 RECENT_ONLY = Policy("recent only", oldest, heavy=0, rank="oldest")  # a window without heavy hitters ranks nothing
+
+
+def named_policies() -> str:
+    """The policies as --help lists them."""
+    return ", ".join(name + (f" ({of.meaning})" if of.meaning else "") for name, of in POLICIES.items())
 
 
 def random_priority(positions: torch.Tensor, layer_idx: int, seed: int) -> torch.Tensor:
