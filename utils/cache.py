@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from utils.padding import Padding, check_past
 from utils.slimming import Slimming, TorchSlimmer
 from utils.slots import Slots, gather_by_mask
 from utils.step import Rows, Step
@@ -422,36 +423,8 @@ class HHCache(Cache):
         return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
 
     def check_past(self, past: torch.Tensor) -> None:
-        """Raise ValueError unless a mask of the columns so far, bool [B, n] on the host, is that of the tokens seen.
-
-        Of the padding that decode steps fed to rows that had ended it may say what it likes: it is in no slot.
-        """
-        if self._rows is None:
-            seen = torch.zeros(len(past), 0, dtype=torch.bool)
-        else:
-            seen = torch.ones(len(self._rows.lengths), self._columns, dtype=torch.bool)
-        shown = past[:, max(0, past.shape[1] - seen.shape[1]) :]  # what is to the left of all columns must be padding
-        if len(past) != len(seen) or shown.shape != seen.shape or past[:, : past.shape[1] - seen.shape[1]].any():
-            raise ValueError(
-                f"attention_mask: shows {past.shape[1]} columns before this input, the cache has seen "
-                f"{seen.shape[1]}; give the mask of all columns or of the new ones only, or reset() the cache"
-            )
-        ended = torch.zeros_like(seen)
-        for mask, runs, value in ((seen, self._runs("padding"), False), (ended, self._runs("ended"), True)):
-            for row, begin, end in runs:
-                mask[row, begin:end] = value
-        for fault, what in ((seen & ~shown, "hides tokens that"), (shown & ~seen & ~ended, "shows padding that")):
-            if fault.any():
-                row, column = fault.nonzero()[0].tolist()
-                raise ValueError(
-                    f"attention_mask: {what} the cache has taken as such (row {row}, column {column}); tokens cannot "
-                    "be hidden or shown afterwards: give the mask of the new columns only, or reset() the cache"
-                )
-
-    def _runs(self, name: str) -> list[tuple[int, int, int]]:
-        """(row, begin, end) of the rows' `padding` or `ended`."""
-        runs = getattr(self._rows, name, ())
-        return [(row, begin, end) for row, of_row in enumerate(runs) for begin, end in of_row]
+        """Raise ValueError unless a mask of the columns so far, bool [B, n] on the host, is that of the tokens seen."""
+        check_past(past, self._columns, [Padding()] * len(past) if self._rows is None else self._rows.padding)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included: where a full cache, and so `generate`, would be."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from utils.padding import Padding
+
 
 @dataclass
 class Step:
@@ -130,16 +132,14 @@ class Rows:
     """Row lengths and tokens seen, on the host and mirrored at a fixed address on each device that holds a layer.
 
     During a forward both include its new tokens; they are cut to the window once all layers are slimmed. `padding`
-    holds the runs of columns (begin, end) in which a row had no token; `ended` those of them that decode steps fed.
-    `gaps` are the positions that a row has left out, for holes in a mask.
+    says in which columns a row had no token. `gaps` are the positions that a row has left out, for holes in a mask.
     """
 
     def __init__(self, batch_size: int):
         self.lengths = [0] * batch_size
         self.seen = [0] * batch_size
         self.evictions = [0] * batch_size
-        self.padding: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
-        self.ended: list[list[tuple[int, int]]] = [[] for _ in range(batch_size)]
+        self.padding = [Padding() for _ in range(batch_size)]
         self.gaps = [0] * batch_size
         self._bring = [1] * batch_size  # what `brought` says on the device
         self._brought: dict[torch.device, torch.Tensor] = {}
@@ -187,15 +187,9 @@ class Rows:
 
     def pad(self, columns: int, real: torch.Tensor, decode: bool) -> None:
         """Account for the padding among new columns, the first of which is number `columns`; real: bool [B, n]."""
-        for row, there in enumerate(real.tolist()):
-            if all(there):
-                continue
-            for begin, end in _runs_without(there):
-                for runs in (self.padding[row], self.ended[row])[: 1 + decode]:
-                    if runs and runs[-1][1] == columns + begin:
-                        runs[-1] = runs[-1][0], columns + end
-                    else:
-                        runs.append((columns + begin, columns + end))
+        for padding, there in zip(self.padding, real.tolist(), strict=True):
+            if not all(there):
+                padding.add(columns, there, decode)
 
     def append(self, new: list[int], on_device: bool = True) -> None:
         """Account for new tokens; on the device as well, unless `count_step` does so there."""
@@ -229,24 +223,24 @@ class Rows:
 
     def clear(self) -> None:
         self.lengths, self.seen, self.evictions = ([0] * len(self.lengths) for _ in range(3))
-        self.padding, self.ended = ([[] for _ in self.lengths] for _ in range(2))
+        self.padding = [Padding() for _ in self.lengths]
         self.gaps = [0] * len(self.lengths)
         self._plans.clear()
         self.upload()
 
     def reorder(self, order: torch.Tensor) -> None:
-        state = list(zip(self.lengths, self.seen, self.evictions, self.gaps, self.padding, self.ended, strict=True))
+        state = list(zip(self.lengths, self.seen, self.evictions, self.gaps, self.padding, strict=True))
         if any(row != state[0] for row in state):  # alike rows stay so: beams of one length need no wait for the device
-            rows = [[item.copy() if isinstance(item, list) else item for item in state[i]] for i in order.tolist()]
-            columns = map(list, zip(*rows, strict=True))
-            self.lengths, self.seen, self.evictions, self.gaps, self.padding, self.ended = columns
+            columns = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
+            self.lengths, self.seen, self.evictions, self.gaps, padding = columns
+            self.padding = [of_row.copy() for of_row in padding]
             self.upload()
 
     def take(self, rows: list[int], source: Rows, source_rows: list[int]) -> None:
         for row, of in zip(rows, source_rows, strict=True):
             self.lengths[row], self.seen[row] = source.lengths[of], source.seen[of]
             self.evictions[row], self.gaps[row] = source.evictions[of], source.gaps[of]
-            self.padding[row], self.ended[row] = source.padding[of].copy(), source.ended[of].copy()
+            self.padding[row] = source.padding[of].copy()
         self._plans.clear()
         self.upload()
 
@@ -261,14 +255,6 @@ class Rows:
         if key not in self._plans:
             self._plans[key] = SlimmingPlan(self, *key)
         return self._plans[key]
-
-
-def _runs_without(real: list[bool]) -> list[tuple[int, int]]:
-    """The runs (begin, end) of False in a row."""
-    edges = [
-        at for at in range(len(real) + 1) if (real[at - 1] if at else True) != (real[at] if at < len(real) else True)
-    ]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 class SlotMasks(NamedTuple):
