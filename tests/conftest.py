@@ -211,7 +211,7 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
 
 
 def slot_tensors(cache: HHCache) -> dict[tuple[int, str], torch.Tensor]:
-    """Every tensor that the layers have allocated, by layer and name; the rows' lengths are not theirs."""
+    """Every tensor that the layers' slots are made of, by layer and name."""
     return {
         (layer_idx, name): value
         for layer_idx, layer in enumerate(cache.layers)

@@ -163,7 +163,8 @@ class HHCache(Cache):
       no host wait for the device.
     - Rows are independent: one may be replaced right after a slimming (`take_rows`), and goes on as it would alone.
 
-    `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`.
+    `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`. The
+    attention hands the slimmer that goes with its backend to `update`.
 
     Args:
         h2o: an `H2OConfig`; the cache's own settings, whatever the model's are.
