@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
-from utils.cache import HHLayer, Step, kernels_take
+from utils.cache import HHLayer, kernels_take
+from utils.step import Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
+
+KERNEL_BACKENDS = ("triton", "flash_attn")  # of which Triton kernels decode and slim
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -137,7 +140,7 @@ def flash_attention(
         return _kernel_decode(query, key, value, step, scaling, group_reduce, rope)
     key = key if rope is None else rotate(key, *rope)
     if step.decode and slots is not None:  # all slots: what a graph records must not change from step to step
-        key, value = slots.keys, slots.values
+        key, value = slots.slots.read()
     flash, (q, k, v) = find_flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
     lse = None
     if step.max_start == 0:
@@ -173,7 +176,7 @@ def resolve_backend(name: str, device: str) -> str:
     has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
         return "triton" if device == "cuda" and has_triton and _least_capability() >= 8 else "sdpa"
-    if name in ("triton", "flash_attn"):
+    if name in KERNEL_BACKENDS:
         if not has_triton:
             raise ValueError(f"backend={name!r}: triton is not installed: pip install triton, or choose backend='sdpa'")
         if device != "cuda" and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -183,6 +186,11 @@ def resolve_backend(name: str, device: str) -> str:
     if name == "flash_attn":
         find_flash_attn()
     return name
+
+
+def has_kernels(h2o, device: torch.device) -> bool:
+    """Whether, with these settings, Triton kernels decode and slim on a device."""
+    return resolve_backend(h2o.backend, device.type) in KERNEL_BACKENDS
 
 
 def blocked_attention(
@@ -282,13 +290,13 @@ def kernel_decode_step(
     """
     from h2optimizer.kernels import decode
 
-    h2o = slots.h2o
+    h2o, stored = slots.h2o, slots.slots
     lengths = step.attended(slots.device) if step.partial else slots.lengths
     # as an operator only where torch.compile looks on: its dispatch costs the host 20 us
     run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
     return run(
-        projected, *rope, slots.keys, slots.values, slots.mass if step.scored else None,
-        slots.count if step.scored else None, lengths, scaling, float(h2o.score_decay),
+        projected, *rope, *stored.read(), stored.mass if step.scored else None,
+        stored.count if step.scored else None, lengths, scaling, float(h2o.score_decay),
         h2o.group_reduce == "first", h2o.position_rolling,
     )  # fmt: skip
 

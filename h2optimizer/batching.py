@@ -309,10 +309,8 @@ class Batcher:
         elif not waiting:
             steps = CHUNK
         else:
-            interval = self.h2o.update_interval
-            steps = interval - (self.cache.clock - 1) % interval
-            while steps + interval <= CHUNK:
-                steps += interval
+            steps = self.h2o.schedule.steps_to_due(self.cache.clock)
+            steps += max(0, CHUNK - steps) // self.h2o.update_interval * self.h2o.update_interval
         unseen = {id(sequence) for group, *_ in self._first for sequence in group}
         left = [s.max_tokens - len(s.tokens) - (id(s) in unseen) for s in self.rows if s is not None]
         steps = min(steps, CHUNK, max(left))
@@ -373,23 +371,14 @@ class Batcher:
         if self.h2o is None:
             per_token = sum(t[0, :, 0].nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
             return {"tokens_seen": seen, "slots_kept": seen, "slimmings": 0, "kv_bytes": seen * per_token}
-        window, interval = self.h2o.window_length, self.h2o.update_interval
-        prompt, kept, slimmings = len(sequence.prompt), 0, 0
-        chunk = _columns_at_once(self.h2o, prompt)
-        forwards = [(min(chunk, prompt - begin), True) for begin in range(0, prompt, chunk)]
-        forwards += [(1, step % interval == 0) for step in range(1, len(sequence.tokens))]
-        for new, due in forwards:
-            kept += new
-            if due:
-                slimmings += kept > window
-                kept = min(kept, window)
+        held = self.h2o.schedule.held_after(len(sequence.prompt), len(sequence.tokens) - 1)
         kv_bytes = self.cache.nbytes // len(self.rows)
-        return {"tokens_seen": seen, "slots_kept": kept, "slimmings": slimmings, "kv_bytes": kv_bytes}
+        return {"tokens_seen": seen, "slots_kept": held.slots, "slimmings": held.evictions, "kv_bytes": kv_bytes}
 
 
 def _columns_at_once(h2o, tokens: int) -> int:
     """How many tokens of a prompt of so many one prefill computes; `h2o` None is the full cache."""
-    return tokens if h2o is None or h2o.prefill_chunk is None else min(tokens, h2o.prefill_chunk)
+    return tokens if h2o is None else h2o.schedule.columns_at_once(tokens)
 
 
 def devices_of(model) -> list[torch.device]:
@@ -453,7 +442,5 @@ def _bytes_per_row(cache: HHCache | DynamicCache, device: torch.device, tokens: 
     """Of the layers on a device, as they are: a part of a model has a part of the heads. A full cache at `tokens`."""
     layers = [layer for layer in cache.layers if layer.keys.device == device]
     if isinstance(cache, HHCache):
-        return sum(slots.nbytes for layer in layers for slots in (layer.tensors() | {"mass": layer.mass}).values()) // (
-            len(cache.lengths)
-        )
+        return sum(layer.slots.nbytes for layer in layers) // len(cache.lengths)
     return tokens * sum(t[0, :, 0].nbytes for layer in layers for t in (layer.keys, layer.values))

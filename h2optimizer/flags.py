@@ -13,7 +13,7 @@ from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import QUANTIZERS
 from utils.cli import InputError, count_or_all, seed
-from utils.policies import SCORES
+from utils.policies import POLICIES, named_policies
 from utils.processes import Processes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -82,9 +82,8 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention; auto: triton on CUDA, else sdpa")
     add(
         "--score",
-        choices=SCORES,
-        help="what stays beside the newest slots: mass (H2O), sink (half of the window: the oldest), streaming_llm "
-        "(the 4 oldest), random",
+        choices=tuple(POLICIES),
+        help=f"what stays beside the newest slots: {named_policies()}",
     )
     add("--score_seed", type=seed, help="of --score random")
     add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")

@@ -23,6 +23,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from h2optimizer.attention import has_kernels
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 CHUNK = 16  # most steps between two looks of the host at the tokens
@@ -288,7 +289,7 @@ def can_capture(
     if not is_replayable(model):
         return False
     on_gpu = model.device.type == "cuda" or CAPTURE_ELSEWHERE
-    if not on_gpu or cache.h2o.slimming_kernels(model.device) is None:
+    if not on_gpu or not has_kernels(cache.h2o, model.device):
         return False
     return cache.h2o.position_rolling or _positions_are_counts(input_ids, **kwargs)
 

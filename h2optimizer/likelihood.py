@@ -38,7 +38,8 @@ def log_likelihoods(
     said = torch.tensor(said, device=model.device)
     forced = ForcedDecode(model, [context for context, _ in pairs], pad_token_id)
     logprobs, greedy = [], []
-    after_eviction = [int(_evicts_in_prefill(getattr(model, "h2o", None), len(context))) for context, _ in pairs]
+    h2o = getattr(model, "h2o", None)  # None: the full cache
+    after_eviction = [int(h2o is not None and h2o.schedule.evicts_in_prefill(len(context))) for context, _ in pairs]
     for step in range(steps):
         if step:
             for row, evictions in enumerate(getattr(forced.cache, "evictions", ())):
@@ -51,13 +52,6 @@ def log_likelihoods(
         torch.stack(logprobs, 1).tolist(), torch.stack(greedy, 1).tolist(), lengths, after_eviction, strict=True
     )
     return [LogLikelihood(sum(row[:n]), all(same[:n]), after) for row, same, n, after in table]
-
-
-def _evicts_in_prefill(h2o, tokens: int) -> bool:
-    """Whether slots are dropped before the last chunk of a context of so many tokens; `h2o` None is the full cache."""
-    if h2o is None or h2o.prefill_chunk is None:
-        return False
-    return (tokens - 1) // h2o.prefill_chunk * h2o.prefill_chunk > h2o.window_length
 
 
 def log_likelihoods_in_batches(

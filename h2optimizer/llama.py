@@ -14,10 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.utils import can_return_tuple
 
 from h2optimizer import generation, weights
-from h2optimizer.attention import ATTENTION_BACKENDS, kernel_decode_step, resolve_backend, rotate
+from h2optimizer.attention import ATTENTION_BACKENDS, has_kernels, kernel_decode_step, resolve_backend, rotate
 from h2optimizer.columns import Columns
+from h2optimizer.slimming import slimmer_of
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
-from utils.policies import SCORES, STREAMING_LLM_SINKS
+from utils.policies import POLICIES, RECENT_ONLY, Policy
+from utils.schedule import Schedule
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
@@ -47,7 +49,7 @@ class H2OConfig:
         for name, allowed in {
             "slimming": ("H", "mask"),
             "backend": ("auto", *ATTENTION_BACKENDS),
-            "score": SCORES,
+            "score": tuple(POLICIES),
             "score_norm": ("sum", "mean"),
             "group_reduce": ("sum", "first"),
         }.items():
@@ -85,8 +87,8 @@ class H2OConfig:
             )
         if self.heavy >= self.window_length:
             raise ValueError(
-                f"window_length={self.window_length}: has no room for the {STREAMING_LLM_SINKS} sinks of "
-                f"score {self.score} and the newest slot; give at least {STREAMING_LLM_SINKS + 1}, or set "
+                f"window_length={self.window_length}: has no room for the {self.heavy} sinks of "
+                f"score {self.score} and the newest slot; give at least {self.heavy + 1}, or set "
                 "num_heavy_hitters to how many sinks to keep"
             )
         if type(self.score_decay) not in (int, float) or not 0.0 <= self.score_decay <= 1.0:
@@ -108,7 +110,8 @@ class H2OConfig:
         """Heavy hitters in the window, or what takes their place: sinks, random slots."""
         if self.num_heavy_hitters != -1:
             return self.num_heavy_hitters
-        return STREAMING_LLM_SINKS if self.score == "streaming_llm" else self.window_length // 2
+        heavy = POLICIES[self.score].heavy
+        return self.window_length // 2 if heavy is None else heavy
 
     @property
     def recent(self) -> int:
@@ -121,17 +124,19 @@ class H2OConfig:
         return self.window_length + self.update_interval
 
     @property
+    def schedule(self) -> Schedule:
+        """When slimming is due."""
+        return Schedule(self.window_length, self.update_interval, self.prefill_chunk)
+
+    @property
+    def policy(self) -> Policy:
+        """What ranks slots."""
+        return POLICIES[self.score] if self.heavy else RECENT_ONLY
+
+    @property
     def needs_mass(self) -> bool:
         """Whether slimming ranks slots by mass; if not, every step is pure attention."""
-        return self.score == "mass" and self.heavy > 0
-
-    def slimming_kernels(self, device: torch.device):
-        """The module that slims slots on `device`, or None where torch does it."""
-        if resolve_backend(self.backend, device.type) not in ("triton", "flash_attn"):
-            return None
-        from h2optimizer.kernels import slimming
-
-        return slimming
+        return self.policy.by_mass
 
 
 class MergedLinear:
@@ -264,7 +269,8 @@ class H2OLlamaAttention(LlamaAttention):
         cos, sin = position_embeddings
         if not h2o.position_rolling:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
-        keys, values = cache.update(key_states, value_states, self.layer_idx)
+        backend = resolve_backend(h2o.backend, query_states.device.type)
+        keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
         keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
         slots, key_rope = cache.layers[self.layer_idx], None
         if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
@@ -272,8 +278,7 @@ class H2OLlamaAttention(LlamaAttention):
             query_states = rotate(query_states, *(_at_queries(table, step)[:, None] for table in (cos, sin)))
 
         # H2O: attention reports the mass that each slot received, and slimming follows it when due
-        attend = ATTENTION_BACKENDS[resolve_backend(h2o.backend, query_states.device.type)]
-        attn_output, mass = attend(
+        attn_output, mass = ATTENTION_BACKENDS[backend](
             query_states, keys, values, step, self.scaling, h2o.group_reduce, slots=slots, rope=key_rope
         )
         if mass is not None:
@@ -370,7 +375,7 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
         `generate` does so; whoever calls `forward` alone may.
         """
-        if self.h2o.slimming_kernels(self.device) is None:
+        if not has_kernels(self.h2o, self.device):
             return
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp

@@ -116,9 +116,8 @@ class CacheLM(HFLM):
         tokens = super()._model_generate(context, max_length, stop, **kwargs)
         if self.h2o is not None:
             fed = tokens.shape[1] - context.shape[1] - 1
-            due = (fed - 1) // self.h2o.update_interval * self.h2o.update_interval  # the last slimming before a token
             lengths = kwargs["attention_mask"].sum(dim=1).tolist()
-            evicted = sum(fed > 0 and length + due > self.h2o.window_length for length in lengths)
+            evicted = sum(fed > 0 and self.h2o.schedule.evicts(length, fed - 1) for length in lengths)
             self._counts.update(texts=len(lengths), texts_after_eviction=evicted)
         return tokens
 

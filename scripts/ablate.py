@@ -53,7 +53,7 @@ from utils.ablation_report import FEW
 from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
 from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
-from utils.policies import STREAMING_LLM_SINKS
+from utils.policies import STREAMING_LLM
 from utils.requests import read_requests, read_text, unheeded
 from utils.results import JsonlFile, fingerprint
 from utils.rouge import ROUGE_TYPES
@@ -149,7 +149,7 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
 def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
     """The same cache with its defaults wherever a field has no effect on this device, and its numbers of one type."""
     idle = set() if h2o.needs_mass else set(SCORING)
-    if h2o.score != "random" or not h2o.heavy:
+    if not h2o.policy.seeded:
         idle.add("score_seed")
     if not h2o.heavy:
         idle.add("score")
@@ -158,11 +158,11 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
     if device.type != "cuda":
         idle.add("capture")
     settings = {"score_decay": float(h2o.score_decay)} | {name: DEFAULTS[name] for name in idle}
-    sinks = h2o.heavy and h2o.score in ("sink", "streaming_llm")
+    sinks = h2o.heavy and h2o.policy.keeps_oldest
     if h2o.heavy == h2o.window_length // 2:
         settings["num_heavy_hitters"] = -1
         settings |= {"score": "sink"} if sinks else {}
-    elif sinks and h2o.heavy == STREAMING_LLM_SINKS:
+    elif sinks and h2o.heavy == STREAMING_LLM.heavy:
         settings |= {"score": "streaming_llm", "num_heavy_hitters": -1}
     elif sinks:
         settings["score"] = "sink"

@@ -31,10 +31,12 @@ import torch.nn.functional as F
 
 from h2optimizer import H2OConfig
 from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
+from h2optimizer.slimming import slimmer_of
 from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
-from utils.cache import HHCache, Rows, Step
+from utils.cache import HHCache
 from utils.cli import OneLineParser, count, sizes
 from utils.results import to_json
+from utils.step import Rows, Step
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case
@@ -270,23 +272,23 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
     h2o = H2OConfig(window_length=args.window_length, update_interval=16 if args.device == "cuda" else 4)
     new = torch.randn(batch, args.kv_heads, h2o.window_length, args.head_dim, dtype=args.dtype, device=args.device)
     layers = max(1, min(MODEL_LAYERS if args.device == "cuda" else 2, int(SLIMMING_BYTES // (2 * new.nbytes))))
-    cache = HHCache(h2o)
+    cache, slimmer = HHCache(h2o), slimmer_of(resolve_backend(h2o.backend, args.device))
     for columns in [h2o.window_length] + [1] * h2o.update_interval:
         step = cache.begin(batch, columns)
         for layer in range(layers):
-            cache.update(new[:, :, :columns], new[:, :, :columns], layer)
+            cache.update(new[:, :, :columns], new[:, :, :columns], layer, slimmer=slimmer)
             cache.add_mass(torch.rand(batch, args.kv_heads, step.width, device=args.device), layer)
             if columns > 1:
                 cache.slim(layer)
         if columns > 1 or not step.due:
             cache.end()
-    first_layer = cache.layers[0].tensors()
+    first_layer = cache.layers[0].slots.tensors()
     start = {name: slots.clone() for name, slots in first_layer.items()}
-    masses = [layer.mass.clone() for layer in cache.layers]
+    masses = [layer.slots.mass.clone() for layer in cache.layers]
 
     def restore() -> None:
         for layer, mass in zip(cache.layers, masses, strict=True):
-            layer.mass.copy_(mass)
+            layer.slots.mass.copy_(mass)
 
     runs, left = {}, []
     for name in ("update_slimmingH", "update_slimming"):
@@ -301,7 +303,7 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
         not all(map(torch.equal, *left))
     )
     # By torch, either waits for the device or allocates what a graph would have to hold.
-    kernels = args.device == "cuda" and h2o.slimming_kernels(new.device) is not None
+    kernels = args.device == "cuda" and slimmer.by_kernel
     replay = capture(runs["update_slimmingH"], f"slimming {batch}") if kernels else None
     times = {name: [] for name in [*runs, "graph"]}
     for _ in range(args.repeats):

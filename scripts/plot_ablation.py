@@ -359,7 +359,7 @@ def draw_retention(sweep: Sweep, row: dict) -> Figure:
     put_title(fig, f"Tokens held: {row['label']}\n{sweep.title}, here request {retention['index']} (from 0)")
     for ax in grid.flat[layers:]:
         ax.set_axis_off()
-    slimmed = np.arange(steps) // row["update_interval"] * row["update_interval"]
+    slimmed = row["config"].schedule.last_due(np.arange(steps))
     for layer, ax in enumerate(grid.flat[:layers]):
         heavy, recent = (
             np.add.reduceat(share, begins, axis=1) / np.diff([*begins, tokens])

@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from oracle import Oracle
-from utils.cache import HHCache, Rows, Step
+from utils.cache import HHCache
+from utils.step import Rows, Step
 
 torch.set_num_threads(1)
 
@@ -185,9 +186,9 @@ def assert_row_is_oracles(cache: HHCache, row: int, oracle: Oracle, tolerance=5e
     for layer_idx, layer in enumerate(cache.layers):
         expected = oracle.positions(layer_idx)
         assert cache.positions(layer_idx)[row, :, :length].tolist() == expected, f"row {row}, layer {layer_idx}"
-        assert layer.positions[row, :, :length].tolist() == expected
+        assert layer.slots.positions[row, :, :length].tolist() == expected
         if cache.h2o.needs_mass and length:
-            mass = layer.mass[row, :, :length]
+            mass = layer.slots.mass[row, :, :length]
             assert_close(mass, oracle.mass(layer_idx), tolerance, f"mass, row {row}, layer {layer_idx}")
 
 
@@ -198,24 +199,24 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
     for layer in cache.layers:
         batch_size, kv_heads = layer.keys.shape[:2]
         assert layer.keys.shape[2] == h2o.capacity == h2o.window_length + h2o.update_interval
-        assert layer.mass.shape == layer.positions.shape == (batch_size, kv_heads, h2o.capacity)
-        assert layer.mass.dtype == torch.float32 and layer.positions.dtype == torch.int32
+        assert layer.slots.mass.shape == layer.slots.positions.shape == (batch_size, kv_heads, h2o.capacity)
+        assert layer.slots.mass.dtype == torch.float32 and layer.slots.positions.dtype == torch.int32
         for b, (length, seen) in enumerate(zip(cache.lengths, cache.seen, strict=True)):
             assert 0 <= length <= h2o.capacity
-            held = layer.positions[b, :, :length]
+            held = layer.slots.positions[b, :, :length]
             assert (held.diff(dim=-1) > 0).all(), "slots are not in the order of their tokens"
             newest = list(range(seen - min(recent, length), seen))
             assert held[:, length - len(newest) :].tolist() == [newest] * kv_heads, "a recent token is gone"
-            assert not layer.mass[b, :, length:].any(), "mass past the row's length"
+            assert not layer.slots.mass[b, :, length:].any(), "mass past the row's length"
 
 
 def slot_tensors(cache: HHCache) -> dict[tuple[int, str], torch.Tensor]:
-    """Every tensor that the layers have allocated, by layer and name; the rows' lengths are not theirs."""
+    """Every tensor that the layers' slots are made of, by layer and name."""
     return {
         (layer_idx, name): value
         for layer_idx, layer in enumerate(cache.layers)
-        for name, value in vars(layer).items()
-        if isinstance(value, torch.Tensor) and name != "lengths"
+        for name, value in vars(layer.slots).items()
+        if isinstance(value, torch.Tensor)
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from h2optimizer import attention
 from h2optimizer.attention import ATTENTION_BACKENDS, rotate
 from h2optimizer.kernels import decode, mlp, slimming
-from utils.cache import select_slots
+from utils.slimming import select_slots
 
 
 def append(query, key, value, cos, sin, keys, values, lengths, rolling):
@@ -37,13 +37,15 @@ def decode_attention(
 
 
 def select(
-    positions, mass, count, source_mass, source_count, width, mirror, kept, heavy, recent, rank, salt=0, move=True
-):
+    positions, mass, count, source_mass, source_count, width, mirror, kept, heavy, recent, rank, salt=0, move=True,
+    order=None,
+):  # fmt: skip
     lengths, seen = mirror.long()[:, :, None, None].unbind(0)  # [B, 1, 1]
     capacity, window, slot = positions.shape[2], heavy + recent, torch.arange(max(width, positions.shape[2]))
     age = lengths - slot[:width]
     score = -slot[:width].float().expand(*positions.shape[:2], -1) if rank == "oldest" else source_mass
     score = score / source_count.clamp(min=1e-30) if rank == "mean" else score
+    score = order if rank == "order" else score
     keep = select_slots(score, age <= 0, (age > 0) & (age <= recent), window)
     keep = torch.where(torch.arange(keep.shape[2]) < lengths, keep, torch.arange(keep.shape[2]))
     slimming.hand_over(torch.nn.functional.pad(keep, (0, window - keep.shape[2])), kept)

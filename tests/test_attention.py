@@ -161,7 +161,7 @@ def test_prefill_memory_is_linear_in_the_prompt(monkeypatch, llamas, score_queri
         cache = new_cache(window_length=32, backend=backend, score_queries=score_queries)
         with LargestOutput() as recorded:
             forward(llamas.h2o, [prompt(n)], cache)
-        assert cache.lengths == [32] and cache.layers[0].mass.sum() > 0
+        assert cache.lengths == [32] and cache.layers[0].slots.mass.sum() > 0
         return recorded.numel
 
     assert largest("eager", 512) >= 512 * 512, "the recording sees what there is to see"
@@ -182,8 +182,8 @@ def test_blocks_do_not_show_in_the_model(monkeypatch, llamas, queries, score_que
             assert_close(logits, oracles[b].forward(block[b]))
     for b, oracle in enumerate(oracles):
         for layer_idx, layer in enumerate(cache.layers):
-            assert layer.positions[b, :, : oracle.length()].tolist() == oracle.positions(layer_idx)
-            assert_close(layer.mass[b, :, : oracle.length()], oracle.mass(layer_idx))
+            assert layer.slots.positions[b, :, : oracle.length()].tolist() == oracle.positions(layer_idx)
+            assert_close(layer.slots.mass[b, :, : oracle.length()], oracle.mass(layer_idx))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -24,7 +24,9 @@ from conftest import (
     slot_tensors,
 )
 from h2optimizer import H2OConfig
-from utils.cache import CACHE_ARGUMENT, random_priority, select_slots
+from utils.cache import CACHE_ARGUMENT
+from utils.policies import random_priority
+from utils.slimming import select_slots
 
 PROPERTY = settings(
     max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -180,16 +182,16 @@ def assert_holds(cache, rows):
         for head, slots in enumerate(rows[b].slots[layer_idx]):
             tag = layer_idx * 2 + head
             length = len(slots)
-            assert layer.positions[b, head, :length].tolist() == [slot[1] for slot in slots]
+            assert layer.slots.positions[b, head, :length].tolist() == [slot[1] for slot in slots]
             shown = cache.positions(layer_idx)[b, head].tolist()
             assert shown == [slot[1] for slot in slots] + [-1] * (max(cache.lengths) - length)
             owners = [[slot[0], slot[1], tag] for slot in slots]
             assert (layer.keys[b, head, :length] - 1).tolist() == owners
             assert (-layer.values[b, head, :length] - 1).tolist() == owners
-            assert layer.mass[b, head, :length].tolist() == [slot[2] for slot in slots]
-            if layer.count is not None and cache.h2o.needs_mass:
-                assert layer.count[b, head, :length].tolist() == [slot[3] for slot in slots]
-                assert not layer.count[b, head, length:].any()
+            assert layer.slots.mass[b, head, :length].tolist() == [slot[2] for slot in slots]
+            if layer.slots.count is not None and cache.h2o.needs_mass:
+                assert layer.slots.count[b, head, :length].tolist() == [slot[3] for slot in slots]
+                assert not layer.slots.count[b, head, length:].any()
 
 
 def carry_out(cache, actions, batch_size, seed):
@@ -247,7 +249,7 @@ def test_slimming_moves_whole_heads_of_any_width(dtype, head_dim):
         layer = cache.layers[0]
         assert layer.keys.dtype == layer.values.dtype == dtype
         for b, head in itertools.product(range(2), range(3)):
-            kept = layer.positions[b, head, :4].long()
+            kept = layer.slots.positions[b, head, :4].long()
             assert torch.equal(layer.keys[b, head, :4], whole[b, kept, head])
             assert torch.equal(layer.values[b, head, :4], whole[b, kept, head] + 1)
 
@@ -373,9 +375,9 @@ def test_reordered_rows_continue_as_the_rows_they_were(gqa, flags, lengths):
         assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
         for layer_idx, layer in enumerate(cache.layers):
             assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
-            assert_close(layer.mass, expected.layers[layer_idx].mass)
-            if layer.count is not None:
-                assert torch.equal(layer.count, expected.layers[layer_idx].count)
+            assert_close(layer.slots.mass, expected.layers[layer_idx].slots.mass)
+            if layer.slots.count is not None:
+                assert torch.equal(layer.slots.count, expected.layers[layer_idx].slots.count)
 
 
 @pytest.mark.parametrize("rolling", [False, True])
@@ -383,13 +385,13 @@ def test_heavy_hitters_keep_the_keys_they_came_with(gqa, rolling):
     """A cached key that is rotated again in place: the rounding would add up in heavy hitters."""
     cache = new_cache(window_length=8, num_heavy_hitters=6, update_interval=3, position_rolling=rolling)
     forward(gqa.h2o, [prompt(12)], cache)
-    first = [(layer.positions[0, :, :8].tolist(), layer.keys[0, :, :8].clone()) for layer in cache.layers]
+    first = [(layer.slots.positions[0, :, :8].tolist(), layer.keys[0, :, :8].clone()) for layer in cache.layers]
     for token in range(1, 40):
         forward(gqa.h2o, [[token]], cache)
     kept = 0
     for layer, (positions, keys) in zip(cache.layers, first, strict=True):
         for head, slot in itertools.product(range(2), range(cache.lengths[0])):
-            position = layer.positions[0, head, slot].item()
+            position = layer.slots.positions[0, head, slot].item()
             if position in positions[head]:
                 assert torch.equal(layer.keys[0, head, slot], keys[head, positions[head].index(position)])
                 kept += 1

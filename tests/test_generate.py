@@ -187,7 +187,8 @@ def test_a_left_padded_batch_is_its_rows_alone(llamas, interval, rolling, backen
         for layer_idx, (layer, own) in enumerate(zip(together.layers, alone.layers, strict=True)):
             assert torch.equal(together.positions(layer_idx)[b, :, :length], alone.positions(layer_idx)[0])
             for name in ("keys", "values", "mass"):
-                assert_close(getattr(layer, name)[b, :, :length], getattr(own, name)[0, :, :length], what=name)
+                ours, theirs = getattr(layer.slots, name), getattr(own.slots, name)
+                assert_close(ours[b, :, :length], theirs[0, :, :length], what=name)
     oracle = new_oracle(llamas, **flags)
     assert new_tokens(batch, rows)[1] == oracle.generate(rows[1], new)
     assert_row_is_oracles(together, 1, oracle)
@@ -429,8 +430,8 @@ def test_chunks_in_a_wide_window_are_the_exact_prefill(llamas, backend, flags):
                 assert_close(logits[b], expected[b], what=f"chunks of {chunk}, forward {step}, row {b}")
             assert (chunked.clock, chunked.lengths, chunked.evictions) == (exact.clock, exact.lengths, exact.evictions)
             for layer, other in zip(chunked.layers, exact.layers, strict=True):
-                assert torch.equal(layer.positions, other.positions)
-                assert_close(layer.mass, other.mass, what=f"mass, chunks of {chunk}")
+                assert torch.equal(layer.slots.positions, other.slots.positions)
+                assert_close(layer.slots.mass, other.slots.mass, what=f"mass, chunks of {chunk}")
         assert max(exact.evictions) == 1, "tells nothing of what is ranked"
         forward(llamas.h2o, turn, chunked)
         assert chunked.clock == 8 and chunked.get_seq_length() == 21 + 6 + 9

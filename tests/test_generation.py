@@ -123,7 +123,7 @@ def assert_same_cache(cache, expected):
         assert cache.positions(layer_idx).tolist() == expected.positions(layer_idx).tolist()
         for b, length in enumerate(cache.lengths):
             for name in ("keys", "values", "mass"):
-                ours, theirs = getattr(layer, name)[b, :, :length], getattr(other, name)[b, :, :length]
+                ours, theirs = getattr(layer.slots, name)[b, :, :length], getattr(other.slots, name)[b, :, :length]
                 if name != "mass" or cache.h2o.needs_mass:
                     assert_close(ours, theirs, what=f"{name} of row {b}, layer {layer_idx}")
     assert_invariants(cache)
@@ -1110,10 +1110,11 @@ def test_rows_that_join_go_on_as_alone(model, flags):
         for layer_idx, layer in enumerate(big.layers):
             length = counts[0]
             assert torch.equal(big.positions(layer_idx)[row, :, :length], expected.positions(layer_idx)[0])
-            assert torch.equal(layer.positions[row, :, :length], expected.layers[layer_idx].positions[0, :, :length])
+            theirs = expected.layers[layer_idx].slots
+            assert torch.equal(layer.slots.positions[row, :, :length], theirs.positions[0, :, :length])
             if h2o.needs_mass:
-                assert_close(layer.mass[row, :, :length], expected.layers[layer_idx].mass[0, :, :length])
-                assert not layer.mass[row, :, length:].any()
+                assert_close(layer.slots.mass[row, :, :length], theirs.mass[0, :, :length])
+                assert not layer.slots.mass[row, :, length:].any()
 
 
 def test_rows_join_where_both_have_slimmed_only(model):

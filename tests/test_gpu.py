@@ -118,7 +118,7 @@ def test_float32_is_the_cpus(on_gpu, llamas, lengths, backend, flags):
     for layer_idx, (layer, expected) in enumerate(zip(gpu.layers, cpu.layers, strict=True)):
         assert gpu.positions(layer_idx).tolist() == cpu.positions(layer_idx).tolist()
         if gpu.h2o.needs_mass:
-            assert_close(layer.mass, expected.mass, 1e-4)
+            assert_close(layer.slots.mass, expected.slots.mass, 1e-4)
 
 
 def test_both_slimmings_leave_the_same_bits(gqa_on_gpu):
@@ -167,7 +167,7 @@ def assert_as_good_as_stock(llamas, config, **flags):
     for token in steps:
         for kept, logits in zip(ours, forward(llamas.h2o, [[token]] * 2, cache), strict=True):
             kept.append(logits[-1])
-    assert cache.evictions == [0, 0] and cache.layers[0].mass.dtype == torch.float32
+    assert cache.evictions == [0, 0] and cache.layers[0].slots.mass.dtype == torch.float32
     assert errors([torch.stack(kept) for kept in ours]) <= 2 * errors(stock)
 
 
@@ -374,7 +374,7 @@ def test_half_precision_generates_ragged_batches(half_on_gpu):
         # Layer 0 sees the same inputs up to its own rounding; a slot or two may fall to another token.
         same = together.positions(0)[b, :, :length] == alone.positions(0)[0]
         assert same.float().mean() > 0.8
-        assert_close(together.layers[0].mass[b].sum(), alone.layers[0].mass[0].sum(), 0.05)
+        assert_close(together.layers[0].slots.mass[b].sum(), alone.layers[0].slots.mass[0].sum(), 0.05)
 
 
 # Decode from graphs
@@ -461,8 +461,9 @@ def test_replayed_caches_are_the_stock_loops(gqa_on_gpu, captured, flags):
     for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
         assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
         for b, length in enumerate(cache.lengths):
-            for name in layer.tensors():
-                assert torch.equal(getattr(layer, name)[b, :, :length], getattr(other, name)[b, :, :length]), name
+            ours, theirs = layer.slots.tensors(), other.slots.tensors()
+            for name in ours:
+                assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
 
 
 @pytest.mark.parametrize("flags", GRAPH_FLAGS.values(), ids=GRAPH_FLAGS)
@@ -493,8 +494,9 @@ def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, capture
     for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
         assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
         for b, length in enumerate(cache.lengths):
-            for name in layer.tensors():
-                assert torch.equal(getattr(layer, name)[b, :, :length], getattr(other, name)[b, :, :length]), name
+            ours, theirs = layer.slots.tensors(), other.slots.tensors()
+            for name in ours:
+                assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
     decoder = next(iter(cache.decoders.values()))
     assert any("partial" in name for name in decoder._graphs)
 
@@ -775,7 +777,7 @@ def test_flash_attn_keeps_what_eager_keeps(flash, flash_on_gpu, rolling):
         assert (ours.lengths, ours.seen, ours.evictions) == (eager.lengths, eager.seen, eager.evictions)
         # Layer 0 sees the same inputs up to its own rounding; a slot or two may fall to another token.
         assert (ours.positions(0) == eager.positions(0)).float().mean() > 0.8
-        assert_close(ours.layers[0].mass.sum(-1), eager.layers[0].mass.sum(-1), 0.05)
+        assert_close(ours.layers[0].slots.mass.sum(-1), eager.layers[0].slots.mass.sum(-1), 0.05)
 
 
 @pytest.mark.parametrize("flags", [

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from conftest import addresses, new_cache, slot_tensors
-from utils.cache import random_priority, random_salt, select_slots
+from h2optimizer.attention import resolve_backend
+from h2optimizer.slimming import slimmer_of
+from utils import policies
+from utils.policies import random_priority, random_salt
+from utils.slimming import select_slots
 
 slimming = pytest.importorskip("h2optimizer.kernels.slimming")
 
@@ -45,7 +49,7 @@ def plain_keep(score, length, heavy, recent):
 CAPACITY = 20
 
 
-def pick(device, rank, score_of, heads, heavy, recent, width, lengths, mass, count=None, move=True):
+def pick(device, rank, score_of, heads, heavy, recent, width, lengths, mass, count=None, move=True, order=None):
     """Run `select` on these rows and hold everything that it writes against plain loops; returns (kept, score)."""
     batch, window, seen = len(lengths), heavy + recent, [length + 7 * b for b, length in enumerate(lengths)]
     slot = torch.arange(CAPACITY)
@@ -74,7 +78,7 @@ def pick(device, rank, score_of, heads, heavy, recent, width, lengths, mass, cou
     kept = torch.full((batch, heads, window + 3), -9, dtype=torch.int32, device=device)
     salt = random_salt(3, 11)
     slimming.select(
-        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move
+        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move, order=order
     )  # fmt: skip
     for b, length in enumerate(lengths):
         for head in range(heads):
@@ -149,6 +153,25 @@ def test_select_ranks_by_other_scores(device, rank, width):
         "oldest": lambda positions: -torch.arange(width).expand_as(positions).float(),
     }[rank]
     pick(device, rank, score_of, heads, 5, 3, width, lengths, mass, count)
+
+
+@pytest.mark.parametrize("width", [CAPACITY, 33])
+@pytest.mark.parametrize("counted", [False, True])
+def test_select_ranks_by_scores_that_it_is_given(device, counted, width):
+    """Slots ranked by mass all the same, or scores that move in its place."""
+    heads, lengths = 2, [width, 8, 11]
+    mass = some([0.0, 0.5, 1.0], 3, heads, width)
+    count = some([1.0, 2.0], 3, heads, width, seed=1) if counted else None
+    order = some([0.0, 2.0, -1.0, 5.0], 3, heads, width, seed=2).to(device)
+    pick(device, "order", lambda _: order.cpu(), heads, 5, 3, width, lengths, mass, count, order=order)
+
+
+def test_select_refuses_a_rank_that_it_does_not_know(device):
+    """A new score that would silently be ranked as another."""
+    mass = torch.ones(1, 2, CAPACITY)
+    for rank, order in (("value_mass", None), ("order", None), ("mass", mass.to(device))):
+        with pytest.raises(ValueError, match="rank="):
+            pick(device, rank, lambda _: mass, 2, 5, 3, CAPACITY, [CAPACITY], mass.clone(), order=order)
 
 
 def test_select_that_only_picks_touches_no_slot(device):
@@ -285,7 +308,8 @@ def run_script(cache, device, script=SCRIPT, slim=None):
         for b, n in enumerate(new):
             states[:, b, n:] = torch.nan  # padding must not get into the slots
         keys, values = states.to(device).transpose(2, 3)
-        cache.update(keys, values, 0)
+        backend = resolve_backend(cache.h2o.backend, str(device))
+        cache.update(keys, values, 0, slimmer=slimmer_of(backend))
         mass = torch.randint(0, 4, (3, heads, step.width), generator=generator) / 3
         for b, (start, n) in enumerate(zip(step.start, new, strict=True)):
             mass[b, :, start + n :] = 0
@@ -319,6 +343,26 @@ def test_kernels_leave_the_cache_that_torch_leaves(device, flags, monkeypatch):
         assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
         for where, tensor in slot_tensors(expected).items():
             assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), (which, where)
+
+
+@pytest.mark.parametrize("slimming_", ["H", "mask"])
+@pytest.mark.parametrize("norm", ["sum", "mean"])
+def test_a_policy_without_a_rank_of_the_kernels(device, norm, slimming_, monkeypatch):
+    """A score that the kernel cannot compute, ranked by plain mass without a word; or values of other slots."""
+    flags = {"window_length": 8, "update_interval": 2, "score_norm": norm, "slimming": slimming_}
+    by_mass = new_cache(backend="sdpa", **flags)
+    run_script(by_mass, device)
+
+    def value_mass(slots):
+        return policies.mass(slots) * slots.values.norm(dim=-1)
+
+    monkeypatch.setitem(policies.POLICIES, "mass", policies.Policy("value mass", value_mass, by_mass=True))
+    expected, cache = (new_cache(backend=backend, **flags) for backend in ("sdpa", "triton"))
+    for each in (expected, cache):
+        run_script(each, device)
+    for where, tensor in slot_tensors(expected).items():
+        assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
+    assert not torch.equal(cache.positions(0), by_mass.positions(0))
 
 
 @pytest.mark.parametrize("slimming_", ["H", "mask"])
@@ -407,5 +451,5 @@ def test_a_graph_holds_the_slimming():
 def test_who_slims(device):
     """Kernels on a CPU that nobody asked for, or none where they were asked for."""
     configs = [new_cache(backend=backend).h2o for backend in ("auto", "sdpa", "eager", "triton")]
-    auto = slimming if device == "cuda" else None
-    assert [h2o.slimming_kernels(torch.device(device)) for h2o in configs] == [auto, None, None, slimming]
+    slimmers = [slimmer_of(resolve_backend(h2o.backend, device)) for h2o in configs]
+    assert [slimmer.by_kernel for slimmer in slimmers] == [device == "cuda", False, False, True]

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.cli import InputError
-from utils.policies import STREAMING_LLM_SINKS as SINKS
+from utils.policies import POLICIES, RECENT_ONLY, STREAMING_LLM
 from utils.requests import read_lines
 from utils.results import read_entries
 from utils.rouge import ROUGE_TYPES, mean_with_interval
@@ -36,7 +36,7 @@ from utils.rouge import ROUGE_TYPES, mean_with_interval
 if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way
     from h2optimizer import H2OConfig
 
-FULL, RECENT = "full cache", "recent only"
+FULL, RECENT = "full cache", RECENT_ONLY.label
 # What a policy's name says by itself; other fields that differ from their defaults are named behind it.
 NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters")
 
@@ -61,8 +61,7 @@ def held_shares(retention: dict, layer: int, h2o: H2OConfig) -> tuple[np.ndarray
     last_held, prompt = unpack(retention["last_held"])[layer], retention["prompt_tokens"]
     step, token = np.arange(1, len(retention["mass_lost"]) + 1)[:, None], np.arange(last_held.shape[-1])
     held = np.mean([(last >= step) & (token < prompt + step) for last in last_held], axis=0)
-    slimmed = (step - 1) // h2o.update_interval * h2o.update_interval
-    recent = token >= prompt + slimmed - h2o.recent
+    recent = token >= prompt + h2o.schedule.last_due(step - 1) - h2o.recent
     return held * ~recent, held * recent
 
 
@@ -95,11 +94,12 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
     score, heavy = h2o["score"], h2o["num_heavy_hitters"]
     if heavy == 0:
         name = RECENT
-    elif score in ("sink", "streaming_llm"):
-        sinks = SINKS if (score, heavy) == ("streaming_llm", -1) else heavy
-        name = f"StreamingLLM ({SINKS} sinks)" if sinks == SINKS else "half sinks" if sinks == -1 else f"{sinks} sinks"
+    elif (policy := POLICIES[score]).keeps_oldest:
+        sinks = policy.heavy if heavy == -1 and policy.heavy is not None else heavy
+        name = "half sinks" if sinks == -1 else f"{sinks} sinks"
+        name = f"{STREAMING_LLM.label} ({name})" if sinks == STREAMING_LLM.heavy else name
     else:
-        name = {"mass": "H2O", "random": "random + recent"}[score] + (f", {heavy} heavy" if heavy != -1 else "")
+        name = policy.label + (f", {heavy} heavy" if heavy != -1 else "")
     others = [f"{key}={value}" for key, value in h2o.items() if key not in NAMED and value != defaults.get(key)]
     return ", ".join([name, *others])
 

@@ -48,15 +48,7 @@ def slots_read(prompt: int, steps: int, h2o=None) -> float:
     """Slots of a row that a decode step attends to, the mean of `steps` steps: a full cache's, or H2O's."""
     if h2o is None:
         return prompt + (steps + 1) / 2
-    window, interval = h2o.window_length, h2o.update_interval
-    start = min(prompt, window)
-    growing = min(steps, -(-(window - start) // interval) * interval)  # steps up to the first that leaves a full window
-    cycles, rest = divmod(steps - growing, interval)
-
-    def total(start: int, steps: int) -> int:
-        return steps * start + steps * (steps + 1) // 2
-
-    return (total(start, growing) + cycles * total(window, interval) + total(window, rest)) / steps
+    return h2o.schedule.slots_read(prompt, steps)
 
 
 def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:

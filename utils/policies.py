@@ -1,4 +1,96 @@
-"""What slots can be ranked by: the names that settings, command lines and figures share."""
+"""What slots can be ranked by. A policy is one entry of `POLICIES`, which settings, command lines and figures read.
 
-SCORES = ("mass", "sink", "streaming_llm", "random")
-STREAMING_LLM_SINKS = 4  # as StreamingLLM was published, arXiv 2309.17453
+A new one needs a function of `Candidates` and an entry that says what it ranks by. `H2OConfig.score` is its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Candidates(Protocol):
+    """Slots to rank, of one layer. Columns past a row's length may hold anything, NaN included: they are never kept."""
+
+    positions: torch.Tensor  # int32 [B, Hkv, slots], original positions of the tokens
+    mass: torch.Tensor | None  # float32 [B, Hkv, slots], where the policy is `by_mass`
+    count: torch.Tensor | None  # float32 [B, Hkv, slots]: queries that could see the slot; where score_norm is "mean"
+    values: torch.Tensor  # [B, Hkv, slots, D]
+    layer_idx: int
+    seed: int  # H2OConfig.score_seed
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How slots older than the recent ones are ranked.
+
+    `score` gives float32 [B, Hkv, slots], of which the greatest are kept. Of equal scores the older slot is kept.
+    """
+
+    label: str  # in tables and figures
+    score: Callable[[Candidates], torch.Tensor]
+    meaning: str = ""  # what --help says beside its name
+    by_mass: bool = False  # needs attention mass, which decode steps then add up
+    seeded: bool = False  # depends on score_seed
+    heavy: int | None = None  # slots kept by score where num_heavy_hitters is -1; None = half of the window
+    # What the slimming kernel calls this score, to compute it by itself; None: it ranks by what `score` gives.
+    rank: str | None = None
+
+    @property
+    def keeps_oldest(self) -> bool:
+        """Whether what it keeps are sinks: the oldest slots."""
+        return self.rank == "oldest"
+
+
+def mass(slots: Candidates) -> torch.Tensor:
+    """Attention mass: all of it, or that of a mean query where queries are counted."""
+    if slots.count is None:
+        return slots.mass
+    return slots.mass / slots.count.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def oldest(slots: Candidates) -> torch.Tensor:
+    """Slots lie in the order of their tokens."""
+    shape = slots.positions.shape
+    return -torch.arange(shape[-1], dtype=torch.float32, device=slots.positions.device).expand(shape)
+
+
+def random(slots: Candidates) -> torch.Tensor:
+    return random_priority(slots.positions, slots.layer_idx, slots.seed)
+
+
+STREAMING_LLM = Policy("StreamingLLM", oldest, "the 4 oldest", heavy=4, rank="oldest")  # as in arXiv 2309.17453
+POLICIES = {
+    "mass": Policy("H2O", mass, "H2O", by_mass=True, rank="mass"),
+    "sink": Policy("sinks", oldest, "half of the window: the oldest", rank="oldest"),
+    "streaming_llm": STREAMING_LLM,
+    "random": Policy("random + recent", random, seeded=True, rank="random"),
+}
+RECENT_ONLY = Policy("recent only", oldest, heavy=0, rank="oldest")  # a window without heavy hitters ranks nothing
+
+
+def named_policies() -> str:
+    """The policies as --help lists them."""
+    return ", ".join(name + (f" ({of.meaning})" if of.meaning else "") for name, of in POLICIES.items())
+
+
+def random_priority(positions: torch.Tensor, layer_idx: int, seed: int) -> torch.Tensor:
+    """A fixed pseudo-random number per token and KV head, so that a row's choice depends on neither batch nor device.
+
+    A 32-bit integer hash with the xor-shift-multiply finaliser of MurmurHash3's kind; float32 values below 2**24.
+
+    Args: positions: [B, Hkv, slots]. Returns: float32 of the same shape.
+    """
+    head = torch.arange(positions.shape[1], device=positions.device)[:, None]
+    x = (positions.long() * 0x9E3779B1 + head * 0xC2B2AE3D + random_salt(layer_idx, seed)) & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) >> 8).float()
+
+
+def random_salt(layer_idx: int, seed: int) -> int:
+    """What layer and seed add to the hash of a token: 32 bits."""
+    return (layer_idx * 0x85EBCA77 + seed * 0x27D4EB2F) & 0xFFFFFFFF

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from h2optimizer.kernels.common import on_its_device
 
+RANKS = ("mass", "mean", "random", "oldest", "order")
 MAX_SLOTS = 4096  # of a source that `select` can rank: one tile, in registers
 PROGRAMS = 512  # that `compact` splits heads for, about four for each multiprocessor of a large GPU
 LEAST_BYTES = 32  # of a row that one program moves: a sector of memory
@@ -35,6 +36,7 @@ def select(
     rank: str,
     salt: int = 0,
     move: bool = True,
+    order: torch.Tensor | None = None,
 ) -> None:
     """Write to `kept` the `recent` newest slots of each row and, of the older ones, the `heavy` that rank first.
 
@@ -43,19 +45,26 @@ def select(
 
     Args:
         positions: int32 [B, Hkv, capacity]; a position past the row's end is that of the token to come.
-        mass, count: float32 [B, Hkv, capacity], None where nothing is ranked by them (count: unless `rank` is "mean").
+        mass, count: float32 [B, Hkv, capacity], None where nothing is ranked by them, be it by the caller.
         source_mass, source_count: float32 [B, Hkv, width], contiguous; may be `mass` and `count` themselves.
         width: slots that the source holds; neither that nor the capacity is more than MAX_SLOTS.
-        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), or "oldest". Of equal slots
-            the older is kept, NaN ranks above everything.
+        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Of
+            equal slots the older is kept, NaN ranks above everything.
         salt: any integer, of which the low 32 bits count.
+        order: float32 [B, Hkv, width], contiguous: the scores that rank "order" goes by, the greatest kept. None
+            otherwise.
+
+    Raises: ValueError for an unknown rank, or scores without rank "order", or that rank without scores.
     """
+    if rank not in RANKS or (rank == "order") != (order is not None):
+        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
     batch, heads, capacity = positions.shape
     tile = triton.next_power_of_2(max(width, capacity))
     _select[(batch * heads,)](
-        positions, mass, count, source_mass, source_count, mirror, kept,
+        positions, mass, count, source_mass, source_count, order, mirror, kept,
         batch, heads, width, capacity, kept.shape[2], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
-        RANK=rank, MOVE=move, TILE=tile, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+        RANK=rank, MASS=mass is not None, COUNT=count is not None, MOVE=move, TILE=tile,
+        num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
     )  # fmt: skip
 
 
@@ -105,9 +114,9 @@ def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, 
 
 @triton.jit(do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"])
 def _select(
-    positions, mass, count, source_mass, source_count, mirror, kept,
+    positions, mass, count, source_mass, source_count, scores, mirror, kept,
     batch, heads, width, capacity, kept_stride, heavy, recent, salt,
-    RANK: tl.constexpr, MOVE: tl.constexpr, TILE: tl.constexpr,
+    RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, MOVE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch_row, head = row // heads, row % heads
@@ -120,9 +129,9 @@ def _select(
     # Tokens past the capacity are all new, their positions follow from their slots.
     position = tl.load(positions + row + slot, mask=slot < capacity, other=0)
     position = tl.where(slot < capacity, position, seen - length + slot)
-    if RANK == "mass" or RANK == "mean":
+    if MASS:
         slot_mass = tl.load(source_mass + source + slot, mask=filled, other=0.0)
-    if RANK == "mean":
+    if COUNT:
         slot_count = tl.load(source_count + source + slot, mask=filled, other=0.0)
 
     keep = filled
@@ -133,6 +142,8 @@ def _select(
         else:
             if RANK == "random":
                 order = _hash(position, head, salt)
+            elif RANK == "order":
+                order = _order(tl.load(scores + source + slot, mask=filled, other=0.0))
             elif RANK == "mean":
                 order = _order(tl.div_rn(slot_mass, tl.maximum(slot_count, 1.1754943508222875e-38)))
             else:
@@ -149,9 +160,9 @@ def _select(
         tail = (slot >= kept_slots) & (slot < capacity)
         tl.debug_barrier()  # every thread has its part of the row in registers: the row may be overwritten
         _put(positions + row, position, to, keep, slot, seen - kept_slots + slot, tail)
-        if RANK == "mass" or RANK == "mean":
+        if MASS:
             _put(mass + row, slot_mass, to, keep, slot, 0.0, tail)
-        if RANK == "mean":
+        if COUNT:
             _put(count + row, slot_count, to, keep, slot, 0.0, tail)
 
 

@@ -1,0 +1,82 @@
+"""When slimming is due, and how many slots a row holds then: the arithmetic alone, for caches and for predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Held(NamedTuple):
+    """What a row holds after a text."""
+
+    slots: int
+    evictions: int  # slimmings that dropped slots
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Slimming to `window` slots after each chunk of a prompt, and after every decode step that `interval` divides.
+
+    The clock counts forwards: a prompt is forward 0, however many chunks it comes in, and decode steps follow from 1.
+    """
+
+    window: int
+    interval: int
+    chunk: int | None = None  # prompt tokens between slimmings; None = all
+
+    def is_due(self, clock: int) -> bool:
+        """Whether slimming follows forward number `clock`, be that a decode step."""
+        return clock % self.interval == 0
+
+    def last_due(self, clock):
+        """The last forward up to number `clock` that slimming follows; an int, or an array of them."""
+        return clock // self.interval * self.interval
+
+    def steps_to_due(self, clock: int) -> int:
+        """How many decode steps, of which `clock` is the first one's number, end with the next slimming."""
+        return -clock % self.interval + 1
+
+    def columns_at_once(self, prompt: int) -> int:
+        """How many tokens of a prompt are computed at once."""
+        return prompt if self.chunk is None else min(prompt, self.chunk)
+
+    def evicts(self, prompt: int, steps: int) -> bool:
+        """Whether slots of a row have been dropped after a prompt and so many decode steps."""
+        return prompt + self.last_due(steps) > self.window
+
+    def evicts_in_prefill(self, prompt: int) -> bool:
+        """Whether slots are dropped before the last chunk of a prompt, which then does not see them."""
+        return self.chunk is not None and (prompt - 1) // self.chunk * self.chunk > self.window
+
+    def held_after(self, prompt: int, steps: int) -> Held:
+        """What a row holds after a prompt and so many decode steps."""
+        slots = evictions = 0
+        for new, due in self._forwards(prompt, steps):
+            slots += new
+            if due:
+                evictions += slots > self.window
+                slots = min(slots, self.window)
+        return Held(slots, evictions)
+
+    def slots_read(self, prompt: int, steps: int) -> float:
+        """Slots of a row that a decode step attends to, its own included: the mean of `steps` steps after a prompt."""
+        start = min(prompt, self.window)
+        # steps up to the first slimming that leaves a full window
+        growing = min(steps, -(-(self.window - start) // self.interval) * self.interval)
+        cycles, rest = divmod(steps - growing, self.interval)
+        total = sum_of_growing(start, growing) + cycles * sum_of_growing(self.window, self.interval)
+        return (total + sum_of_growing(self.window, rest)) / steps
+
+    def _forwards(self, prompt: int, steps: int) -> Iterator[tuple[int, bool]]:
+        """New tokens of each chunk and step, and whether slimming follows."""
+        chunk = self.columns_at_once(prompt)
+        for begin in range(0, prompt, chunk):
+            yield min(chunk, prompt - begin), True
+        for step in range(1, steps + 1):
+            yield 1, self.is_due(step)
+
+
+def sum_of_growing(start: int, steps: int) -> int:
+    """Slots that so many decode steps read together where nothing is dropped: the first reads start + 1."""
+    return steps * start + steps * (steps + 1) // 2

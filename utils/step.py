@@ -1,0 +1,292 @@
+"""One forward as every layer sees it: which rows bring how many tokens, and what slimming them shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from utils.padding import Padding, runs_without
+
+
+@dataclass
+class Step:
+    """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
+
+    A row's tokens come first and its padding last, so query column i stands at slot start[b] + i and sees the slots up
+    to there. The lists live on the host: shapes and branches follow from them without waiting for the device. A row
+    that brings no token is left as it is, but for slimming.
+    """
+
+    rows: Rows
+    start: list[int]
+    new: list[int]
+    columns: int
+    decode: bool  # one new token a row, appended in place; rows that have ended bring none
+    due: bool  # slimming follows the attention
+    scored: bool  # attention reports the mass of its queries
+    first_scored: list[int]  # query columns from here to new[b] add mass
+    decays: bool = True  # mass that is there decays: once a forward, in its first chunk
+    static: bool = False  # a decode step that tells the device nothing that changes from step to step: a CUDA graph's
+
+    def __post_init__(self):
+        self.min_start, self.max_start = min(self.start), max(self.start)
+        self.width = self.max_start + self.columns  # key columns that `HHCache.update` returns
+        self.padded = min(self.new) < self.columns
+        self.partial = self.decode and self.padded
+        self._on: dict[tuple, torch.Tensor] = {}
+
+    def starts(self, device: torch.device) -> torch.Tensor:
+        """`start` on `device`, int64 [B]; in a decode step from the lengths that are there already."""
+        if self.decode:
+            brought = self.brought(device) if self.partial else 1
+            return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - brought)
+        return self._once(device, "start", lambda: torch.tensor(self.start, device=device))
+
+    def brought(self, device: torch.device) -> torch.Tensor:
+        """Which rows bring tokens: int32 [B], 1 or 0."""
+        if self.static:
+            return self.rows.brought(device)
+        bring = [int(n > 0) for n in self.new]
+        return self._once(device, "brought", lambda: torch.tensor(bring, dtype=torch.int32, device=device))
+
+    def attended(self, device: torch.device) -> torch.Tensor:
+        """How many slots each row's query of a decode step sees: int32 [B], none where a row brings no token."""
+        lengths = self.rows.mirror(device)[0]
+        if not self.partial:
+            return lengths
+        return self._once(device, "attended", lambda: lengths * self.brought(device))
+
+    def padding(self, device: torch.device) -> torch.Tensor:
+        """The query columns that hold no token: bool [B, columns]."""
+        if self.partial:
+            return self.brought(device)[:, None] == 0
+        new = torch.tensor(self.new, device=device)
+        return self._once(device, "padding", lambda: torch.arange(self.columns, device=device) >= new[:, None])
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Original positions of the query columns: int64 [1 or B, columns]."""
+        seen = [seen - new for seen, new in zip(self.rows.seen, self.new, strict=True)]
+        column = torch.arange(self.columns, device=device)
+        gaps = self.rows.gaps
+        if min(seen) == max(seen) and min(gaps) == max(gaps) and not self.static:
+            return (column + seen[0] + gaps[0])[None]
+        if self.decode:
+            positions = self.rows.mirror(device)[1].long()[:, None] - 1
+            return positions + self.rows.gap(device)[:, None] if any(gaps) else positions
+        seen, gap, last = torch.tensor([seen, gaps, self.rows.seen], device=device)[..., None]
+        return gap + torch.minimum(seen + column, last - 1)  # padding stands nowhere: frequencies follow the farthest
+
+    def slot_positions(self, device: torch.device) -> torch.Tensor:
+        """Positions of slots and new columns where slots are the positions (position_rolling): int64 [1, width].
+
+        Columns past the longest row are padding in every row; they stand at its last slot, for some frequencies follow
+        the farthest position.
+        """
+        longest = max(start + new for start, new in zip(self.start, self.new, strict=True))
+        slots = torch.arange(self.width, device=device)
+        return (slots if longest == self.width else slots.clamp(max=longest - 1))[None]
+
+    def scored_columns(self, device: torch.device) -> torch.Tensor:
+        """The query columns of each row that add mass: bool [B, columns]."""
+
+        def mask():
+            first, new = torch.tensor([self.first_scored, self.new], device=device)[..., None].unbind(0)
+            column = torch.arange(self.columns, device=device)
+            return (column >= first) & (column < new)
+
+        return self._once(device, "scored", mask)
+
+    def spans(self, device: torch.device) -> torch.Tensor:
+        """`start`, `new` and `first_scored` on `device`: int32 [3, B]."""
+        spans = [self.start, self.new, self.first_scored]
+        return self._once(device, "spans", lambda: torch.tensor(spans, dtype=torch.int32, device=device))
+
+    def all_scored(self, begin: int, end: int) -> bool:
+        """Whether query columns [begin, end) add mass in every row."""
+        return begin >= max(self.first_scored) and end <= min(self.new)
+
+    def scored_queries(self, device: torch.device) -> torch.Tensor:
+        """How many of the queries that add mass see each slot: float32 [B, width]."""
+
+        def count():
+            own = torch.arange(self.width, device=device) - self.starts(device)[:, None]  # first column that sees it
+            if self.decode:
+                return (own <= 0).float() * (self.brought(device)[:, None] if self.partial else 1)
+            columns = self.scored_columns(device).float()
+            later = columns.flip(1).cumsum(1).flip(1)  # scored columns from here on
+            later = torch.cat([later, later.new_zeros(len(later), 1)], dim=1)
+            return later.gather(1, own.clamp(0, self.columns))
+
+        return self._once(device, "queries", count)
+
+    def _once(self, device: torch.device, name: str, make) -> torch.Tensor:
+        if (device, name) not in self._on:
+            self._on[device, name] = make()
+        return self._on[device, name]
+
+
+class Rows:
+    """Row lengths and tokens seen, on the host and mirrored at a fixed address on each device that holds a layer.
+
+    During a forward both include its new tokens; they are cut to the window once all layers are slimmed. `padding`
+    says in which columns a row had no token. `gaps` are the positions that a row has left out, for holes in a mask.
+    """
+
+    def __init__(self, batch_size: int):
+        self.lengths = [0] * batch_size
+        self.seen = [0] * batch_size
+        self.evictions = [0] * batch_size
+        self.padding = [Padding() for _ in range(batch_size)]
+        self.gaps = [0] * batch_size
+        self._bring = [1] * batch_size  # what `brought` says on the device
+        self._brought: dict[torch.device, torch.Tensor] = {}
+        self._gaps: dict[torch.device, torch.Tensor] = {}
+        self._mirrors: dict[torch.device, torch.Tensor] = {}
+        self._kept: dict[tuple, torch.Tensor] = {}
+        self._plans: dict[tuple, SlimmingPlan] = {}
+
+    def mirror(self, device: torch.device) -> torch.Tensor:
+        """int32 [2, B] on `device`: lengths and tokens seen."""
+        if device not in self._mirrors:
+            with torch.inference_mode(False):  # outlives the mode it is made in
+                self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
+        return self._mirrors[device]
+
+    def kept(self, device: torch.device, heads: int, window: int) -> torch.Tensor:
+        """int32 [B, heads, window + 1] on `device`, at a fixed address: what slimming kernels pass on."""
+        key = device, heads, window
+        if key not in self._kept:
+            with torch.inference_mode(False):
+                shape = (len(self.lengths), heads, window + 1)
+                self._kept[key] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._kept[key]
+
+    def gap(self, device: torch.device) -> torch.Tensor:
+        """`gaps` on `device`, at a fixed address: int32 [B]."""
+        if device not in self._gaps:
+            with torch.inference_mode(False):
+                self._gaps[device] = torch.tensor(self.gaps, dtype=torch.int32, device=device)
+        return self._gaps[device]
+
+    def brought(self, device: torch.device) -> torch.Tensor:
+        """int32 [B] on `device`, at a fixed address: which rows bring a token to a static step."""
+        if device not in self._brought:
+            with torch.inference_mode(False):
+                self._brought[device] = torch.tensor(self._bring, dtype=torch.int32, device=device)
+        return self._brought[device]
+
+    def bring(self, new: list[int]) -> None:
+        """Say on the device which rows bring a token to the next static steps, before these are replayed."""
+        if new != self._bring:
+            self._bring = list(new)
+            for there in self._brought.values():
+                there.copy_(torch.tensor(new, dtype=torch.int32))
+
+    def pad(self, columns: int, real: torch.Tensor, decode: bool) -> None:
+        """Account for the padding among new columns, the first of which is number `columns`; real: bool [B, n]."""
+        for row, begin, end in runs_without(real):
+            self.padding[row].add((columns + begin, columns + end), decode)
+
+    def append(self, new: list[int], on_device: bool = True) -> None:
+        """Account for new tokens; on the device as well, unless `count_step` does so there."""
+        self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
+        self.seen = [seen + n for seen, n in zip(self.seen, new, strict=True)]
+        self._plans.clear()
+        if not on_device:
+            return
+        if set(new) == {1}:
+            self.count_step()
+        else:
+            self.upload()
+
+    def count_step(self, partial: bool = False) -> None:
+        """On the device: each row has one more token, or with `partial` each that `brought` says."""
+        for device, mirror in self._mirrors.items():
+            mirror.add_(self.brought(device) if partial else 1)
+
+    def cut(self, window: int, on_device: bool = True) -> None:
+        """Account for a slimming to `window` slots that all layers have done; on the device unless `cut_there` does."""
+        self.evictions = [n + (length > window) for n, length in zip(self.evictions, self.lengths, strict=True)]
+        self.lengths = [min(length, window) for length in self.lengths]
+        self._plans.clear()
+        if on_device:
+            self.cut_there(window)
+
+    def cut_there(self, window: int) -> None:
+        """On the device: no row has more than `window` slots."""
+        for mirror in self._mirrors.values():
+            mirror[0].clamp_(max=window)
+
+    def clear(self) -> None:
+        self.lengths, self.seen, self.evictions = ([0] * len(self.lengths) for _ in range(3))
+        self.padding = [Padding() for _ in self.lengths]
+        self.gaps = [0] * len(self.lengths)
+        self._plans.clear()
+        self.upload()
+
+    def reorder(self, order: torch.Tensor) -> None:
+        state = list(zip(self.lengths, self.seen, self.evictions, self.gaps, self.padding, strict=True))
+        if any(row != state[0] for row in state):  # alike rows stay so: beams of one length need no wait for the device
+            columns = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
+            self.lengths, self.seen, self.evictions, self.gaps, padding = columns
+            self.padding = [of_row.copy() for of_row in padding]
+            self.upload()
+
+    def take(self, rows: list[int], source: Rows, source_rows: list[int]) -> None:
+        for row, of in zip(rows, source_rows, strict=True):
+            self.lengths[row], self.seen[row] = source.lengths[of], source.seen[of]
+            self.evictions[row], self.gaps[row] = source.evictions[of], source.gaps[of]
+            self.padding[row] = source.padding[of].copy()
+        self._plans.clear()
+        self.upload()
+
+    def upload(self) -> None:
+        for mirror in self._mirrors.values():
+            mirror.copy_(torch.tensor([self.lengths, self.seen], dtype=torch.int32), non_blocking=True)
+        for gap in self._gaps.values():
+            gap.copy_(torch.tensor(self.gaps, dtype=torch.int32), non_blocking=True)
+
+    def plan(self, *key) -> SlimmingPlan:
+        """The `SlimmingPlan` for (device, slots, capacity, heavy, recent), made once for all layers."""
+        if key not in self._plans:
+            self._plans[key] = SlimmingPlan(self, *key)
+        return self._plans[key]
+
+
+class SlotMasks(NamedTuple):
+    """Which slots are which in a slimming of `slots` columns to the window, and their positions. bool and int32."""
+
+    empty: torch.Tensor  # [B, 1, slots]
+    recent: torch.Tensor  # [B, 1, slots]
+    appended: torch.Tensor  # [B, 1, slots], positions of the tokens since the last slimming
+    filled: torch.Tensor  # [B, 1, capacity], afterwards
+    upcoming: torch.Tensor  # [B, 1, capacity], positions counted on past the row's end: appending need not write them
+
+
+class SlimmingPlan:
+    """One slimming of `slots` columns to heavy + recent, as far as all layers on a device share it."""
+
+    def __init__(self, rows: Rows, device: torch.device, slots: int, capacity: int, heavy: int, recent: int):
+        self.slots, self.capacity = slots, capacity
+        self.heavy, self.recent, self.window = heavy, recent, heavy + recent
+        self.longest = max(rows.lengths)
+        self.ragged = min(rows.lengths) < min(self.longest, self.window)  # a row leaves slots empty that others fill
+        self.mirror = rows.mirror(device)
+
+    @cached_property
+    def masks(self) -> SlotMasks:
+        """Made when torch picks or moves the slots; the kernels do without."""
+        lengths, seen = self.mirror[:, :, None, None].unbind(0)  # [B, 1, 1]
+        slot = torch.arange(max(self.slots, self.capacity), dtype=torch.int32, device=lengths.device)
+        age = lengths - slot[: self.slots]  # 1 = the newest slot
+        kept = lengths.clamp(max=self.window)
+        return SlotMasks(
+            empty=age <= 0,
+            recent=(age > 0) & (age <= self.recent),
+            appended=(seen - lengths + slot).to(torch.int32),
+            filled=slot[: self.capacity] < kept,
+            upcoming=(seen - kept + slot[: self.capacity]).to(torch.int32),
+        )
