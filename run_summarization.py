@@ -43,8 +43,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
-from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.batching import Batcher, Sequence, devices_of, is_out_of_memory, rows_that_fit
 from h2optimizer.texts import Stops, one_bos
 from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits
@@ -792,7 +792,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         with processes.together():
             quiet_libraries()
             model, tokenizer = load_model(args, h2o, device, placement(args, processes, device))
-            generation.CAPTURE_SHARDED = processes.splits > 1  # Processes.close asks nothing of NCCL
+            model.capture_sharded = processes.splits > 1  # Processes.close asks nothing of NCCL
             prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
             if args.chat:
                 end_as_chats_do(model, tokenizer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from h2optimizer.batching import FullCacheDecoder, prefill
-from h2optimizer.generation import choose_greedily
+from h2optimizer.sampling import choose_greedily
 from utils.cache import HHCache
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from transformers import DynamicCache
 
-from h2optimizer.batching import FullCacheDecoder, RowSampler, Sequence
-from h2optimizer.generation import Decoder, choose_greedily, token_logprobs
+from h2optimizer.batching import FullCacheDecoder, Sequence
+from h2optimizer.decoder import Decoder, token_logprobs
+from h2optimizer.sampling import RowSampler, choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 

@@ -34,8 +34,10 @@ from conftest import (
     set_checkpointing,
 )
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
-from h2optimizer.batching import Batcher, Sequence, sample_rows
-from h2optimizer.llama import H2OLlamaRMSNorm, MergedLinear
+from h2optimizer.batching import Batcher, Sequence
+from h2optimizer.fused import MergedLinear
+from h2optimizer.llama import H2OLlamaRMSNorm
+from h2optimizer.sampling import sample_rows
 from utils.cache import HHCache
 
 pytest.importorskip("triton")
@@ -56,7 +58,6 @@ def captured(monkeypatch, request):
     """The steps of a graph, run; a list that grows by one with each generate that took them."""
     if "interpreted" not in request.fixturenames:
         kernel_doubles.install(monkeypatch)
-    monkeypatch.setattr(generation, "CAPTURE_ELSEWHERE", True)
     taken, original = [], generation.sample
     monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
     return taken
@@ -451,7 +452,7 @@ def test_scaled_positions(captured, rope):
     model = make_llamas(max_position_embeddings=16, rope_parameters=rope_parameters).h2o
     outputs, caches = both_ways(model, captured, [prompt(13), prompt(9)], own=True)
     assert sequences(outputs[0]) == sequences(outputs[1])
-    (decoder,) = caches[0].decoders.values()
+    (decoder,) = decoders_of(model, caches[0])
     assert decoder.static == (rope in ("linear", "llama3", "yarn"))
 
 
@@ -484,6 +485,11 @@ def test_quantised_layers_that_ask_the_device_are_not_captured(model, captured, 
 
 def kept(model) -> list[HHCache]:
     return list(model.kept_caches._caches.values())
+
+
+def decoders_of(model, cache) -> list:
+    """What decodes over the cache's slots, the last used last."""
+    return list(model.kept_caches.decoders[cache].values())
 
 
 def slots(cache) -> list[int]:
@@ -553,11 +559,11 @@ def test_samplings_do_not_pile_up(model, captured):
     for i in range(9):
         run(model, do_sample=True, temperature=1.0 + i, max_new_tokens=2)
     (cache,) = kept(model)
-    decoders = list(cache.decoders.values())
+    decoders = decoders_of(model, cache)
     assert len(decoders) == generation.KEPT_DECODERS
     run(model, do_sample=True, temperature=6.0, max_new_tokens=2)  # still there: comes to the end
-    assert {id(decoder) for decoder in cache.decoders.values()} == {id(decoder) for decoder in decoders}
-    assert next(reversed(cache.decoders.values())) is decoders[0]
+    assert {id(decoder) for decoder in decoders_of(model, cache)} == {id(decoder) for decoder in decoders}
+    assert decoders_of(model, cache)[-1] is decoders[0]
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, "torch.save"], ids=["deepcopy", "pickle"])
@@ -589,7 +595,7 @@ def test_a_deleted_model_is_freed_at_once(captured, flags):
     model.h2o = cache.h2o
     run(model, max_new_tokens=5)
     run(model, max_new_tokens=5, past_key_values=cache)
-    (decoder,) = cache.decoders.values()
+    (decoder,) = decoders_of(model, cache)
     gc.collect()
     gc.disable()
     try:
@@ -607,7 +613,7 @@ def test_a_used_cache_can_be_copied(model, captured):
     cache = HHCache(model.h2o)
     ids = run(model, past_key_values=cache, max_new_tokens=5)
     other = copy.deepcopy(cache)
-    assert cache.decoders and not other.decoders
+    assert decoders_of(model, cache) and other not in model.kept_caches.decoders
     for layer in other.layers:
         assert layer.lengths.data_ptr() == other._rows.mirror(layer.device).data_ptr()
     mask = torch.cat([left_pad(ROWS)["attention_mask"], torch.ones(3, 5, dtype=torch.long)], dim=1)
@@ -647,14 +653,14 @@ def test_a_changed_model_is_recorded_anew(captured, change):
     model.h2o = settings()
     run(model)
     (cache,) = kept(model)
-    (before,) = cache.decoders.values()
+    (before,) = decoders_of(model, cache)
     assert before.is_current()
     run(model)
-    assert [*cache.decoders.values()] == [before], "nothing has changed"
+    assert decoders_of(model, cache) == [before], "nothing has changed"
     change(model)
     assert not before.is_current()
     tokens = sequences(run(model))
-    assert kept(model) == [cache] and before not in cache.decoders.values()
+    assert kept(model) == [cache] and before not in decoders_of(model, cache)
     model.h2o = settings(capture=False)
     assert sequences(run(model)) == tokens
 

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, fused
+from h2optimizer.decoder import is_replayable
 from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils import processes
@@ -522,11 +523,11 @@ def test_parts_of_a_model(folder, tmp_path):
         parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
         unsplit = parts[0].nbytes // 2 * (len(parts[0]) == model.config.vocab_size)  # transformers 5.17's embedding
         assert sum(part.nbytes for part in parts) - unsplit == advised.held
-        assert not generation.is_replayable(model)
-        generation.CAPTURE_SHARDED = True
-        assert generation.is_replayable(model)
+        assert not is_replayable(model)
+        model.capture_sharded = True
+        assert is_replayable(model)
         model.model.layers[0].self_attn.q_proj.forward = lambda x: x
-        assert not generation.is_replayable(model)
+        assert not is_replayable(model)
         attention = model.model.layers[0].self_attn
         attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
         assert attention.merged.weight is None
@@ -612,7 +613,7 @@ def test_quantised_weights(alone_with, wide, tmp_path, capsys, choice):
     flags = ["--device", "cpu", "--greedy", "--sample_num", "2"]
     for cache in (H2O, []):
         status, model = alone_with(*cache, *flags, "--quantize", choice, "--overwrite", model=wide)
-        assert status == 0 and not llama._is_plain(model.model.layers[0].self_attn.q_proj)
+        assert status == 0 and not fused._is_plain(model.model.layers[0].self_attn.q_proj)
     plain = H2OLlamaForCausalLM.from_pretrained(wide, dtype=torch.float32)
     ids = torch.arange(5, 45)[None]
 

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralCon
 import run_summarization
 from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, decoder
 from utils.cache import HHCache
 from utils.requests import Request, ResultsFile
 
@@ -1378,8 +1378,8 @@ def undisturbed(run, *flags) -> Outcome:
         (H2OLlamaForCausalLM, "merge_projections", 1, H2O),
         (HHCache, "with_rows", 1, H2O),
         (HHCache, "take_rows", 3, H2O),
-        (generation.Decoder, "decode", 1, H2O),
-        (generation.Decoder, "decode", 4, H2O),
+        (decoder.Decoder, "decode", 1, H2O),
+        (decoder.Decoder, "decode", 4, H2O),
         (batching.Batcher, "_prefill", 3, H2O),
         (batching.FullCacheDecoder, "decode", 1, []),
         (batching.FullCacheDecoder, "decode", 15, []),

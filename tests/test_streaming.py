@@ -15,7 +15,7 @@ import run_summarization
 from checkpoints import made_up_text, make_checkpoint
 from conftest import forward, prompt
 from h2optimizer import H2OConfig
-from h2optimizer.batching import sample_rows
+from h2optimizer.sampling import sample_rows
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops
 from test_benchmarks import load

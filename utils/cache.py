@@ -380,7 +380,6 @@ class HHLayer(CacheLayerMixin):
         self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
         self.count = torch.zeros_like(self.mass) if self.h2o.needs_mass and self.h2o.score_norm == "mean" else None
         self.positions = torch.arange(slots[-1], dtype=torch.int32, device=self.device).expand(slots).contiguous()
-        self.by_flash_attn = self.h2o.backend == "flash_attn"
         self.by_kernel = self.h2o.slimming_kernels(self.device) is not None and kernels_take(self.keys)
         self.by_kernel &= self.keys.dtype == self.values.dtype
         self.is_initialized = True
@@ -390,11 +389,6 @@ class HHLayer(CacheLayerMixin):
         self.lengths = rows.mirror(self.device)[0]
         if self.h2o.slimming_kernels(self.device) is not None:
             rows.kept(self.device, self.keys.shape[1], self.h2o.window_length)
-
-    def decodes_by_kernel(self, step: Step) -> bool:
-        """Whether one operator rotates, appends, attends and adds mass in this forward, in place of `update`."""
-        needed = step.scored or step.partial or self.h2o.position_rolling or not self.by_flash_attn
-        return step.decode and self.by_kernel and needed
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The slot tensors by name, mass only where slots are ranked by it."""
@@ -574,13 +568,6 @@ def _compact_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return old[mask].view(*keep.shape, *old.shape[3:])
 
 
-class Decoders(dict):
-    """What decodes over one cache's slots from recorded graphs: a copy, which would copy the model too, has none."""
-
-    def __reduce__(self):
-        return Decoders, ()
-
-
 class HHCache(Cache):
     """Heavy-hitter cache of all layers: `capacity` = window_length + update_interval slots per row and KV head.
 
@@ -612,7 +599,6 @@ class HHCache(Cache):
         super().__init__(layers=[])
         self.h2o = h2o
         self.step: Step | None = None  # the forward under way
-        self.decoders = Decoders()  # what decodes over these slots from recorded graphs; generation.py's
         self.clock = 0
         self._columns = 0
         self._chunked = 0  # columns of a forward in chunks that have been taken, 0 between forwards
@@ -646,7 +632,7 @@ class HHCache(Cache):
         if self.step is not None or begin != self._chunked:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers, self.decoders = Rows(batch_size), [], Decoders()
+            self._rows, self.layers = Rows(batch_size), []
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
