@@ -33,7 +33,7 @@ from conftest import (
     prompt,
     set_checkpointing,
 )
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, decoding, generation
 from h2optimizer.batching import Batcher, Sequence
 from h2optimizer.fused import MergedLinear
 from h2optimizer.llama import H2OLlamaRMSNorm
@@ -477,7 +477,7 @@ def test_quantised_layers_that_ask_the_device_are_not_captured(model, captured, 
     assert len(captured) == compileable
     batcher = Batcher(model, 2, set(), 0)
     list(batcher.run([Sequence(prompt(5), 3)]))
-    assert batcher.decoder.static == compileable
+    assert batcher.decoding.decoder.static == compileable
 
 
 # Kept caches
@@ -1360,7 +1360,7 @@ def test_prompts_are_prefilled_in_parts(model, monkeypatch, limit, chunk):
     """Rows that get another part's prompts; chunks of a prompt that its neighbours in the batch cut otherwise."""
     model.h2o = settings(prefill_chunk=chunk)
     expected = batch(model, 1, make_sequences())
-    monkeypatch.setattr(batching, "PREFILL_TOKENS", limit)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", limit)
     assert_same_sequences(batch(model, 5, make_sequences()), expected)
 
 

@@ -684,7 +684,7 @@ def test_sequences_do_not_depend_on_the_batch(gqa_on_gpu, fresh, flags):
         for sequence in wanted:
             assert 0 < sequence.seconds_to_first_token <= sequence.seconds
         if flags is not None and flags.get("backend") != "sdpa":
-            assert set(batcher.decoder._graphs) == {"scored", "slimming"}
+            assert set(batcher.decoding.decoder._graphs) == {"scored", "slimming"}
     assert results[0] == results[1] == results[2]
 
 
@@ -705,7 +705,7 @@ def test_streams_are_the_cpus_and_hold_no_more(gqa, gqa_on_gpu, flags):
             held.append(torch.cuda.memory_allocated())
     assert said[0] == said[1] and losses[12:] == pytest.approx(losses[:12], rel=1e-3, abs=1e-3)
     if flags is not None:
-        assert len(set(held[-6:])) == 1 and set(stream._decoder._graphs) == {"scored", "slimming"}
+        assert len(set(held[-6:])) == 1 and set(stream.decoding.decoder._graphs) == {"scored", "slimming"}
 
 
 def test_memory_is_flat_over_30_generates(fresh):

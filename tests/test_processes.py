@@ -30,6 +30,7 @@ from h2optimizer.decoder import is_replayable
 from test_benchmarks import load
 from test_run_summarization import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from utils import processes
+from utils.cache import HHCache
 from utils.processes import Processes
 from utils.requests import InputError, JsonlFile, ResultsFile, part_path, parts_of
 
@@ -517,7 +518,7 @@ def test_parts_of_a_model(folder, tmp_path):
         args = argparse.Namespace(model_name=folder / "model", quantize=None)
         place = run_summarization.placement(args, group, torch.device("cpu"))
         model = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32, **place)
-        cache = batching.HHCache(h2o)
+        cache = HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
         assert cache.layers[0].keys.shape[1] == 1 and cache.nbytes * 2 == held
         parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
@@ -534,7 +535,7 @@ def test_parts_of_a_model(folder, tmp_path):
         model.save_pretrained(tmp_path / "saved", is_main_process=rank == 0)
         return group.close(0)
 
-    cache = batching.HHCache(h2o)
+    cache = HHCache(h2o)
     whole.generate(**inputs, past_key_values=cache)
     held = cache.nbytes
     advised = load("advise").Prediction(whole, {}, 1, None, None, 1.0, 0.1, gpus=2)

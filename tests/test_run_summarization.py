@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, MistralCon
 import run_summarization
 from checkpoints import POSITIONS, make_checkpoint, make_requests, make_tokenizer, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, decoder
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, decoder, decoding
 from utils.cache import HHCache
 from utils.requests import Request, ResultsFile
 
@@ -199,7 +199,7 @@ def caches(monkeypatch):
             made.append(super().with_rows(batch_size))
             return made[-1]
 
-    monkeypatch.setattr(batching, "HHCache", Recorded)
+    monkeypatch.setattr(decoding, "HHCache", Recorded)
     return made
 
 
@@ -1381,8 +1381,8 @@ def undisturbed(run, *flags) -> Outcome:
         (decoder.Decoder, "decode", 1, H2O),
         (decoder.Decoder, "decode", 4, H2O),
         (batching.Batcher, "_prefill", 3, H2O),
-        (batching.FullCacheDecoder, "decode", 1, []),
-        (batching.FullCacheDecoder, "decode", 15, []),
+        (decoding.FullDecoding, "decode", 1, []),
+        (decoding.FullDecoding, "decode", 15, []),
     ],
 )
 def test_out_of_memory_anywhere(run, monkeypatch, owner, name, at, flags):
