@@ -20,6 +20,7 @@ ATTENTION_BACKENDS = {
     "triton": triton_attention,
     "flash_attn": flash_attention,
 }
+KERNEL_BACKENDS = ("triton", "flash_attn")  # of which Triton kernels decode and slim
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def resolve_backend(name: str, device: str) -> str:
     has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
         return "triton" if device == "cuda" and has_triton and _least_capability() >= 8 else "sdpa"
-    if name in ("triton", "flash_attn"):
+    if name in KERNEL_BACKENDS:
         if not has_triton:
             raise ValueError(f"backend={name!r}: triton is not installed: pip install triton, or choose backend='sdpa'")
         if device != "cuda" and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -45,9 +46,9 @@ def resolve_backend(name: str, device: str) -> str:
     return name
 
 
-def has_kernels(name: str, device: torch.device) -> bool:
-    """Whether a backend's steps on a device run on the Triton kernels: decoding, slimming, merged products."""
-    return resolve_backend(name, device.type) in ("triton", "flash_attn")
+def has_kernels(h2o, device: torch.device) -> bool:
+    """Whether, with these settings, Triton kernels decode and slim on a device."""
+    return resolve_backend(h2o.backend, device.type) in KERNEL_BACKENDS
 
 
 def _least_capability() -> int:

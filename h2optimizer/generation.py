@@ -229,7 +229,7 @@ def can_capture(
         return False
     if not all(type(processor) in STATELESS_PROCESSORS for processor in logits_processor):
         return False
-    if not is_replayable(model) or not has_kernels(cache.h2o.backend, model.device):
+    if not is_replayable(model) or not has_kernels(cache.h2o, model.device):
         return False
     return cache.h2o.position_rolling or _positions_are_counts(input_ids, **kwargs)
 

@@ -126,7 +126,7 @@ class H2OConfig:
 
     def slimming_kernels(self, device: torch.device):
         """The module that slims slots on `device`, or None where torch does it."""
-        if not has_kernels(self.backend, device):
+        if not has_kernels(self, device):
             return None
         from h2optimizer.kernels import slimming
 
@@ -268,7 +268,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
 
         `generate` does so; whoever calls `forward` alone may.
         """
-        if not has_kernels(self.h2o.backend, self.device):
+        if not has_kernels(self.h2o, self.device):
             return
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp

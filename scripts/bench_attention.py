@@ -303,7 +303,7 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
         not all(map(torch.equal, *left))
     )
     # By torch, either waits for the device or allocates what a graph would have to hold.
-    kernels = args.device == "cuda" and has_kernels(h2o.backend, new.device)
+    kernels = args.device == "cuda" and has_kernels(h2o, new.device)
     replay = capture(runs["update_slimmingH"], f"slimming {batch}") if kernels else None
     times = {name: [] for name in [*runs, "graph"]}
     for _ in range(args.repeats):
