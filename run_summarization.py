@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from h2optimizer import H2OConfig, generation
+from h2optimizer import H2OConfig
 from h2optimizer.flags import (
     DEMO_REQUESTS,
     FLAG_OF_FIELD,
@@ -211,7 +211,7 @@ def load(
     quiet_libraries()
     options = loading_options(args.model_name, device, args.dtype, processes, args.quantize, args.device_map)
     model, tokenizer = load_model(args.model_name, h2o, device, args.dtype, options)
-    generation.CAPTURE_SHARDED = processes.splits > 1  # Processes.close asks nothing of NCCL
+    model.capture_sharded = processes.splits > 1  # Processes.close asks nothing of NCCL
     prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
     if args.chat:
         end_as_chats_do(model, tokenizer)

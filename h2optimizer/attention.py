@@ -1,18 +1,15 @@
 """Attention that also reports probability mass: what each slot received from this forward's queries.
 
-Every backend takes query [B, Hq, columns, D], key and value [B, Hkv, width, D] as `HHCache.update` returns them, the
-`Step` that says which slots each query sees, `scaling` of q·k, and `group_reduce`. Of the keyword arguments, `slots` is
-the `HHLayer` that key and value belong to, and `rope` the cosines and sines [width, D] by slot index to rotate the keys
-with, where they are cached unrotated. They return the output [B, Hq, columns, D] and, on scored steps, the mass
-[B, Hkv, width] float32: column sums of softmax(QK^T * scaling) over queries and a group's query heads. The mass is None
-on other steps. Where kernels decode, `kernel_decode_step` does all that in the slots themselves.
+Every backend takes `Inputs` and returns the output [B, Hq, columns, D] and, on scored steps, the mass [B, Hkv, width]
+float32: column sums of softmax(QK^T * scaling) over queries and a group's query heads. The mass is None on other steps.
+Where kernels decode, `kernel_decode_step` does all that in the slots themselves.
 """
 
 import functools
 import importlib
 import importlib.util
 import inspect
-import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +21,8 @@ from utils.step import Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
 
-KERNEL_BACKENDS = ("triton", "flash_attn")  # of which Triton kernels decode and slim
-
 Rope = tuple[torch.Tensor, torch.Tensor]
+Attended = tuple[torch.Tensor, torch.Tensor | None]  # output and mass
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -34,113 +30,98 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (states * cos) + (rotate_half(states) * sin)
 
 
-def eager_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: Step,
-    scaling: float,
-    group_reduce: str,
-    *,
-    slots: HHLayer | None = None,
-    rope: Rope | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+class Inputs(NamedTuple):
+    """What a backend attends with."""
+
+    query: torch.Tensor  # [B, Hq, columns, D]
+    key: torch.Tensor  # [B, Hkv, width, D], as `HHCache.update` returns it
+    value: torch.Tensor  # [B, Hkv, width, D]
+    step: Step  # says which slots each query sees
+    scaling: float  # of q·k
+    group_reduce: str = "sum"  # H2OConfig's
+    slots: HHLayer | None = None  # what key and value belong to
+    rope: Rope | None = None  # cosines and sines [width, D] by slot index, where keys are cached unrotated
+
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+    def rotated(self) -> "Inputs":
+        """The same with the keys rotated, in a copy."""
+        return self if self.rope is None else self._replace(key=rotate(self.key, *self.rope), rope=None)
+
+
+def eager_attention(inputs: Inputs) -> Attended:
     """The reference: the whole attention matrix at once."""
-    key = key if rope is None else rotate(key, *rope)
-    return blocked_attention(query, key, value, step, scaling, group_reduce, block=step.columns)
+    return blocked_attention(inputs.rotated(), block=inputs.step.columns)
 
 
-def sdpa_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: Step,
-    scaling: float,
-    group_reduce: str,
-    *,
-    slots: HHLayer | None = None,
-    rope: Rope | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def sdpa_attention(inputs: Inputs) -> Attended:
     """Torch's fused attention; mass in blocks of queries, in memory linear in the prompt.
 
     SDPA runs where it needs no mask, which would expand the KV heads and miss its flash kernel: prefill (tokens stand
     before padding, so causal is enough) and decode steps of rows of one length. Decode steps that want mass, or rows of
     different lengths, and later forwards of several tokens take output and mass from the same blocks.
     """
-    key = key if rope is None else rotate(key, *rope)
+    inputs = inputs.rotated()
+    (query, key, value), step = inputs.states, inputs.step
     budget = BLOCK_BYTES if query.is_cuda else BLOCK_BYTES // 16
     block = max(1, budget // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     prefill = step.max_start == 0
     if prefill or (step.decode and not step.scored and step.min_start == step.max_start):
+        gqa = query.shape[1] != key.shape[1]
         output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=step.columns > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=step.columns > 1, scale=inputs.scaling, enable_gqa=gqa
         )
         if not step.scored:
             return output, None
         with torch.no_grad():
-            _, mass = blocked_attention(query, key, None, step, scaling, group_reduce, block)
+            _, mass = blocked_attention(inputs, block, with_output=False)
         return output, mass
-    return blocked_attention(query, key, value, step, scaling, group_reduce, block)
+    return blocked_attention(inputs, block)
 
 
-def triton_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: Step,
-    scaling: float,
-    group_reduce: str,
-    *,
-    slots: HHLayer | None = None,
-    rope: Rope | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def triton_attention(inputs: Inputs) -> Attended:
     """Triton kernels: decode steps in one pass, the mass of several tokens in one pass of tiles after the attention.
 
     What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend, and several tokens in
     float32 too: without tensor cores torch's products are the faster ones.
     """
-    if not _kernels_apply(query, key, value) or (query.dtype == torch.float32 and query.is_cuda and not step.decode):
-        return sdpa_attention(query, key, value, step, scaling, group_reduce, rope=rope)
+    query, step = inputs.query, inputs.step
+    if not _kernels_apply(inputs) or (query.dtype == torch.float32 and query.is_cuda and not step.decode):
+        return sdpa_attention(inputs)
     if step.decode:
-        return _kernel_decode(query, key, value, step, scaling, group_reduce, rope)
-    key = key if rope is None else rotate(key, *rope)
+        return _kernel_decode(inputs)
+    inputs = inputs.rotated()
     if step.max_start == 0 and not step.scored:
-        return sdpa_attention(query, key, value, step, scaling, group_reduce)
+        return sdpa_attention(inputs)
     from h2optimizer.kernels.prefill import attention_with_lse
 
-    if step.max_start == 0 and _cudnn_applies(query, key, value):
+    if step.max_start == 0 and _cudnn_applies(inputs):
         # SDPA would choose it as well; called by name because SDPA keeps the log-sum-exp to itself
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, True, False, scale=scaling
+            *inputs.states, None, True, 0.0, True, False, scale=inputs.scaling
         )[:2]
     else:
-        output, lse = attention_with_lse(query, key, value, step.spans(query.device), scaling)
-    return output, _kernel_mass(query, key, lse, step, scaling, group_reduce) if step.scored else None
+        output, lse = attention_with_lse(*inputs.states, step.spans(query.device), inputs.scaling)
+    return output, _kernel_mass(inputs, lse) if step.scored else None
 
 
-def flash_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: Step,
-    scaling: float,
-    group_reduce: str,
-    *,
-    slots: HHLayer | None = None,
-    rope: Rope | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def flash_attention(inputs: Inputs) -> Attended:
     """The flash-attn package, on the slots as they are; mass, and keys to be rotated in a decode step, by the kernels.
 
     A later forward of several tokens is causal from the bottom right: query column i of row b sees start[b] + i + 1
     slots when the row is said to end `columns` after its start.
     """
-    if not _kernels_apply(query, key, value) or query.dtype == torch.float32:
-        return triton_attention(query, key, value, step, scaling, group_reduce, rope=rope)
-    if step.decode and (step.scored or rope is not None):
-        return _kernel_decode(query, key, value, step, scaling, group_reduce, rope)
-    key = key if rope is None else rotate(key, *rope)
-    if step.decode and slots is not None:  # all slots: what a graph records must not change from step to step
-        key, value = slots.slots.read()
+    step, scaling = inputs.step, inputs.scaling
+    if not _kernels_apply(inputs) or inputs.query.dtype == torch.float32:
+        return triton_attention(inputs)
+    if step.decode and (step.scored or inputs.rope is not None):
+        return _kernel_decode(inputs)
+    inputs = inputs.rotated()
+    query, key, value = inputs.states
+    if step.decode and inputs.slots is not None:  # all slots: what a graph records must not change from step to step
+        key, value = inputs.slots.slots.read()
     flash, (q, k, v) = find_flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
     lse = None
     if step.max_start == 0:
@@ -154,74 +135,33 @@ def flash_attention(
     if isinstance(output, tuple):
         output, lse = output[:2]
     output = output.transpose(1, 2)
-    return output, _kernel_mass(query, key, lse, step, scaling, group_reduce) if step.scored else None
+    return output, _kernel_mass(inputs, lse) if step.scored else None
 
 
-ATTENTION_BACKENDS = {
-    "eager": eager_attention,
-    "sdpa": sdpa_attention,
-    "triton": triton_attention,
-    "flash_attn": flash_attention,
-}
-
-
-@functools.cache
-def resolve_backend(name: str, device: str) -> str:
-    """The backend that `name` means on a device type.
-
-    "auto" is triton where all visible GPUs are NVIDIA's of compute capability 8 or more, else sdpa.
-
-    Raises: ValueError, with the way out, for one that cannot run there.
-    """
-    has_triton = importlib.util.find_spec("triton") is not None
-    if name == "auto":
-        return "triton" if device == "cuda" and has_triton and _least_capability() >= 8 else "sdpa"
-    if name in KERNEL_BACKENDS:
-        if not has_triton:
-            raise ValueError(f"backend={name!r}: triton is not installed: pip install triton, or choose backend='sdpa'")
-        if device != "cuda" and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-            raise ValueError(f"backend={name!r} needs a CUDA device, this is {device!r}: choose backend='auto'")
-        if device == "cuda" and _least_capability() < 8:
-            raise ValueError(f"backend={name!r} needs NVIDIA GPUs of compute capability 8: choose backend='sdpa'")
-    if name == "flash_attn":
-        find_flash_attn()
-    return name
-
-
-def has_kernels(h2o, device: torch.device) -> bool:
-    """Whether, with these settings, Triton kernels decode and slim on a device."""
-    return resolve_backend(h2o.backend, device.type) in KERNEL_BACKENDS
-
-
-def blocked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor | None,
-    step: Step,
-    scaling: float,
-    group_reduce: str,
-    block: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def blocked_attention(inputs: Inputs, block: int, with_output: bool = True) -> tuple[torch.Tensor | None, ...]:
     """Softmax attention over `block` query columns at a time, the heads of a group together so that K is read once.
 
-    Without `value` only the mass is computed, from the first scored query on.
+    Keys are rotated already. Without the output only the mass is computed, from the first scored query on.
     """
+    (query, key, value), step, group_reduce = inputs.states, inputs.step, inputs.group_reduce
     kv_heads, device = key.shape[1], query.device
     grouped = query.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, columns, D]
-    if value is None and group_reduce == "first":
+    if group_reduce == "first" and not with_output:
         grouped = grouped[:, :, :1]
     mass, outputs = None, []
-    for begin in range(0 if value is not None else min(step.first_scored), step.columns, block):
+    for begin in range(0 if with_output else min(step.first_scored), step.columns, block):
         end = min(begin + block, step.columns)
         visible = step.max_start + end
-        probs = _logits(grouped[:, :, :, begin:end], key[:, :, :visible], scaling)  # [B, Hkv, G, end - begin, visible]
+        probs = _logits(
+            grouped[:, :, :, begin:end], key[:, :, :visible], inputs.scaling
+        )  # [B, Hkv, G, end - begin, visible]
         open_slots = step.min_start + begin + 1  # every query of the block sees these
         if open_slots < visible:
             last_seen = step.starts(device)[:, None] + torch.arange(begin, end, device=device)
             hidden = torch.arange(open_slots, visible, device=device) > last_seen[:, None, None, :, None]
             probs[..., open_slots:].masked_fill_(hidden, -torch.inf)
         probs = probs.softmax(dim=-1)
-        if value is not None:
+        if with_output:
             weights = probs.to(value.dtype).flatten(2, 3)
             outputs.append((weights @ value[:, :, :visible]).view(*probs.shape[:-1], -1))
         if step.scored:
@@ -234,7 +174,7 @@ def blocked_attention(
             else:
                 mass = query.new_zeros(*key.shape[:3], dtype=torch.float32) if mass is None else mass
                 mass[:, :, :visible].add_(received)
-    if value is None:
+    if not with_output:
         return None, mass
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     return output.flatten(1, 2), mass
@@ -253,31 +193,34 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
     return torch.baddbmm(unused, q, k, beta=0, alpha=scaling, **exact).view(*grouped.shape[:4], -1)
 
 
-def _kernels_apply(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def _kernels_apply(inputs: Inputs) -> bool:
     """Whether the Triton kernels can take these states."""
+    query, key, value = inputs.states
     return (
         kernels_take(query)
         and key.dtype == value.dtype == query.dtype
-        and not (torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)))
+        and not (torch.is_grad_enabled() and any(states.requires_grad for states in inputs.states))
     )
 
 
-def _kernel_decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: Step,
-    scaling: float,
-    group_reduce: str,
-    rope: Rope | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _kernel_decode(inputs: Inputs) -> Attended:
     """One decode step's attention by kernel, and its mass."""
     from h2optimizer.kernels.decode import decode_attention
 
+    key, step, first_head = inputs.key, inputs.step, inputs.group_reduce == "first"
     mass = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device) if step.scored else None
     lengths = step.attended(key.device)
-    first_head = group_reduce == "first"
-    return decode_attention(query, key, value, lengths, scaling, mass=mass, rope=rope, first_head=first_head), mass
+    output = decode_attention(
+        *inputs.states, lengths, inputs.scaling, mass=mass, rope=inputs.rope, first_head=first_head
+    )
+    return output, mass
+
+
+def decodes_by_kernel(slots: HHLayer, step: Step) -> bool:
+    """Whether `kernel_decode_step` takes this forward, in place of `HHCache.update` and a backend."""
+    by_flash_attn = slots.h2o.backend == "flash_attn"
+    needed = step.scored or step.partial or slots.h2o.position_rolling or not by_flash_attn
+    return step.decode and slots.by_kernel and needed
 
 
 def kernel_decode_step(
@@ -301,31 +244,24 @@ def kernel_decode_step(
     )  # fmt: skip
 
 
-def _kernel_mass(
-    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, step: Step, scaling: float, group_reduce: str
-) -> torch.Tensor:
+def _kernel_mass(inputs: Inputs, lse: torch.Tensor) -> torch.Tensor:
     """The mass of several tokens by kernel, from the log-sum-exps of their attention."""
     from h2optimizer.kernels.prefill import attention_mass
 
+    query, key, _ = inputs.states
     lse = lse.reshape(query.shape[:3]).contiguous()
-    return attention_mass(query, key, lse, step.spans(query.device), scaling, group_reduce == "first")
+    spans, first_head = inputs.step.spans(query.device), inputs.group_reduce == "first"
+    return attention_mass(query, key, lse, spans, inputs.scaling, first_head)
 
 
-def _cudnn_applies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def _cudnn_applies(inputs: Inputs) -> bool:
     """Whether cuDNN's attention is what SDPA chooses for these states, by its versions, the GPU and the user's word."""
+    query, key, _ = inputs.states
     if not query.is_cuda:
         return False
-    choice = torch._fused_sdp_choice(
-        query, key, value, None, 0.0, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    gqa = query.shape[1] != key.shape[1]
+    choice = torch._fused_sdp_choice(*inputs.states, None, 0.0, is_causal=True, enable_gqa=gqa)
     return choice == SDPBackend.CUDNN_ATTENTION.value
-
-
-def _least_capability() -> int:
-    """Major compute capability of the least of the visible GPUs; 0 where they are not NVIDIA's or there is none."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return 0
-    return min(torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count()))
 
 
 @functools.cache

@@ -9,16 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
-from h2optimizer.generation import CHUNK, Choose, Decoder, choose_greedily, token_logprobs
-from utils.cache import CACHE_ARGUMENT, HHCache
-
-PREFILL_TOKENS = 16384  # columns that a Batcher prefills at once, those of a chunk where prompts come in chunks
+from h2optimizer.decoder import CHUNK, Choose, token_logprobs
+from h2optimizer.decoding import decoding_of
+from h2optimizer.sampling import RowSampler, choose_greedily
+from utils.cache import CACHE_ARGUMENT
 
 
 @dataclass
@@ -44,81 +42,6 @@ class Sequence:
         self.random = np.random.default_rng(self.seed)
 
 
-class RowSampler:
-    """Chooses each row's token by its own temperature and top-p, from a uniform number of its own.
-
-    A row's text therefore depends on its seed, and on neither the rows beside it nor when it joined them.
-    """
-
-    def __init__(self, rows: int, device: torch.device, nucleus: bool):
-        self.nucleus = nucleus  # whether any row's top_p is below 1: only then are the tokens sorted
-        with torch.inference_mode(False):
-            self.temperature = torch.zeros(rows, device=device)  # 0: the greatest
-            self.top_p = torch.ones(rows, device=device)
-            self.uniform = torch.zeros(rows, CHUNK, device=device)
-            self.column = torch.zeros(1, dtype=torch.long, device=device)
-
-    def at(self, rows: list[int], sequences: list[Sequence]) -> Choose:
-        """Let sequences have these rows; returns the choice of their first tokens."""
-        at = torch.tensor(rows, device=self.temperature.device)
-        settings = [[s.temperature for s in sequences], [s.top_p for s in sequences], _uniforms(sequences, 1)[:, 0]]
-        temperature, top_p, uniform = (
-            torch.as_tensor(values, dtype=torch.float32).to(at.device) for values in settings
-        )
-        self.temperature.index_copy_(0, at, temperature)
-        self.top_p.index_copy_(0, at, top_p)
-        return lambda logits: sample_rows(logits, temperature, top_p, uniform[:, None], self.nucleus)
-
-    def draw(self, sequences: list[Sequence | None], steps: int) -> None:
-        """Numbers for the next steps of the sequences in all rows."""
-        uniform = torch.from_numpy(_uniforms(sequences, steps))
-        self.uniform[: len(uniform), :steps].copy_(uniform)
-        self.column.zero_()
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        uniform = self.uniform[: len(logits)].index_select(1, self.column)
-        self.column.add_(1)
-        rows = slice(len(logits))
-        return sample_rows(logits, self.temperature[rows], self.top_p[rows], uniform, self.nucleus)
-
-
-def _uniforms(sequences: list[Sequence | None], steps: int) -> np.ndarray:
-    """The next `steps` random numbers in [0, 1) of each sequence, float32 [rows, steps]."""
-    uniform = np.zeros((len(sequences), steps), dtype=np.float32)
-    for row, sequence in enumerate(sequences):
-        if sequence is not None and sequence.temperature > 0:
-            uniform[row] = sequence.random.random(steps, dtype=np.float32)
-    return uniform
-
-
-def sample_rows(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, nucleus: bool
-) -> torch.Tensor:
-    """Tokens [B] by inversion of the distribution of each row, at uniform numbers [B, 1] in [0, 1).
-
-    temperature, top_p: float32 [B]; temperature 0 takes the greatest. Top-p keeps the most probable tokens up to the
-    one that brings their sum to top_p (Holtzman et al., arXiv 1904.09751).
-    """
-    sampled = temperature > 0
-    probs = (logits.float() / torch.where(sampled, temperature, 1.0)[:, None]).softmax(-1)
-    tokens = _invert(probs, uniform)
-    if nucleus:  # of the rows that ask for one: in another order of the tokens the others would say something else
-        probs, order = probs.sort(dim=-1, descending=True)
-        before = probs.cumsum(-1) - probs
-        at = _invert(torch.where(before < top_p[:, None], probs, 0.0), uniform)
-        tokens = torch.where(top_p[:, None] < 1, order.gather(1, at), tokens)
-    return torch.where(sampled, tokens[:, 0], logits.argmax(-1))
-
-
-def _invert(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Where the sums of each row's probabilities [B, n], of any total, pass its uniform number: int64 [B, 1]."""
-    up_to = probs.cumsum(-1)
-    at = torch.searchsorted(up_to, uniform * up_to[:, -1:], right=True)
-    # rounding may leave the sum short of the last token, or at ones of no probability
-    last = (probs > 0).long().mul_(torch.arange(probs.shape[-1], device=probs.device)).amax(-1, keepdim=True)
-    return torch.minimum(at, last)
-
-
 class Clock:
     """Moments on the device's own time, so that timing waits for nothing; on a CPU, the host's."""
 
@@ -137,75 +60,11 @@ class Clock:
         return begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin
 
 
-class Prefilled(NamedTuple):
-    """What `prefill` made of n prompts."""
-
-    logits: torch.Tensor  # [n, vocabulary], of the next tokens
-    cache: HHCache | DynamicCache
-    mask: torch.Tensor  # [n, columns], 0 for padding; on the model's device where later steps read it: a full cache's
-    source: list[int]  # the cache's row of each prompt
-
-
-def prefill(model, prompts: list[list[int]], pad_token_id: int) -> Prefilled:
-    """Prompts, padded on the left, into a new cache: an HHCache for a model with settings of one, else a full cache.
-
-    Equal prompts are computed once. They share a row of an HHCache, whose rows `take_rows` copies.
-    """
-    rows: dict[tuple[int, ...], int] = {}
-    source = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
-    columns, h2o, device = max(map(len, rows)), getattr(model, "h2o", None), model.device
-    ids = torch.tensor([[pad_token_id] * (columns - len(prompt)) + list(prompt) for prompt in rows])
-    mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in rows])
-    if h2o is not None:
-        cache, positions = HHCache(h2o), {}  # the mask stays on the host, which reads it
-    else:
-        cache, mask = DynamicCache(config=model.config), mask.to(device)
-        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
-    outputs = model(ids.to(device), attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}, **positions)
-    logits, mask = outputs.logits[source, -1], mask[source]
-    if h2o is None and len(rows) < len(prompts):
-        cache.batch_select_indices(torch.tensor(source))  # on the host: layers may be on several devices
-        source = list(range(len(prompts)))
-    return Prefilled(logits, cache, mask, source)
-
-
-class FullCacheDecoder:
-    """Decode steps of stock Llama over a DynamicCache, which grows: the baseline. As `Decoder`, but never recorded."""
-
-    def __init__(self, model, cache: DynamicCache, choose: Choose, mask: torch.Tensor):
-        self.model, self.cache, self.choose = model, cache, choose
-        self.position = mask.sum(dim=1)  # of the next token
-        self.mask = None if bool(mask.all()) else mask
-        self.token = torch.zeros_like(self.position)
-
-    def start(self, tokens: torch.Tensor, rows: list[int]) -> None:
-        self.token[rows] = tokens
-
-    @torch.no_grad()
-    def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, logprobs = [], []
-        for _ in range(steps):
-            logits = self.feed(self.token).logits[:, -1]
-            self.token = self.choose(logits)
-            tokens.append(self.token)
-            logprobs.append(token_logprobs(logits, self.token))
-        return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
-
-    def feed(self, tokens: torch.Tensor, **kwargs):
-        """The model's outputs for a next token of each row, int64 [B]; `kwargs` are its forward's."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        inputs = {"attention_mask": self.mask, "position_ids": self.position[:, None], CACHE_ARGUMENT: self.cache}
-        self.position = self.position + 1
-        return self.model(tokens[:, None], **inputs, **kwargs)
-
-
 class Batcher:
     """Decodes sequences together; one that ends makes room for the next.
 
-    With an HHCache a new sequence joins right after a slimming, so that its own slimmings fall on the same of its steps
-    as alone; prompts are prefilled in sub-batches beside the slots, whose peak decides nothing. With stock Llama's full
-    cache, whose rows all grow, a batch is decoded to its end before the next begins.
+    When that may be, and how many prompts are prefilled at once, is for the model's kind of cache to say (`decoding`).
+    Those of a bounded one are prefilled in sub-batches beside the slots, whose peak decides nothing.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
@@ -226,17 +85,15 @@ class Batcher:
         agree: Choose | None = None,
     ):
         self.agree = agree
-        self.model, self.eos, self.pad_token_id = model, eos_token_ids, pad_token_id
-        self.h2o = getattr(model, "h2o", None)
+        self.model, self.eos = model, eos_token_ids
         self.sampler = RowSampler(rows, model.device, nucleus) if sampling else None
         self.rows: list[Sequence | None] = [None] * rows
-        self.cache: HHCache | DynamicCache | None = None
-        self.decoder: Decoder | FullCacheDecoder | None = None
+        choose = self._agreed(self.sampler or choose_greedily)
+        self.decoding = decoding_of(model, choose, eos_token_ids, pad_token_id)
+        self.decoding.prepare()
         self._clock = Clock(model.device)
         self._begun: list[tuple] = [()] * rows  # moments of each row's prefill: begin, end
         self._first: list[tuple] = []  # tokens from prefills that the host has not seen: sequences, tokens, logprobs
-        if self.h2o is not None:
-            model.merge_projections()
 
     @torch.inference_mode()
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
@@ -246,30 +103,27 @@ class Batcher:
         """
         waiting = deque(sequences)
         while waiting or any(self.rows):
-            if self.h2o is not None and self.cache is not None and not any(self.rows):
-                self.cache.reset()  # its clock: nobody waits for the next slimming
-            if waiting and self._can_join():
+            busy = sum(sequence is not None for sequence in self.rows)
+            if not busy:
+                self.decoding.rest()
+            if waiting and self.decoding.can_join(busy, len(self.rows)):
                 self._fill(waiting)
             yield from self._look(*self._decode(bool(waiting)))
-
-    def _can_join(self) -> bool:
-        if self.h2o is None or self.cache is None:
-            return not any(self.rows)
-        return None in self.rows and self.cache.can_join
 
     def _fill(self, waiting: deque[Sequence]) -> None:
         """Prefill sequences for the free rows."""
         free = [row for row, sequence in enumerate(self.rows) if sequence is None]
         group: list[Sequence] = []
-        prompts, columns = set(), 0
+        prompts, longest = set(), 0
         while waiting and len(group) < len(free):
             prompt = waiting[0].prompt
             prompts.add(tuple(prompt))
-            columns = max(columns, _columns_at_once(self.h2o, len(prompt)))
-            if group and self.h2o is not None and len(prompts) * columns > PREFILL_TOKENS:
+            longest = max(longest, len(prompt))
+            at_once = self.decoding.prompts_at_once(longest)
+            if group and at_once is not None and len(prompts) > at_once:
                 self._prefill(group, free[: len(group)])
                 group, free = [], free[len(group) :]
-                prompts, columns = set(), 0
+                prompts, longest = set(), 0
             else:
                 group.append(waiting.popleft())
         self._prefill(group, free[: len(group)])
@@ -279,22 +133,9 @@ class Batcher:
         choose = choose_greedily
         if self.sampler is not None:
             choose = self.sampler.at(rows, group)
-        if self.h2o is None:
-            self.cache = self.decoder = None  # the batch before has ended: make room
-        prompts = [sequence.prompt for sequence in group]
-        logits, cache, mask, source = prefill(self.model, prompts, self.pad_token_id)
-        if self.h2o is None:
-            self.cache = cache
-            self.decoder = FullCacheDecoder(self.model, cache, self._agreed(self.sampler or choose_greedily), mask)
-        else:
-            if self.cache is None:
-                self.cache = cache.with_rows(len(self.rows))
-                eos = torch.tensor(sorted(self.eos), device=logits.device) if self.eos else None
-                choose_next = self._agreed(self.sampler or choose_greedily)
-                self.decoder = Decoder(self.model, self.cache, choose_next, eos, self.pad_token_id, logprobs=True)
-            self.cache.take_rows(rows, cache, source)
+        logits = self.decoding.join([sequence.prompt for sequence in group], rows, len(self.rows))
         tokens = self._agreed(choose)(logits)
-        self.decoder.start(tokens, rows)
+        self.decoding.start(tokens, rows)
         for row, sequence in zip(rows, group, strict=True):
             self.rows[row], self._begun[row] = sequence, (begin, self._clock.now())
         self._first.append((group, tokens, token_logprobs(logits, tokens)))
@@ -304,20 +145,13 @@ class Batcher:
 
     def _decode(self, waiting: bool) -> tuple:
         """Steps up to where sequences can join, or CHUNK; moments before and after, tokens and log-probabilities."""
-        if self.h2o is None:
-            steps = 1  # as stock generate looks
-        elif not waiting:
-            steps = CHUNK
-        else:
-            steps = self.h2o.schedule.steps_to_due(self.cache.clock)
-            steps += max(0, CHUNK - steps) // self.h2o.update_interval * self.h2o.update_interval
         unseen = {id(sequence) for group, *_ in self._first for sequence in group}
         left = [s.max_tokens - len(s.tokens) - (id(s) in unseen) for s in self.rows if s is not None]
-        steps = min(steps, CHUNK, max(left))
+        steps = min(self.decoding.steps(waiting), CHUNK, max(left))
         if self.sampler is not None:
             self.sampler.draw(self.rows, steps)
         begin = self._clock.now()
-        tokens, logprobs = self.decoder.decode(steps) if steps else (None, None)
+        tokens, logprobs = self.decoding.decode(steps) if steps else (None, None)
         return steps, begin, self._clock.now(), tokens, logprobs
 
     def _look(self, steps: int, begin, end, tokens, logprobs) -> Iterator[Sequence]:
@@ -347,7 +181,7 @@ class Batcher:
                 ended.append(row)
         for row in ended:
             sequence, self.rows[row] = self.rows[row], None
-            sequence.cache = self._statistics(sequence)
+            sequence.cache = self.decoding.statistics(len(sequence.prompt), len(sequence.tokens))
             yield sequence
 
     def _extend(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> int:
@@ -364,21 +198,6 @@ class Batcher:
             if sequence.finish_reason:
                 return i
         return len(tokens)
-
-    def _statistics(self, sequence: Sequence) -> dict[str, int]:
-        """What the cache held of a sequence when it ended: its last token was not fed."""
-        seen = len(sequence.prompt) + len(sequence.tokens) - 1
-        if self.h2o is None:
-            per_token = sum(t[0, :, 0].nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
-            return {"tokens_seen": seen, "slots_kept": seen, "slimmings": 0, "kv_bytes": seen * per_token}
-        held = self.h2o.schedule.held_after(len(sequence.prompt), len(sequence.tokens) - 1)
-        kv_bytes = self.cache.nbytes // len(self.rows)
-        return {"tokens_seen": seen, "slots_kept": held.slots, "slimmings": held.evictions, "kv_bytes": kv_bytes}
-
-
-def _columns_at_once(h2o, tokens: int) -> int:
-    """How many tokens of a prompt of so many one prefill computes; `h2o` None is the full cache."""
-    return tokens if h2o is None else h2o.schedule.columns_at_once(tokens)
 
 
 def devices_of(model) -> list[torch.device]:
@@ -397,7 +216,7 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
 
     Raises: torch.OutOfMemoryError where the model's parts are on several processes: the others are in that prefill.
     """
-    h2o, config, device = getattr(model, "h2o", None), model.config, model.device
+    decoding, config, device = decoding_of(model), model.config, model.device
     logits = 48 * config.vocab_size  # bytes a row: probabilities, sorted, with their order and sums
     if device.type != "cuda":
         try:
@@ -405,10 +224,9 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
         except (AttributeError, ValueError):  # only Linux tells
             return 16
         slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-        row = logits + slot * (longest + max_tokens if h2o is None else h2o.capacity)
+        row = logits + slot * decoding.slots_for(longest + max_tokens)
         return max(1, min(16, int(free // 2 // row)))
-    prompts = 1 if h2o is None else max(1, PREFILL_TOKENS // _columns_at_once(h2o, longest))
-    cache = DynamicCache(config=config) if h2o is None else HHCache(h2o)
+    prompts, cache = max(1, decoding.prompts_at_once(longest) or 1), decoding.new_cache()
     devices = devices_of(model)
     gc.collect()
     torch.cuda.empty_cache()
@@ -424,23 +242,9 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
             raise
         return 1
     peak = {device: torch.cuda.max_memory_allocated(device) - before[device] for device in devices}
-    row = {device: _bytes_per_row(cache, device, longest + max_tokens) for device in devices}
+    row = {device: decoding.bytes_per_row(cache, device, longest + max_tokens) for device in devices}
     row[chosen] += logits
     del cache
     torch.cuda.empty_cache()
-    fitting = []
-    for device in devices:
-        free = 0.95 * torch.cuda.mem_get_info(device)[0]
-        if h2o is None:  # all prompts of a batch at once; a layer's keys and values are copied as they grow
-            fitting.append(free // (peak[device] + row[device]))
-        else:
-            fitting.append((free - peak[device]) // row[device] if row[device] else 2**31)
-    return max(1, int(min(fitting)))
-
-
-def _bytes_per_row(cache: HHCache | DynamicCache, device: torch.device, tokens: int) -> int:
-    """Of the layers on a device, as they are: a part of a model has a part of the heads. A full cache at `tokens`."""
-    layers = [layer for layer in cache.layers if layer.keys.device == device]
-    if isinstance(cache, HHCache):
-        return sum(layer.slots.nbytes for layer in layers) // len(cache.lengths)
-    return tokens * sum(t[0, :, 0].nbytes for layer in layers for t in (layer.keys, layer.values))
+    free = {device: 0.95 * torch.cuda.mem_get_info(device)[0] for device in devices}
+    return max(1, min(decoding.rows_within(free[device], peak[device], row[device]) for device in devices))

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from h2optimizer.batching import FullCacheDecoder, prefill
-from h2optimizer.generation import choose_greedily
-from utils.cache import HHCache
+from h2optimizer.decoding import decoding_of
 
 
 class ForcedDecode:
-    """A batch of rows whose next tokens are given, over the model's own kind of cache (`batching.prefill`).
+    """A batch of rows whose next tokens are given, over the model's own kind of cache.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
@@ -30,24 +28,21 @@ class ForcedDecode:
     @torch.inference_mode()
     def __init__(self, model, prompts: list[list[int]], pad_token_id: int = 0, attentions: bool = False):
         self.model, self.attentions, self._wanted = model, (), attentions
-        self.logits, self.cache, mask, source = prefill(model, prompts, pad_token_id)
-        self.padding = mask.shape[1] - mask.sum(dim=1)  # columns before each row's first token
-        self._full = None
-        if not isinstance(self.cache, HHCache):
-            self._full = FullCacheDecoder(model, self.cache, choose_greedily, mask)
-        elif source != list(range(len(self.cache.lengths))):
-            rows = self.cache.with_rows(len(prompts))
-            rows.take_rows(list(range(len(prompts))), self.cache, source)
-            self.cache = rows
+        self._decoding = decoding_of(model, pad_token_id=pad_token_id)
+        self.logits = self._decoding.prefill(prompts)
+        longest = max(map(len, prompts))
+        self.padding = torch.tensor([longest - len(prompt) for prompt in prompts])  # columns before its first token
+
+    @property
+    def cache(self):
+        """An HHCache, or stock Llama's DynamicCache."""
+        return self._decoding.cache
 
     @torch.inference_mode()
     def feed(self, tokens: list[int] | torch.Tensor) -> None:
         """One step with these tokens, [B]: `logits` are then of those that follow, `attentions` of the step."""
         tokens = torch.as_tensor(tokens, device=self.model.device)
-        if self._full is None:
-            outputs = self.model(tokens[:, None], past_key_values=self.cache)
-        else:
-            outputs = self._full.feed(tokens, output_attentions=self._wanted)
+        outputs = self._decoding.feed(tokens[:, None], **({"output_attentions": True} if self._wanted else {}))
         self.logits, self.attentions = outputs.logits[:, -1], outputs.attentions if self._wanted else ()
 
 

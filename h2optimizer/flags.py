@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from h2optimizer.attention import ATTENTION_BACKENDS, resolve_backend
+from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import QUANTIZERS
 from utils.cli import InputError, count_or_all, seed

@@ -1,15 +1,10 @@
-"""Decode from captured CUDA graphs: a bounded cache has constant shapes, so a step is the same launches every time.
-
-`Decoder` runs the steps of one HHCache. `sample` is `generate` over it, where `can_capture` allows that.
-"""
+"""`generate` over a bounded cache: what it makes of GenerationMixin's, and `sample`, its loop over recorded steps."""
 
 from __future__ import annotations
 
-import functools
-import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -23,10 +18,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from h2optimizer.attention import has_kernels
+from h2optimizer.backends import has_kernels
+from h2optimizer.decoder import CHUNK, Decoder, is_replayable
+from h2optimizer.sampling import choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
-CHUNK = 16  # most steps between two looks of the host at the tokens
 KEPT_CACHES = 8  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
 KEPT_BYTES = 8 * 2**30  # bound of them all but the latest
 KEPT_DECODERS = 4  # decoders of one cache, each for its own sampling
@@ -34,187 +30,132 @@ KEPT_DECODERS = 4  # decoders of one cache, each for its own sampling
 # What depends on the logits alone, and on nothing that changes from step to step.
 STATELESS_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
-Choose = Callable[[torch.Tensor], torch.Tensor]  # tokens [B] of logits [B, vocabulary]
 
+class GeneratesThroughSlots:
+    """GenerationMixin's `generate` through an HHCache, its steps recorded where that gives the same.
 
-def decode_logits(model, token: torch.Tensor, position_ids: torch.Tensor, cache: HHCache) -> torch.Tensor:
-    """The model's forward of one token a row, [B, 1], inside an open step of the cache: logits [B, vocabulary]."""
-    states = model.model(
-        input_ids=token,
-        attention_mask=token.new_empty(1, 1, 1, 1),  # as in H2OLlamaForCausalLM.forward
-        position_ids=position_ids,
-        use_cache=True,
-        **{CACHE_ARGUMENT: cache},
-    ).last_hidden_state
-    return model.lm_head(states[:, -1])
-
-
-class Decoder:
-    """Decode steps over one cache, each told nothing by the host: replayed from CUDA graphs on a GPU, else run.
-
-    One graph holds a step up to its next tokens, another the slimming of all layers. The first time each is run, the
-    second time recorded. Where slimming is not by kernels the model's own forward takes the steps.
-
-    Args:
-        model: an H2OLlamaForCausalLM.
-        cache: an HHCache after its prefill; its slots must not be reallocated while the decoder is in use.
-        choose: tokens [B] from logits [B, vocabulary]; it waits for nothing.
-        eos_token_ids: tokens that finish a row, int64 [n], or None.
-        pad_token_id: what a finished row goes on with.
-        logprobs: keep the model's own log-probabilities of the chosen tokens as well.
+    Attributes:
+        kept_caches: what calls leave for later ones.
+        capture_sharded: record the steps of a tensor-parallel model as well. They hold NCCL's communicator: its end
+            (destroy_process_group) waits for them for ever. A program that sets this to True drops the model and its
+            caches before that, or ends without it.
     """
 
-    def __init__(
-        self,
-        model,
-        cache: HHCache,
-        choose: Choose,
-        eos_token_ids: torch.Tensor | None = None,
-        pad_token_id: int = 0,
-        logprobs: bool = False,
-    ):
-        # weak: the model keeps caches and a cache its decoders; `del model` frees its memory at once
-        self._model, self._cache, self.choose = weakref.ref(model), weakref.ref(cache), choose
-        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
-        rows, device = len(cache.lengths), model.device
-        with torch.inference_mode(False):  # outlive the mode they are made in
-            self.token = torch.zeros(rows, dtype=torch.long, device=device)  # what the next step feeds
-            self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
-            self.column = torch.zeros(1, dtype=torch.long, device=device)  # of `tokens`, that the next step writes
-            self.tokens = torch.zeros(rows, CHUNK, dtype=torch.long, device=device)
-            self.logprobs = torch.zeros(rows, CHUNK, device=device) if logprobs else None
-        self.static = (
-            cache.h2o.slimming == "H"
-            and all(layer.by_kernel for layer in cache.layers)
-            # frequencies that follow the length are the host's business in each step (longrope's in transformers 5.17)
-            and not any(name in model.model.rotary_emb.rope_type for name in ("dynamic", "longrope"))
-            and is_replayable(model)
-        )
-        self._forward = decode_logits
-        if self.static and cache.h2o.compile:
-            model.merge_projections()  # compiled, a merged product no longer asks whether its layers are the same
-            # Coordinate descent lets batch-1 products become reductions that read at full bandwidth; sums that several
-            # kernels read are stored, or each product would add up the residual stream again for every weight.
-            options = {"coordinate_descent_tuning": True, "realize_reads_threshold": 1}
-            on_gpu = device.type == "cuda"
-            backend = {"backend": "inductor", "options": options} if on_gpu else {"backend": "aot_eager"}
-            # torch.compile counts recompilations by code object, and gives up after eight: each decoder has its own
-            forward = types.FunctionType(decode_logits.__code__.replace(), decode_logits.__globals__)
-            self._forward = torch.compile(forward, fullgraph=True, dynamic=False, **backend)
-        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self._ran: set[str] = set()  # what has run once, so that all its kernels are compiled
-        self._pool = None
-        self._weights = _addresses(model)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept_caches = KeptCaches()
+        self.capture_sharded = False
 
-    def is_current(self) -> bool:
-        """Whether the model has the modules, and these their weights, that it had when the graphs were recorded."""
-        model = self._model()
-        return model is not None and self._weights == _addresses(model)
+    def generate(self, *args, **kwargs):
+        """As GenerationMixin's, through an HHCache; `past_key_values`, or `cache`, may be one of the caller's.
 
-    def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
-        """Go on from these tokens of all rows, or of some, which begin anew."""
-        at = torch.arange(len(self.token)) if rows is None else torch.tensor(rows)
-        at = at.to(self.token.device)
-        self.finished.index_copy_(0, at, self.ends(tokens))
-        self.token.index_copy_(0, at, tokens)
+        Padding may stand anywhere in the inputs. A row that has ended while others go on leaves nothing more in the
+        cache, whatever is fed to it.
 
-    @torch.inference_mode(False)  # the same mode in each call, or torch.compile compiles again, maybe in a recording
-    @torch.no_grad()
-    def decode(self, steps: int, new: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Up to CHUNK steps; returns tokens and log-probabilities [B, steps]. Waits for nothing.
-
-        `new` is 1 for rows that bring a token to these steps, 0 for those fed padding; all bring one unless given.
+        Raises: ValueError where `use_cache=False` or another cache_implementation is asked for, and for fewer tokens
+            than a given cache has seen.
         """
-        self.column.zero_()
-        for _ in range(steps):
-            if self.static:
-                self._next(new)
-            else:
-                mask = None if new is None else torch.tensor(new)[:, None]
-                inputs = {"attention_mask": mask, CACHE_ARGUMENT: self._cache()}
-                self._keep(self._model()(self.token[:, None], **inputs).logits[:, -1])
-        return self.tokens[:, :steps].clone(), None if self.logprobs is None else self.logprobs[:, :steps].clone()
+        # H2O: the cache under either name, whichever this version of transformers has
+        for name in ("past_key_values", "cache"):
+            if name in kwargs and name != CACHE_ARGUMENT:
+                kwargs[CACHE_ARGUMENT] = kwargs.pop(name)
+        # H2O: a checkpoint's use_cache is the wish of those who trained it, not of the caller
+        if kwargs.get("generation_config") in (None, self.generation_config):
+            kwargs.setdefault("use_cache", True)
+        return super().generate(*args, **kwargs)
 
-    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which of the tokens finish their row."""
-        if self.eos_token_ids is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        # not torch.isin, which sorts where there are ten or more, and then waits for the device
-        return (tokens[..., None] == self.eos_token_ids).any(dim=-1)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # H2O: generate makes an HHCache where stock Llama makes a DynamicCache
+        if model_kwargs.get(CACHE_ARGUMENT) is None:
+            if not generation_config.use_cache or generation_config.cache_implementation is not None:
+                raise ValueError(
+                    "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation "
+                    "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
+                )
+            self._refuse_prefix_tuning()
+            model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o)
+            self.merge_projections()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _next(self, new: list[int] | None) -> None:
-        cache = self._cache()
-        step = cache.begin(len(self.token), 1, new, static=True)
-        name = "scored" if step.scored else "unscored"
-        name += " partial" * step.partial + " with gaps" * any(step.rows.gaps)  # each is other work
-        self._play(name, self._step)
-        if step.due:
-            self._play("slimming", cache.slim_all)
-        cache.end()
+    @property
+    def _adapter(self):
+        """peft's model around this one, where its `generate` is what runs: it puts a method of its own here."""
+        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        return None if owner is self else owner
 
-    def _step(self) -> None:
-        """All that the device does in a step, but slimming."""
-        cache = self._cache()
-        step = cache.step
-        step.rows.count_step(step.partial)
-        if cache.h2o.position_rolling:
-            position_ids = torch.arange(cache.h2o.capacity, device=self.token.device)[None]
-        else:
-            position_ids = step.positions(self.token.device)
-        forward = decode_logits if step.partial else self._forward  # not worth compiling once more
-        self._keep(forward(self._model(), self.token[:, None], position_ids, cache))
+    def _refuse_prefix_tuning(self) -> None:
+        kind = getattr(getattr(self._adapter, "active_peft_config", None), "peft_type", None)
+        if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(
+                f"{kind.value}: its keys and values come from no token, and an HHCache cannot rank them; use "
+                "LlamaForCausalLM, or prompt tuning"
+            )
 
-    def _keep(self, logits: torch.Tensor) -> None:
-        tokens = torch.where(self.finished, self.pad_token_id, self.choose(logits))
-        if self.logprobs is not None:
-            self.logprobs.index_copy_(1, self.column, token_logprobs(logits, tokens)[:, None])
-        self.tokens.index_copy_(1, self.column, tokens[:, None])
-        self.finished.logical_or_(self.ends(tokens))
-        self.token.copy_(tokens)
-        self.column.add_(1)
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if not isinstance(model_kwargs.get(CACHE_ARGUMENT), HHCache | None):
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        # H2O: the cache counts each row's tokens; only holes, which take no positions here, need saying
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            return None
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)  # the step after a padded column counts on from it
 
-    def _play(self, name: str, run: Callable[[], None]) -> None:
-        device = self.token.device
-        if name in self._graphs:
-            self._graphs[name].replay()
-        elif device.type != "cuda" or name not in self._ran:
-            run()
-            self._ran.add(name)
-        else:
-            graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
-            # thread_local: what other threads do on the device meanwhile (pinning memory, say) is no error
-            options = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.device(device), torch.cuda.graph(graph, **options):
-                run()
-            # the generator's offset was set to 0 on that stream: not after the replay has set it to what it is
-            torch.cuda.current_stream(device).wait_stream(stream)
-            self._pool = graph.pool()
-            self._graphs[name] = graph
-            graph.replay()
+    def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
+        cache, embeds = model_kwargs.get(CACHE_ARGUMENT), model_kwargs.get("inputs_embeds")
+        if isinstance(cache, HHCache) and (seen := cache.get_seq_length()):
+            given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
+            # H2O: a mask of ones is dropped on the way, but not its length
+            masked = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if masked is not None and masked not in (given, seen + given):
+                raise ValueError(
+                    f"attention_mask has {masked} columns: {given} tokens were given, and the cache has seen {seen}; "
+                    "give the mask of the whole text"
+                )
+            if masked in (None, given) and given <= seen:
+                raise ValueError(
+                    f"{given} tokens were given, and the cache has seen {seen}: give the whole text so far and at "
+                    "least one token more, or reset() the cache"
+                )
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        # H2O: the steps of a bounded cache are all alike: replay them, where nothing is asked for that needs the host
+        request = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if can_capture(self, *request, **kwargs):
+            return sample(self, *request, **kwargs)
+        if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and len(input_ids) > 1:
+            kwargs["ended_rows"] = stopping_criteria = EndedRows(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
-@functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """torch's own is the first device's, where nothing of a model on another would be recorded."""
-    return torch.cuda.Stream(device)
-
-
-def _addresses(model) -> list[int]:
-    """Of the model's modules and of its tensors' memory."""
-    tensors = [tensor.data_ptr() for held in (model.parameters(), model.buffers()) for tensor in held]
-    return [*map(id, model.modules()), *tensors]
-
-
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The model's own log-probabilities, before temperature and top-p, of tokens [B]: float32 [B]."""
-    return logits.log_softmax(-1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0]
-
-
-def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
-
-
-# generate
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        attention_mask=None,
+        inputs_embeds=None,  # named, as `generate` asks whether it is
+        is_first_iteration=False,
+        ended_rows=None,
+        **kwargs,
+    ):
+        if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and not is_first_iteration and next_sequence_length == 1:
+            # H2O: decode tokens are real, no mask to read back from the device, but for rows that have ended
+            past = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            attention_mask = None if ended_rows is None else ended_rows.mask()
+            if attention_mask is not None and self._adapter is not None:  # which puts columns of its own before all
+                attention_mask = torch.cat([past[:, :-1].long(), attention_mask], dim=1)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if isinstance(cache := inputs.get(CACHE_ARGUMENT), HHCache):
+            del inputs[CACHE_ARGUMENT]
+            inputs["past_key_values"] = cache  # H2O: peft, which comes next, knows no other name
+        return inputs
 
 
 class EndedRows(StoppingCriteriaList):
@@ -242,10 +183,14 @@ class EndedRows(StoppingCriteriaList):
 
 
 class KeptCaches:
-    """Caches that `generate` made, with the graphs over their slots, for later calls of the same batch size."""
+    """Caches that `generate` made, for later calls of the same batch size, and the graphs over any cache's slots.
+
+    `decoders` are by how they choose tokens, those of a cache in the order of their last use; they end with it.
+    """
 
     def __init__(self):
         self._caches: OrderedDict[Hashable, HHCache] = OrderedDict()
+        self.decoders: WeakKeyDictionary[HHCache, dict[Hashable, Decoder]] = WeakKeyDictionary()
 
     def take(self, key: Hashable) -> HHCache | None:
         """One for this key, empty, the caller's until it is put back."""
@@ -258,6 +203,19 @@ class KeptCaches:
         self._caches[key] = cache
         while len(self._caches) > KEPT_CACHES or self._earlier_bytes() > KEPT_BYTES:
             self._caches.popitem(last=False)
+
+    def decoder(self, cache: HHCache, key: Hashable, make: Callable[[], Decoder]) -> Decoder:
+        """The decoder over a cache that an earlier call made for this key, if it still can be used, else a new one."""
+        kept = self.decoders.setdefault(cache, {})
+        for other in [other for other, decoder in kept.items() if not decoder.has_slots_of(cache)]:
+            del kept[other]
+        decoder = kept.pop(key, None)
+        if decoder is None or not decoder.is_current():
+            decoder = make()
+        kept[key] = decoder  # the last in order
+        while len(kept) > KEPT_DECODERS:
+            del kept[next(iter(kept))]
+        return decoder
 
     def _earlier_bytes(self) -> int:
         return sum(cache.nbytes for cache in list(self._caches.values())[:-1])
@@ -286,10 +244,7 @@ def can_capture(
         return False
     if not all(type(processor) in STATELESS_PROCESSORS for processor in logits_processor):
         return False
-    if not is_replayable(model):
-        return False
-    on_gpu = model.device.type == "cuda" or CAPTURE_ELSEWHERE
-    if not on_gpu or not has_kernels(cache.h2o, model.device):
+    if not is_replayable(model) or not has_kernels(cache.h2o, model.device):
         return False
     return cache.h2o.position_rolling or _positions_are_counts(input_ids, **kwargs)
 
@@ -301,36 +256,6 @@ def _positions_are_counts(input_ids, position_ids=None, attention_mask=None, inp
     columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     tokens = columns if attention_mask is None else attention_mask.sum(dim=-1)
     return position_ids.ndim == 2 and bool((position_ids[:, -1] + 1 == tokens).all())
-
-
-def is_replayable(model) -> bool:
-    """Whether each forward is the same work of one device: a graph that is replayed calls nothing on the host."""
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return False
-    if torch.is_autocast_enabled(model.device.type):  # a graph would outlive the casts of the weights
-        return False
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_compileable:  # its layers may ask the device (bitsandbytes, 8 bits)
-        return False
-    sharded = getattr(model, "_device_mesh", None) is not None
-    if sharded and not CAPTURE_SHARDED:
-        return False
-    for module in model.modules():
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        # transformers leaves its own where outputs, or gradient checkpointing, were asked for once: idle without
-        foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
-        replaced = vars(module).get("forward")
-        if sharded and str(getattr(replaced, "__module__", "")).startswith("transformers.distributed."):
-            replaced = None  # the same forward, and then the sum over the model's parts
-        if foreign or replaced is not None:
-            return False
-    return True
-
-
-CAPTURE_ELSEWHERE = False  # tests run the same steps where there are no graphs
-# Of a tensor-parallel model, whose recorded steps hold NCCL's communicator: its end (destroy_process_group) waits for
-# them for ever. A program that says True drops the model and its caches before that, or ends without it.
-CAPTURE_SHARDED = False
 
 
 def sample(
@@ -412,17 +337,13 @@ def sample(
 def _decoder_of(model, cache: HHCache, processors: LogitsProcessorList, do_sample: bool, eos, pad: int) -> Decoder:
     """A decoder over this cache that chooses so; the one of an earlier call where there is one."""
     settings = [(type(p).__name__, *sorted((k, str(v)) for k, v in vars(p).items())) for p in processors]
-    key = (id(model), *settings, do_sample, None if eos is None else tuple(eos.tolist()), pad)
+    key = (*settings, do_sample, None if eos is None else tuple(eos.tolist()), pad)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         scores = processors(None, logits.float())
         return torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
 
-    decoder = cache.decoders.pop(key, None)
-    if decoder is None or not decoder.is_current():
-        greedy = not do_sample and not processors
-        decoder = Decoder(model, cache, choose_greedily if greedy else choose, eos, pad)
-    cache.decoders[key] = decoder  # the last in order
-    while len(cache.decoders) > KEPT_DECODERS:
-        del cache.decoders[next(iter(cache.decoders))]
-    return decoder
+    greedy = not do_sample and not processors
+    return model.kept_caches.decoder(
+        cache, key, lambda: Decoder(model, cache, choose_greedily if greedy else choose, eos, pad)
+    )

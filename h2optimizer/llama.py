@@ -1,27 +1,27 @@
 """Llama with a heavy-hitter KV cache (H2O, arXiv 2306.14048), on top of transformers' modeling code.
 
-Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama is marked `# H2O:`.
+Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama is marked `# H2O:`. What a family has in
+common with Llama is in `H2OAttention` and `H2OForCausalLM`, which are mixed into its own classes as at the end.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
-from transformers import LlamaForCausalLM, PreTrainedConfig
-from transformers.activations import ACT2FN
+from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.utils import can_return_tuple
 
-from h2optimizer import generation, weights
-from h2optimizer.attention import ATTENTION_BACKENDS, has_kernels, kernel_decode_step, resolve_backend, rotate
+from h2optimizer.attention import Inputs, decodes_by_kernel, kernel_decode_step, rotate
+from h2optimizer.backends import ATTENTION_BACKENDS, has_kernels, resolve_backend
 from h2optimizer.columns import Columns
+from h2optimizer.fused import FusedMLP, FusedRMSNorm, MergedLinear
+from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.slimming import slimmer_of
-from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
+from h2optimizer.weights import ChecksItsWeights
+from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.policies import POLICIES, RECENT_ONLY, Policy
 from utils.schedule import Schedule
-
-SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
 @dataclass(frozen=True)
@@ -139,93 +139,15 @@ class H2OConfig:
         return self.policy.by_mass
 
 
-class MergedLinear:
-    """Linear layers of one input as one product in decode steps, which read small weights too slowly one by one.
+class H2OAttention:
+    """A family's attention over the slots of an `HHCache`; with any other cache, or none, it is the family's own.
 
-    `merge` puts the weights side by side in memory; the layers' parameters become views of it, so that checkpoints,
-    training and in-place changes see no difference. Layers that cannot be merged, or that have been replaced, moved,
-    hooked or wrapped since, compute alone.
+    A family that norms queries and keys does so in `project`; a layer that does not rotate them passes `forward`
+    cosines of 1 and sines of 0. Both then go through the kernels as well.
     """
 
-    def __init__(self):
-        self.weight: torch.Tensor | None = None
-
-    def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
-        """The layers' outputs for [B, 1, n] side by side, [B, 1, outputs]; None where each computes alone."""
-        if self.weight is None or inputs.shape[1] != 1:
-            return None
-        if not (torch.compiler.is_compiling() or self.is_current(*layers)):
-            return None
-        if torch.is_grad_enabled() and (inputs.requires_grad or any(layer.weight.requires_grad for layer in layers)):
-            return None  # gradients are the layers' own, and the kernels that follow have none
-        return F.linear(inputs, self.weight)
-
-    def is_current(self, *layers: torch.nn.Module) -> bool:
-        """Whether the merged weight still is all that the layers are."""
-        at = self.weight.data_ptr()
-        for layer in layers:
-            if not _is_plain(layer) or layer.weight.data_ptr() != at or layer.weight.dtype != self.weight.dtype:
-                return False
-            at += layer.weight.nbytes
-        return True
-
-    @torch.no_grad()
-    @torch.inference_mode(False)  # weights outlive the mode they are moved in
-    def merge(self, *layers: torch.nn.Module) -> None:
-        if self.weight is not None and self.is_current(*layers):
-            return
-        self.weight = None
-        if all(map(_is_plain, layers)):
-            weights = [layer.weight.data for layer in layers]
-            if len({(weight.dtype, weight.device) for weight in weights}) == 1:
-                self.weight = torch.cat(weights)
-                for layer, rows in zip(layers, self.weight.split([len(weight) for weight in weights]), strict=True):
-                    layer.weight.data = rows
-
-
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Whether a linear layer is its weight and nothing else: no bias, hooks, adapter, sharding or quantisation."""
-    if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in vars(layer):
-        return False
-    if layer.weight.dtype not in KERNEL_DTYPES:
-        return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooked and type(layer.weight) is torch.nn.Parameter and type(layer.weight.data) is torch.Tensor
-
-
-class H2OLlamaRMSNorm(LlamaRMSNorm):
-    """RMSNorm in one kernel for decode steps, where stock Llama's six cost more than what they compute."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
-            return super().forward(hidden_states)
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-
-
-class H2OLlamaMLP(LlamaMLP):
-    """Llama's MLP with gate and up in one product in decode steps."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.merged = MergedLinear()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        by_silu = isinstance(self.act_fn, SILU)
-        gate_up = self.merged.product(x, self.gate_proj, self.up_proj) if by_silu else None
-        if gate_up is None:
-            return super().forward(x)
-        from h2optimizer.kernels import mlp
-
-        compiling = torch.compiler.is_compiling()
-        activate = mlp.silu_and_multiply if compiling else mlp.run_silu_and_multiply
-        return self.down_proj(activate(gate_up))
-
-
-class H2OLlamaAttention(LlamaAttention):
-    """Llama attention over the slots of an `HHCache`; with any other cache, or none, it is stock Llama's."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.merged = MergedLinear()
 
     def forward(
@@ -244,25 +166,30 @@ class H2OLlamaAttention(LlamaAttention):
         if step is None:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
-        projections = self.q_proj, self.k_proj, self.v_proj
-        merged = self.merged.product(hidden_states, *projections) if step.decode else None
-        projected = [projection(hidden_states) for projection in projections] if merged is None else [merged]
+        projected = self.project(hidden_states, step)
         slots = cache.layers[self.layer_idx] if step.decode else None
-        by_kernel = slots is not None and slots.decodes_by_kernel(step) and projected[0].dtype == slots.keys.dtype
-        if by_kernel and not any(p.requires_grad for p in projected):
+        by_kernel = slots is not None and decodes_by_kernel(slots, step) and projected[0].dtype == slots.keys.dtype
+        if by_kernel and not any(states.requires_grad for states in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
             attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
         else:
-            if merged is not None:
-                projected = merged.split([projection.out_features for projection in projections], dim=-1)
             attn_output = self._attend(projected, position_embeddings, cache)
         if not step.static and step.due:
             cache.slim(self.layer_idx)
         return self.o_proj(attn_output), None
 
+    def project(self, hidden_states: torch.Tensor, step) -> list[torch.Tensor]:
+        """Query, key and value [B, columns, heads * D], not rotated; in a decode step maybe one tensor of all three."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        merged = self.merged.product(hidden_states, *projections) if step.decode else None
+        return [projection(hidden_states) for projection in projections] if merged is None else [merged]
+
     def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: HHCache):
         """Attention of query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
         step, h2o = cache.step, cache.h2o
+        if len(projected) == 1:
+            widths = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
+            projected = projected[0].split(widths, dim=-1)
         shape = (*projected[0].shape[:-1], -1, self.head_dim)
         query_states, key_states, value_states = (states.view(shape).transpose(1, 2) for states in projected)
 
@@ -279,7 +206,7 @@ class H2OLlamaAttention(LlamaAttention):
 
         # H2O: attention reports the mass that each slot received, and slimming follows it when due
         attn_output, mass = ATTENTION_BACKENDS[backend](
-            query_states, keys, values, step, self.scaling, h2o.group_reduce, slots=slots, rope=key_rope
+            Inputs(query_states, keys, values, step, self.scaling, h2o.group_reduce, slots, key_rope)
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
@@ -296,8 +223,8 @@ def _at_queries(table: torch.Tensor, step) -> torch.Tensor:
     return table[0, step.starts(table.device)[:, None] + torch.arange(step.columns, device=table.device)]
 
 
-class H2OLlamaForCausalLM(LlamaForCausalLM):
-    """Llama whose `generate` keeps an `HHCache`. Checkpoints are plain Llama's, in both directions.
+class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
+    """A family's causal language model whose `generate` keeps an `HHCache`. Checkpoints are plain, in both directions.
 
     RoPE types `dynamic` and `longrope` take their frequencies from the farthest position of a forward, of all its rows;
     padding has none. Without position_rolling these are original positions, evicted or not, and a key keeps the
@@ -307,53 +234,25 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
     forward lies within the original context again, whichever text that is of; `cache.reset()` does not touch them.
 
     Args:
-        config: a LlamaConfig.
+        config: the family's.
         h2o: the cache's settings, an H2OConfig or a dict of its fields, H2OConfig() unless given; assign `model.h2o`
             to change them for the next `generate`. Raises ValueError for anything else.
     """
+
+    attention: type  # the family's, with H2OAttention
+    mlp: type  # with FusedMLP
+    norm: type  # with FusedRMSNorm
 
     def __init__(self, config, h2o: H2OConfig | dict | None = None):
         super().__init__(config)
         self.h2o = H2OConfig() if h2o is None else h2o
         for layer_idx, layer in enumerate(self.model.layers):  # H2O: same weights and names
-            layer.self_attn = H2OLlamaAttention(config, layer_idx)
-            layer.mlp = H2OLlamaMLP(config)
-            layer.input_layernorm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            layer.post_attention_layernorm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.model.norm = H2OLlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.kept_caches = generation.KeptCaches()
+            layer.self_attn = self.attention(config, layer_idx)
+            layer.mlp = self.mlp(config)
+            layer.input_layernorm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
+            layer.post_attention_layernorm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.model.norm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *model_args,
-        config=None,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
-        """As PreTrainedModel's, for checkpoints that this class runs as they are.
-
-        Raises: ValueError for one of another family, with an adapter beside its weights, or with weights that are
-            missing, of the wrong shape (unless ignore_mismatched_sizes), of no place in the model, NaN or infinite.
-        """
-        name, finding = pretrained_model_name_or_path, {key: kwargs[key] for key in weights.FINDING if key in kwargs}
-        try:
-            weights.refuse_adapter(name, **finding)
-            if isinstance(config, PreTrainedConfig):
-                weights.refuse_other_family(cls, config)
-            elif (source := name if config is None else config) is not None:
-                of_gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
-                weights.refuse_other_family(cls, PreTrainedConfig.get_config_dict(source, **finding, **of_gguf)[0])
-            model, loading = super().from_pretrained(
-                name, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )  # other shapes are named below, with the weights that transformers would fill at random
-            weights.refuse_misfits(model, loading, resized=ignore_mismatched_sizes)
-        except weights.CheckpointError as error:
-            raise weights.CheckpointError(f"{name}: {error}") from None
-        return (model, loading) if output_loading_info else model
 
     @property
     def h2o(self) -> H2OConfig:
@@ -396,17 +295,10 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As LlamaForCausalLM's; `past_key_values`, or `cache`, may be an HHCache, and is a new one when none is given.
+        """As the family's; `past_key_values`, or `cache`, may be an HHCache, and is a new one when none is given.
 
         With `labels` there is no cache unless one is given or `use_cache=True`: that is stock Llama, at its cost.
-
-        With an HHCache, `attention_mask` [B, columns so far] (or only the new columns) may hold zeros anywhere; reading
-        it waits for the device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. A
-        padded column gives what the token before it gives, and depends on no token to its right. With position_rolling
-        the cache gives the positions, and `position_ids` is not read. More columns than the cache's `prefill_chunk` are
-        taken in chunks of so many, in memory for one, but for the logits and states asked for.
-
-        Raises: ValueError for a mask that hides tokens which the cache has seen, or an input without columns.
+        `_through_slots` says what else differs with an HHCache.
         """
         recomputing = self.training and self.model.gradient_checkpointing  # its layers go without a cache
         if use_cache is None:
@@ -420,10 +312,39 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
 
         if recomputing:
             raise ValueError("gradient checkpointing works without a cache only: leave past_key_values out")
+        kwargs["use_cache"] = use_cache
+        hidden_states, all_hidden_states = self._through_slots(
+            cache, input_ids, inputs_embeds, attention_mask, position_ids, logits_to_keep, **kwargs
+        )
+        logits, loss = self.lm_head(hidden_states), None
+        if labels is not None:
+            del kwargs["use_cache"]
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=all_hidden_states, attentions=None, **{CACHE_ARGUMENT: cache}
+        )
+
+    def _through_slots(
+        self, cache: HHCache, input_ids, inputs_embeds, attention_mask, position_ids, logits_to_keep, **kwargs
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """One forward of an HHCache: the last hidden states of the columns to keep, and all where they are asked for.
+
+        `attention_mask` [B, columns so far] (or only the new columns) may hold zeros anywhere; reading it waits for the
+        device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. A padded column gives
+        what the token before it gives, and depends on no token to its right. With position_rolling the cache gives the
+        positions, and `position_ids` is not read. More columns than the cache's `prefill_chunk` are taken in chunks of
+        so many, in memory for one, but for the logits and states asked for.
+
+        Raises: ValueError for a mask that hides tokens which the cache has seen, or an input without columns.
+        """
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions: an HHCache's model keeps no attention matrix; use LlamaForCausalLM")
+        if isinstance(logits_to_keep, list):
+            logits_to_keep = torch.tensor(logits_to_keep)
         if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
             raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
+        several = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 1
+        wanted = logits_to_keep if several else slice(-int(logits_to_keep), None)
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -434,12 +355,6 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
         inputs = columns.to_left(inputs)
         if position_ids is not None:
             position_ids = columns.to_left(position_ids.expand(len(inputs), -1))
-        if isinstance(logits_to_keep, list):
-            logits_to_keep = torch.tensor(logits_to_keep)
-        if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.ndim == 0:
-            wanted = slice(-int(logits_to_keep), None)
-        else:
-            wanted = logits_to_keep
 
         # H2O: a long prompt comes in chunks, with a slimming after each, where that is asked for
         hidden_states, all_hidden_states = None, None
@@ -458,7 +373,6 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                 # H2O: a ready-made 4-D mask keeps stock Llama from building one; the cache knows what each query sees
                 attention_mask=inputs.new_empty(1, 1, 1, 1),
                 position_ids=positions,
-                use_cache=use_cache,
                 **{CACHE_ARGUMENT: cache},
                 **kwargs,
             )
@@ -468,133 +382,22 @@ class H2OLlamaForCausalLM(LlamaForCausalLM):
                 before = all_hidden_states or [None] * len(outputs.hidden_states)
                 layers = zip(before, outputs.hidden_states, strict=True)
                 all_hidden_states = tuple(columns.keep(kept, states, begin) for kept, states in layers)
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=all_hidden_states, attentions=None, **{CACHE_ARGUMENT: cache}
-        )
+        return hidden_states, all_hidden_states
 
-    def generate(self, *args, **kwargs):
-        """As GenerationMixin's, through an HHCache; `past_key_values`, or `cache`, may be one of the caller's.
 
-        Padding may stand anywhere in the inputs. A row that has ended while others go on leaves nothing more in the
-        cache, whatever is fed to it.
+class H2OLlamaAttention(H2OAttention, LlamaAttention):
+    """Llama's attention over the slots of an `HHCache`."""
 
-        Raises: ValueError where `use_cache=False` or another cache_implementation is asked for, and for fewer tokens
-            than a given cache has seen.
-        """
-        # H2O: the cache under either name, whichever this version of transformers has
-        for name in ("past_key_values", "cache"):
-            if name in kwargs and name != CACHE_ARGUMENT:
-                kwargs[CACHE_ARGUMENT] = kwargs.pop(name)
-        # H2O: a checkpoint's use_cache is the wish of those who trained it, not of the caller
-        if kwargs.get("generation_config") in (None, self.generation_config):
-            kwargs.setdefault("use_cache", True)
-        return super().generate(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # H2O: generate makes an HHCache where stock Llama makes a DynamicCache
-        if model_kwargs.get(CACHE_ARGUMENT) is None:
-            if not generation_config.use_cache or generation_config.cache_implementation is not None:
-                raise ValueError(
-                    "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation "
-                    "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
-                )
-            self._refuse_prefix_tuning()
-            model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o)
-            self.merge_projections()
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+class H2OLlamaMLP(FusedMLP, LlamaMLP):
+    """Llama's MLP."""
 
-    @property
-    def _adapter(self):
-        """peft's model around this one, where its `generate` is what runs: it puts a method of its own here."""
-        owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
-        return None if owner is self else owner
 
-    def _refuse_prefix_tuning(self) -> None:
-        kind = getattr(getattr(self._adapter, "active_peft_config", None), "peft_type", None)
-        if kind in ("PREFIX_TUNING", "CARTRIDGE"):
-            raise ValueError(
-                f"{kind.value}: its keys and values come from no token, and an HHCache cannot rank them; use "
-                "LlamaForCausalLM, or prompt tuning"
-            )
+class H2OLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
+    """Llama's RMSNorm."""
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        if not isinstance(model_kwargs.get(CACHE_ARGUMENT), HHCache | None):
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        # H2O: the cache counts each row's tokens; only holes, which take no positions here, need saying
-        mask = model_kwargs.get("attention_mask")
-        if mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all()):
-            return None
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)  # the step after a padded column counts on from it
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
-        cache, embeds = model_kwargs.get(CACHE_ARGUMENT), model_kwargs.get("inputs_embeds")
-        if isinstance(cache, HHCache) and (seen := cache.get_seq_length()):
-            given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
-            # H2O: a mask of ones is dropped on the way, but not its length
-            masked = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-            if masked is not None and masked not in (given, seen + given):
-                raise ValueError(
-                    f"attention_mask has {masked} columns: {given} tokens were given, and the cache has seen {seen}; "
-                    "give the mask of the whole text"
-                )
-            if masked in (None, given) and given <= seen:
-                raise ValueError(
-                    f"{given} tokens were given, and the cache has seen {seen}: give the whole text so far and at "
-                    "least one token more, or reset() the cache"
-                )
-        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+class H2OLlamaForCausalLM(H2OForCausalLM, LlamaForCausalLM):
+    """Llama whose `generate` keeps an `HHCache`."""
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        # H2O: the steps of a bounded cache are all alike: replay them, where nothing is asked for that needs the host
-        request = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if generation.can_capture(self, *request, **kwargs):
-            return generation.sample(self, *request, **kwargs)
-        if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and len(input_ids) > 1:
-            kwargs["ended_rows"] = stopping_criteria = generation.EndedRows(stopping_criteria)
-        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        attention_mask=None,
-        inputs_embeds=None,  # named, as `generate` asks whether it is
-        is_first_iteration=False,
-        ended_rows=None,
-        **kwargs,
-    ):
-        if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and not is_first_iteration and next_sequence_length == 1:
-            # H2O: decode tokens are real, no mask to read back from the device, but for rows that have ended
-            past = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            attention_mask = None if ended_rows is None else ended_rows.mask()
-            if attention_mask is not None and self._adapter is not None:  # which puts columns of its own before all
-                attention_mask = torch.cat([past[:, :-1].long(), attention_mask], dim=1)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if isinstance(cache := inputs.get(CACHE_ARGUMENT), HHCache):
-            del inputs[CACHE_ARGUMENT]
-            inputs["past_key_values"] = cache  # H2O: peft, which comes next, knows no other name
-        return inputs
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """As PreTrainedModel's; the checkpoint names plain Llama as its architecture.
-
-        Raises: ValueError for push_to_hub, which would upload before the name is right.
-        """
-        if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub: save to a folder, then upload that")
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        self.config.architectures = ["LlamaForCausalLM"]
-        if is_main_process:
-            self.config.save_pretrained(save_directory)
+    attention, mlp, norm = H2OLlamaAttention, H2OLlamaMLP, H2OLlamaRMSNorm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from h2optimizer.attention import KERNEL_BACKENDS
+from h2optimizer.backends import KERNEL_BACKENDS
 from utils.policies import random_salt
 from utils.slimming import Slimming, TorchSlimmer
 from utils.slots import gather

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from transformers import DynamicCache
 
-from h2optimizer.batching import FullCacheDecoder, RowSampler, Sequence
-from h2optimizer.generation import Decoder, choose_greedily, token_logprobs
-from utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.batching import Sequence
+from h2optimizer.decoder import token_logprobs
+from h2optimizer.decoding import decoding_of
+from h2optimizer.sampling import RowSampler, choose_greedily
 
 
 class Stream:
@@ -31,24 +31,25 @@ class Stream:
 
     def __init__(self, model, eos_token_ids: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
         self.model, self.eos, self.h2o = model, eos_token_ids, getattr(model, "h2o", None)
-        self.cache = DynamicCache(config=model.config) if self.h2o is None else HHCache(self.h2o)
         self.pending: int | None = None  # the last token of a reply: said, and not fed yet
         self.fed = 0  # tokens that the cache has seen
         self._logits: torch.Tensor | None = None  # [1, vocabulary], of the token after those fed
-        self._decoder: Decoder | FullCacheDecoder | None = None
         self._sampler, self._row = None, Sequence([], 1, temperature, top_p, (seed,))
         if temperature:
             self._sampler = RowSampler(1, model.device, nucleus=top_p < 1)
-        if self.h2o is not None:
-            model.merge_projections()
+        self.decoding = decoding_of(model, self._sampler or choose_greedily, eos_token_ids)
+        self.decoding.open()
+        self.decoding.prepare()
+
+    @property
+    def cache(self):
+        """An HHCache, or stock Llama's DynamicCache."""
+        return self.decoding.cache
 
     @property
     def piece(self) -> int:
         """Tokens of a turn that are fed at once."""
-        if self.h2o is None:
-            return 512
-        most = max(1, self.h2o.recent // 2)
-        return most if self.h2o.prefill_chunk is None else min(most, self.h2o.prefill_chunk)
+        return self.decoding.piece
 
     def pieces(self, tokens: list[int]) -> Iterator[list[int]]:
         """A turn's tokens as they are fed at once; `feed` may be called with each, which comes to the same.
@@ -74,12 +75,9 @@ class Stream:
         nll, scored = 0.0, len(said) + len(tokens) - skip
         for piece in pieces:
             part = torch.tensor([said + piece], device=self.model.device)
-            said, where = [], {}
-            if self.h2o is None:
-                where["position_ids"] = torch.arange(self.fed, self.fed + part.shape[1], device=part.device)[None]
-            else:
-                self.cache.evict_for_space(part.shape[1])
-            logits = self.model(part, **{CACHE_ARGUMENT: self.cache}, **where).logits[0]
+            said = []
+            self.decoding.make_room(part.shape[1])
+            logits = self.decoding.feed(part).logits[0]
             if len(of := part[0, skip:]):
                 before = logits[:-1] if self._logits is None else torch.cat([self._logits, logits[:-1]])
                 nll -= float(token_logprobs(before[-len(of) :], of).sum(dtype=torch.float64))
@@ -96,40 +94,24 @@ class Stream:
         choose = choose_greedily if self._sampler is None else self._sampler.at([0], [self._row])
         tokens = choose(self._logits)
         logprob, self._logits = token_logprobs(self._logits, tokens), None
-        decoder = self._start(tokens)
+        self.decoding.start(tokens, [0])
         for step in range(max_tokens):
             if step:
                 if self._sampler is not None:
                     self._sampler.draw([self._row], 1)
-                tokens, logprob = (got[:, 0] for got in decoder.decode(1))
+                tokens, logprob = (got[:, 0] for got in self.decoding.decode(1))
                 self.fed += 1
             self.pending = int(tokens)
             yield self.pending, float(logprob)
             if self.pending in self.eos:
                 break
 
-    def _start(self, tokens: torch.Tensor) -> Decoder | FullCacheDecoder:
-        """The stream's decoder, which goes on from these tokens [1]."""
-        choose = self._sampler or choose_greedily
-        if self.h2o is None:
-            mask = torch.ones(1, 1, dtype=torch.long, device=tokens.device)
-            self._decoder = FullCacheDecoder(self.model, self.cache, choose, mask)
-            self._decoder.position += self.fed - 1
-        elif self._decoder is None:
-            eos = torch.tensor(sorted(self.eos), device=tokens.device) if self.eos else None
-            self._decoder = Decoder(self.model, self.cache, choose, eos, logprobs=True)
-        self._decoder.start(tokens, [0])
-        return self._decoder
-
     @property
     def slots(self) -> int:
         """Slots of the cache that are filled."""
-        return self.fed if self.h2o is None else max(self.cache.lengths, default=0)
+        return self.decoding.slots
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the cache."""
-        if self.h2o is not None:
-            return self.cache.nbytes
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return self.decoding.kv_bytes

@@ -105,3 +105,55 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
                 yield from _plain(inner)
     else:
         yield tensor
+
+
+class ChecksItsWeights:
+    """A model that loads only checkpoints which it runs as they are, and saves them as the family's own."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As PreTrainedModel's, for checkpoints that this class runs as they are.
+
+        Raises: ValueError for one of another family, with an adapter beside its weights, or with weights that are
+            missing, of the wrong shape (unless ignore_mismatched_sizes), of no place in the model, NaN or infinite.
+        """
+        name, finding = pretrained_model_name_or_path, {key: kwargs[key] for key in FINDING if key in kwargs}
+        try:
+            refuse_adapter(name, **finding)
+            if isinstance(config, PreTrainedConfig):
+                refuse_other_family(cls, config)
+            elif (source := name if config is None else config) is not None:
+                of_gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
+                refuse_other_family(cls, PreTrainedConfig.get_config_dict(source, **finding, **of_gguf)[0])
+            model, loading = super().from_pretrained(
+                name, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )  # other shapes are named below, with the weights that transformers would fill at random
+            refuse_misfits(model, loading, resized=ignore_mismatched_sizes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        return (model, loading) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As PreTrainedModel's; the checkpoint names the family's own class as its architecture.
+
+        Raises: ValueError for push_to_hub, which would upload before the name is right.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub: save to a folder, then upload that")
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        self.config.architectures = [self.stock_class().__name__]
+        if is_main_process:
+            self.config.save_pretrained(save_directory)
+
+    @classmethod
+    def stock_class(cls) -> type:
+        """The family's own class of transformers."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))

@@ -29,8 +29,8 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from h2optimizer import H2OConfig
-from h2optimizer.attention import find_flash_attn, resolve_backend, triton_attention
+from h2optimizer import H2OConfig, attention
+from h2optimizer.backends import resolve_backend
 from h2optimizer.slimming import slimmer_of
 from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
 from utils.cache import HHCache
@@ -160,12 +160,14 @@ def make_systems(args, case: Case) -> list[System]:
     last = min(LAST, case.columns)
     step, last_step = all_scored(case), all_scored(case, case.columns - last)
 
+    def ours_with_mass(x: Inputs):
+        return attention.triton_attention(attention.Inputs(x.query, x.key, x.value, step, args.scaling))
+
     def mass_pass(x: Inputs, step: Step):
         return None, attention_mass(x.query, x.key, x.lse, step.spans(x.key.device), args.scaling, False)
 
     return systems + [
-        System("ours, mass", lambda x: triton_attention(x.query, x.key, x.value, step, args.scaling, "sum"),
-               scored=case.columns),
+        System("ours, mass", ours_with_mass, scored=case.columns),
         System("mass pass alone", lambda x: mass_pass(x, step), attends=False, scored=case.columns),
         System(f"mass pass, {last} queries", lambda x: mass_pass(x, last_step), attends=False, scored=last),
         System("Triton attention + lse", lambda x: (
@@ -356,7 +358,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--dtype bfloat16: Triton's interpreter multiplies its bits; give float16, or run on a GPU")
     if device == "cuda" and args.dtype != torch.float32:
         try:
-            args.flash = find_flash_attn()
+            args.flash = attention.find_flash_attn()
         except ValueError as error:
             cli.say(f"without flash-attn: {error}")
     return args

@@ -45,8 +45,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from h2optimizer.attention import resolve_backend
-from h2optimizer.generation import CHUNK, Decoder, KeptCaches, choose_greedily
+from h2optimizer.backends import resolve_backend
+from h2optimizer.decoder import CHUNK, Decoder
+from h2optimizer.generation import KeptCaches
+from h2optimizer.sampling import choose_greedily
 from utils.bench import (
     SHAPES,
     Spread,

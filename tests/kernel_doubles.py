@@ -5,7 +5,8 @@ place."""
 import torch
 
 from h2optimizer import attention
-from h2optimizer.attention import ATTENTION_BACKENDS, rotate
+from h2optimizer.attention import rotate
+from h2optimizer.backends import ATTENTION_BACKENDS
 from h2optimizer.kernels import decode, mlp, slimming
 from utils.slimming import select_slots
 

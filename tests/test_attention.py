@@ -20,6 +20,8 @@ from conftest import (
     prompt,
 )
 from h2optimizer import attention
+from h2optimizer.attention import Inputs
+from h2optimizer.backends import ATTENTION_BACKENDS
 
 CPU_SHARE = 16  # on a CPU the sdpa backend uses this part of BLOCK_BYTES
 
@@ -56,7 +58,7 @@ def test_output_and_mass_are_the_plain_loops(monkeypatch, case, kv_heads, querie
     expected_output, expected_mass = plain_attention(query, key, value, step, group_reduce)
     set_block(monkeypatch, len(step.start), step.width, queries)
     for backend in BACKENDS:
-        output, mass = attention.ATTENTION_BACKENDS[backend](query, key, value, step, SCALING, group_reduce)
+        output, mass = ATTENTION_BACKENDS[backend](Inputs(query, key, value, step, SCALING, group_reduce))
         assert output.shape == query.shape and mass.shape == key.shape[:3] and mass.dtype == torch.float32
         assert_close(own_columns(output, step), own_columns(expected_output, step), what=backend)
         assert_close(mass, expected_mass, what=backend)
@@ -70,8 +72,8 @@ def test_unscored_steps_are_pure_attention(backend, case):
     """Mass computed where nobody asked, or another output than on scored steps: N would change what is computed."""
     scored, unscored = make_step(**case), make_step(**case, scored=False)
     states = make_states(scored, kv_heads=2)
-    expected, _ = attention.ATTENTION_BACKENDS[backend](*states, scored, SCALING, "sum")
-    output, mass = attention.ATTENTION_BACKENDS[backend](*states, unscored, SCALING, "sum")
+    expected, _ = ATTENTION_BACKENDS[backend](Inputs(*states, scored, SCALING, "sum"))
+    output, mass = ATTENTION_BACKENDS[backend](Inputs(*states, unscored, SCALING, "sum"))
     assert mass is None
     assert_close(own_columns(output, unscored), own_columns(expected, scored))
 
@@ -84,10 +86,10 @@ def test_nan_stays_in_its_row(monkeypatch, backend, case, queries):
     step = make_step(**case)
     set_block(monkeypatch, len(step.start), step.width, queries)
     states = make_states(step, kv_heads=2)
-    clean_output, clean_mass = attention.ATTENTION_BACKENDS[backend](*states, step, SCALING, "sum")
+    clean_output, clean_mass = ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, "sum"))
     for tensor in states:
         tensor[0] = torch.nan
-    output, mass = attention.ATTENTION_BACKENDS[backend](*states, step, SCALING, "sum")
+    output, mass = ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, "sum"))
     assert output[0].isnan().any() and mass[0].isnan().any()
     assert_close(output[1:], clean_output[1:])
     assert_close(mass[1:], clean_mass[1:])
@@ -112,7 +114,7 @@ def test_half_precision_is_as_good_as_the_eager_reference(monkeypatch, case, dty
     set_block(monkeypatch, len(step.start), step.width, 16)
     errors = {}
     for backend in BACKENDS:
-        output, mass = attention.ATTENTION_BACKENDS[backend](*states, step, SCALING, "sum")
+        output, mass = ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, "sum"))
         assert output.dtype == dtype and mass.dtype == torch.float32
         assert_close(mass, exact_mass, what=backend)
         errors[backend] = (own_columns(output, step).double() - own_columns(exact_output, step)).abs().max().item()
@@ -148,7 +150,7 @@ def test_blocks_hold_what_block_bytes_says(monkeypatch, queries):
     states = make_states(step, kv_heads=2, head_dim=8)
     set_block(monkeypatch, 1, 512, queries)
     with LargestOutput() as recorded:
-        attention.sdpa_attention(*states, step, SCALING, "sum")
+        attention.sdpa_attention(Inputs(*states, step, SCALING, "sum"))
     assert recorded.numel == queries * HEADS * 512
 
 

@@ -28,7 +28,9 @@ from conftest import (
     plain_attention,
     prompt,
 )
-from h2optimizer import H2OConfig, attention
+from h2optimizer import H2OConfig, attention, backends
+from h2optimizer.attention import Inputs, find_flash_attn
+from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from utils.cache import HHCache
 
 pytest.importorskip("triton")
@@ -123,11 +125,11 @@ def test_triton_is_eager_on_any_step(case):
         step, unscored = make_step(**case), make_step(**case, scored=False)
         states = make_states(step, kv_heads)
         rotation = tables(step.width) if rope else None
-        expected, expected_mass = attention.eager_attention(*states, step, SCALING, group_reduce, rope=rotation)
-        output, mass = attention.triton_attention(*states, step, SCALING, group_reduce, rope=rotation)
+        expected, expected_mass = attention.eager_attention(Inputs(*states, step, SCALING, group_reduce, rope=rotation))
+        output, mass = attention.triton_attention(Inputs(*states, step, SCALING, group_reduce, rope=rotation))
         assert_close(own_columns(output, step), own_columns(expected, step))
         assert_close(mass, expected_mass)
-        output, mass = attention.triton_attention(*states, unscored, SCALING, group_reduce, rope=rotation)
+        output, mass = attention.triton_attention(Inputs(*states, unscored, SCALING, group_reduce, rope=rotation))
         assert mass is None
         assert_close(own_columns(output, step), own_columns(expected, step))
 
@@ -143,7 +145,7 @@ def test_gradients_are_sdpas(backend, scored, wanting):
         for name in ("sdpa", backend):
             states = dict(zip(("query", "key", "value"), make_states(step, 2), strict=True))
             states[wanting].requires_grad_()
-            output, _ = attention.ATTENTION_BACKENDS[name](*states.values(), step, SCALING, "sum")
+            output, _ = ATTENTION_BACKENDS[name](Inputs(*states.values(), step, SCALING, "sum"))
             own_columns(output, step).square().sum().backward()
             gradients.append(states[wanting].grad)
         assert_close(gradients[1], gradients[0])
@@ -170,8 +172,8 @@ def test_what_kernels_cannot_take_goes_to_sdpa(backend, dtype, head_dim):
         step = make_step(**case)
         states = make_states(step, 2, dtype, head_dim)
         for result, expected in zip(
-            attention.ATTENTION_BACKENDS[backend](*states, step, SCALING, "sum"),
-            attention.sdpa_attention(*states, step, SCALING, "sum"),
+            ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, "sum")),
+            attention.sdpa_attention(Inputs(*states, step, SCALING, "sum")),
             strict=True,
         ):
             assert torch.equal(result, expected)
@@ -183,11 +185,11 @@ def test_what_kernels_cannot_take_goes_to_sdpa(backend, dtype, head_dim):
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch):
     """A Hopper GPU is what any machine has here; what is remembered of it is of this test's."""
-    monkeypatch.setattr(attention, "_least_capability", lambda: 9)
-    for remembered in (attention.resolve_backend, attention.find_flash_attn):
+    monkeypatch.setattr(backends, "_least_capability", lambda: 9)
+    for remembered in (resolve_backend, find_flash_attn):
         remembered.cache_clear()
     yield
-    for remembered in (attention.resolve_backend, attention.find_flash_attn):
+    for remembered in (resolve_backend, find_flash_attn):
         remembered.cache_clear()
 
 
@@ -204,29 +206,29 @@ def hide(monkeypatch, *names):
 
 def test_auto_on_a_cpu_is_sdpa(monkeypatch):
     """Minutes in the interpreter because triton happens to be importable."""
-    assert attention.resolve_backend("auto", "cpu") == "sdpa"
+    assert resolve_backend("auto", "cpu") == "sdpa"
     for capability, expected in ((0, "sdpa"), (7, "sdpa"), (8, "triton"), (9, "triton")):
-        attention.resolve_backend.cache_clear()
-        monkeypatch.setattr(attention, "_least_capability", lambda capability=capability: capability)
-        assert attention.resolve_backend("auto", "cuda") == expected
-    attention.resolve_backend.cache_clear()
+        resolve_backend.cache_clear()
+        monkeypatch.setattr(backends, "_least_capability", lambda capability=capability: capability)
+        assert resolve_backend("auto", "cuda") == expected
+    resolve_backend.cache_clear()
     hide(monkeypatch, "triton")
-    assert attention.resolve_backend("auto", "cuda") == "sdpa"
+    assert resolve_backend("auto", "cuda") == "sdpa"
 
 
 def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch, gqa):
     """A backend that cannot run on this device, found out deep inside a forward."""
-    assert attention.resolve_backend("triton", "cpu") == "triton"
-    attention.resolve_backend.cache_clear()
+    assert resolve_backend("triton", "cpu") == "triton"
+    resolve_backend.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
     for name in ("triton", "flash_attn"):
         with pytest.raises(ValueError, match=r"needs a CUDA device.*'cpu'.*backend='auto'") as error:
-            attention.resolve_backend(name, "cpu")
+            resolve_backend(name, "cpu")
         one_line(error)
     with pytest.raises(ValueError, match="needs a CUDA device"):
         forward(gqa.h2o, [prompt(3)], new_cache(backend="triton"))
     for name in ("eager", "sdpa"):
-        assert attention.resolve_backend(name, "cpu") == name
+        assert resolve_backend(name, "cpu") == name
 
 
 @pytest.mark.parametrize("name", ["triton", "flash_attn"])
@@ -234,7 +236,7 @@ def test_without_triton_the_message_says_how_to_install_it(monkeypatch, name):
     """An ImportError from inside a forward."""
     hide(monkeypatch, "triton")
     with pytest.raises(ValueError, match=r"triton is not installed: pip install triton.*backend='sdpa'") as error:
-        attention.resolve_backend(name, "cuda")
+        resolve_backend(name, "cuda")
     one_line(error)
 
 
@@ -313,10 +315,10 @@ def test_flash_attention_is_eager_on_any_step(monkeypatch, case, module):
         exact = [states[0].double(), states[1].double(), states[2].double()]
         exact[1] = exact[1] if not rope else attention.rotate(exact[1], *(table.double() for table in rotation))
         expected, _ = plain_attention(*exact, step, group_reduce)
-        eager, eager_mass = attention.eager_attention(*states, step, SCALING, group_reduce, rope=rotation)
+        eager, eager_mass = attention.eager_attention(Inputs(*states, step, SCALING, group_reduce, rope=rotation))
         allowed = (own_columns(eager, step).double() - own_columns(expected, step)).abs().max()
-        output, mass = attention.flash_attention(*states, step, SCALING, group_reduce, rope=rotation)
-        pure, nothing = attention.flash_attention(*states, unscored, SCALING, group_reduce, rope=rotation)
+        output, mass = attention.flash_attention(Inputs(*states, step, SCALING, group_reduce, rope=rotation))
+        pure, nothing = attention.flash_attention(Inputs(*states, unscored, SCALING, group_reduce, rope=rotation))
         assert nothing is None
         for each in (output, pure):
             assert each.shape == states[0].shape and each.dtype == torch.float16
@@ -331,7 +333,7 @@ def test_flash_attention_takes_slots_as_they_are(monkeypatch):
     for case, function in (("prefill", "flash_attn_func"), ("ragged decode", "flash_attn_with_kvcache")):
         step = make_step(**STEPS[case], scored=False)
         states = make_states(step, 2, torch.float16)
-        attention.flash_attention(*states, step, SCALING, "sum")
+        attention.flash_attention(Inputs(*states, step, SCALING, "sum"))
         name, q, k, v, wants_lse = flash.calls.pop()
         assert name == function and not wants_lse and not flash.calls
         for given, ours in zip((q, k, v), states, strict=True):
@@ -342,18 +344,18 @@ def test_flash_attn_3_is_preferred(monkeypatch):
     """The slower of two installed versions."""
     two, three = Flash(2), Flash(3)
     install(monkeypatch, two, three)
-    assert attention.find_flash_attn() is three
-    attention.find_flash_attn.cache_clear()
+    assert find_flash_attn() is three
+    find_flash_attn.cache_clear()
     install(monkeypatch, two)
-    assert attention.find_flash_attn() is two
-    assert attention.resolve_backend("flash_attn", "cuda") == "flash_attn"
+    assert find_flash_attn() is two
+    assert resolve_backend("flash_attn", "cuda") == "flash_attn"
 
 
 def test_without_flash_attn_the_message_says_how_to_install_it(monkeypatch):
     """An ImportError from inside a forward, or another backend taken in silence."""
     install(monkeypatch)
     with pytest.raises(ValueError, match=r"not installed: pip install flash-attn.*backend='triton'") as error:
-        attention.resolve_backend("flash_attn", "cuda")
+        resolve_backend("flash_attn", "cuda")
     one_line(error)
 
 
@@ -365,7 +367,7 @@ def test_a_flash_attn_of_another_torch_is_one_line(monkeypatch, tmp_path, name):
     (tmp_path / f"{name}.py").write_text("raise ImportError('undefined symbol: _ZN3c105Error')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=rf"{name} does not import \(undefined symbol.*reinstall.*triton") as error:
-        attention.resolve_backend("flash_attn", "cuda")
+        resolve_backend("flash_attn", "cuda")
     one_line(error)
 
 
@@ -375,7 +377,7 @@ def test_a_broken_flash_attn_3_leaves_a_working_2(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
     (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: _ZN3c105Error')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert attention.find_flash_attn() is two
+    assert find_flash_attn() is two
 
 
 def test_another_flash_attn_is_one_line(monkeypatch):
@@ -384,7 +386,7 @@ def test_another_flash_attn_is_one_line(monkeypatch):
     other.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     install(monkeypatch, other)
     with pytest.raises(ValueError, match=r"has no flash_attn_func.*install flash-attn 2 or 3.*triton") as error:
-        attention.resolve_backend("flash_attn", "cuda")
+        resolve_backend("flash_attn", "cuda")
     one_line(error)
 
 
@@ -392,11 +394,11 @@ def test_another_flash_attn_is_one_line(monkeypatch):
 def test_an_old_gpu_is_one_line(monkeypatch, name):
     """A compiler's error in the middle of a forward, on a GPU that Triton's half precision does not know."""
     install(monkeypatch, Flash(2))
-    monkeypatch.setattr(attention, "_least_capability", lambda: 7)
+    monkeypatch.setattr(backends, "_least_capability", lambda: 7)
     with pytest.raises(ValueError, match=r"compute capability 8.*backend='sdpa'") as error:
-        attention.resolve_backend(name, "cuda")
+        resolve_backend(name, "cuda")
     one_line(error)
-    assert attention.resolve_backend("auto", "cuda") == "sdpa"
+    assert resolve_backend("auto", "cuda") == "sdpa"
 
 
 def test_flash_attn_gives_no_scores_in_a_decode_step():
@@ -414,7 +416,8 @@ def test_the_model_on_flash_attn(monkeypatch, rolling):
     """Steps that miss flash-attn or the cache's own slots, and scores that go wrong beside it: rows of half precision
     against eager attention, up to rounding."""
     flash = install(monkeypatch, Flash(2))
-    monkeypatch.setattr("h2optimizer.llama.resolve_backend", lambda name, device: name)
+    for where in ("backends", "llama"):
+        monkeypatch.setattr(f"h2optimizer.{where}.resolve_backend", lambda name, device: name)
     llamas = make_llamas(torch.float16, initializer_range=0.06)
     flags = {"window_length": 8, "update_interval": 3, "score_every_step": False, "slimming": "mask"}
     flags["position_rolling"] = rolling

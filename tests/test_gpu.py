@@ -34,7 +34,10 @@ from conftest import (
     slot_tensors,
 )
 from h2optimizer import H2OConfig, attention, generation
+from h2optimizer.attention import Inputs, find_flash_attn
+from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.batching import Batcher, Sequence
+from h2optimizer.decoder import Decoder
 from h2optimizer.fidelity import compare
 from h2optimizer.likelihood import log_likelihoods_in_batches
 from h2optimizer.streaming import Stream
@@ -78,14 +81,14 @@ def flash_on_gpu():
 def flash():
     """The flash-attn module."""
     try:
-        return attention.find_flash_attn()
+        return find_flash_attn()
     except ValueError as error:
         pytest.skip(str(error))
 
 
 def test_auto_is_triton():
     """The slow path taken in silence on the device that the kernels are for."""
-    assert attention.resolve_backend("auto", "cuda") == "triton"
+    assert resolve_backend("auto", "cuda") == "triton"
 
 
 # The CPU's results
@@ -187,7 +190,7 @@ HALF = {
 @pytest.mark.parametrize("case", HALF.values(), ids=HALF)
 def test_output_and_mass_against_float64(case, dtype, kv_heads, head_dim, group_reduce):
     """Logits or sums rounded to half on the way to the mass, or an output worse than twice the eager reference's."""
-    backends = dict.fromkeys(attention.resolve_backend(name, "cuda") for name in CUDA_BACKENDS)
+    backends = dict.fromkeys(resolve_backend(name, "cuda") for name in CUDA_BACKENDS)
     assert_as_good_as_eager(backends, make_step(**case), kv_heads, dtype, head_dim, group_reduce)
 
 
@@ -197,7 +200,7 @@ def assert_as_good_as_eager(backends, step, kv_heads, dtype, head_dim, group_red
     exact_output, exact_mass = plain_attention(*states, step, group_reduce)
     errors = {}
     for backend in ("eager", *backends):
-        output, mass = attention.ATTENTION_BACKENDS[backend](*states, step, SCALING, group_reduce)
+        output, mass = ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, group_reduce))
         assert output.dtype == dtype
         if step.scored:
             assert mass.dtype == torch.float32
@@ -407,7 +410,7 @@ def captured(monkeypatch, fresh):
 def kept_decoder(model):
     """The decoder of the cache that generate used last."""
     cache = next(reversed(model.kept_caches._caches.values()))
-    return next(reversed(cache.decoders.values()))
+    return next(reversed(model.kept_caches.decoders[cache].values()))
 
 
 def tokens_of(model, rows, capture, new_tokens, flags, **settings):
@@ -497,7 +500,7 @@ def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, capture
             ours, theirs = layer.slots.tensors(), other.slots.tensors()
             for name in ours:
                 assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
-    decoder = next(iter(cache.decoders.values()))
+    decoder = next(iter(model.kept_caches.decoders[cache].values()))
     assert any("partial" in name for name in decoder._graphs)
 
 
@@ -583,9 +586,9 @@ def test_a_used_cache_can_be_copied(gqa_on_gpu, fresh):
     model, flags = gqa_on_gpu.h2o, {"update_interval": 4}
     cache = new_cache(window_length=8, **flags)
     tokens_of(model, [prompt(9), prompt(3)], True, 20, flags, past_key_values=cache)
-    (decoder,) = cache.decoders.values()
+    (decoder,) = model.kept_caches.decoders[cache].values()
     other = copy.deepcopy(cache)
-    assert decoder._graphs and not other.decoders
+    assert decoder._graphs and other not in model.kept_caches.decoders
     results = [forward(model, [[3], [4]], each) for each in (cache, other)]
     assert all(torch.equal(logits, expected) for logits, expected in zip(*results, strict=True))
     assert cache.lengths == other.lengths
@@ -611,7 +614,7 @@ def test_a_first_replay_waits_for_its_recording(gqa_on_gpu, fresh, monkeypatch):
     replay, which has set it to what it is, draws by it."""
     model, settings = gqa_on_gpu.h2o, {"do_sample": True, "temperature": 5.0, "top_k": 0}
     request = (model, [prompt(9)] * 4, True, 4, {"update_interval": 4})  # the second step is recorded and replayed
-    begin, step = torch.cuda.CUDAGraph.capture_begin, generation.Decoder._step
+    begin, step = torch.cuda.CUDAGraph.capture_begin, Decoder._step
 
     def late(self, *args, **kwargs):
         torch.cuda._sleep(200_000_000)  # cycles, longer than recording takes
@@ -624,7 +627,7 @@ def test_a_first_replay_waits_for_its_recording(gqa_on_gpu, fresh, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
-        patch.setattr(generation.Decoder, "_step", slow)
+        patch.setattr(Decoder, "_step", slow)
         recorded = tokens_of(*request, **settings)
     model.kept_caches.clear()
     assert tokens_of(*request, **settings) == recorded
@@ -687,7 +690,7 @@ def test_sequences_do_not_depend_on_the_batch(gqa_on_gpu, fresh, flags):
         for sequence in wanted:
             assert 0 < sequence.seconds_to_first_token <= sequence.seconds
         if flags is not None and flags.get("backend") != "sdpa":
-            assert set(batcher.decoder._graphs) == {"scored", "slimming"}
+            assert set(batcher.decoding.decoder._graphs) == {"scored", "slimming"}
     assert results[0] == results[1] == results[2]
 
 
@@ -708,7 +711,7 @@ def test_streams_are_the_cpus_and_hold_no_more(gqa, gqa_on_gpu, flags):
             held.append(torch.cuda.memory_allocated())
     assert said[0] == said[1] and losses[12:] == pytest.approx(losses[:12], rel=1e-3, abs=1e-3)
     if flags is not None:
-        assert len(set(held[-6:])) == 1 and set(stream._decoder._graphs) == {"scored", "slimming"}
+        assert len(set(held[-6:])) == 1 and set(stream.decoding.decoder._graphs) == {"scored", "slimming"}
 
 
 def test_memory_is_flat_over_30_generates(fresh):

@@ -12,7 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from conftest import SCALING, assert_close, make_step, own_columns, plain_attention
-from h2optimizer.attention import eager_attention, rotate
+from h2optimizer.attention import Inputs, eager_attention, rotate
 
 pytest.importorskip("triton")
 from h2optimizer.kernels import decode, prefill
@@ -109,7 +109,7 @@ def assert_output(output, expected, states, step, rope=None):
     if output.dtype == FP32:
         return assert_close(own, own_expected, what="output")
     clean = [s[:, :, : step.width].nan_to_num() for s in states]
-    eager = own_columns(eager_attention(*clean, step, SCALING, "sum", rope=rope)[0], step).double().cpu()
+    eager = own_columns(eager_attention(Inputs(*clean, step, SCALING, "sum", rope=rope))[0], step).double().cpu()
     error, allowed = ((each - own_expected).abs().max().item() for each in (own, eager))
     assert error <= 2 * allowed + 1e-6, f"output: off by {error:.3g}, the eager reference by {allowed:.3g}"
 

@@ -24,10 +24,12 @@ from transformers import AutoTokenizer
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, generation, llama, loading, summarizing
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, fused, loading, summarizing
+from h2optimizer.decoder import is_replayable
 from summaries import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from test_benchmarks import load
 from utils import processes
+from utils.cache import HHCache
 from utils.processes import Processes
 from utils.requests import InputError
 from utils.results import JsonlFile, ResultsFile, part_path, parts_of
@@ -515,24 +517,24 @@ def test_parts_of_a_model(folder, tmp_path):
         group.join()
         place = loading.loading_options(folder / "model", torch.device("cpu"), "auto", group)
         model = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32, **place)
-        cache = batching.HHCache(h2o)
+        cache = HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
         assert cache.layers[0].keys.shape[1] == 1 and cache.nbytes * 2 == held
         parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
         unsplit = parts[0].nbytes // 2 * (len(parts[0]) == model.config.vocab_size)  # transformers 5.17's embedding
         assert sum(part.nbytes for part in parts) - unsplit == advised.held
-        assert not generation.is_replayable(model)
-        generation.CAPTURE_SHARDED = True
-        assert generation.is_replayable(model)
+        assert not is_replayable(model)
+        model.capture_sharded = True
+        assert is_replayable(model)
         model.model.layers[0].self_attn.q_proj.forward = lambda x: x
-        assert not generation.is_replayable(model)
+        assert not is_replayable(model)
         attention = model.model.layers[0].self_attn
         attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
         assert attention.merged.weight is None
         model.save_pretrained(tmp_path / "saved", is_main_process=rank == 0)
         return group.close(0)
 
-    cache = batching.HHCache(h2o)
+    cache = HHCache(h2o)
     whole.generate(**inputs, past_key_values=cache)
     held = cache.nbytes
     advised = load("advise").Prediction(whole, {}, 1, None, None, 1.0, 0.1, gpus=2)
@@ -611,7 +613,7 @@ def test_quantised_weights(alone_with, wide, tmp_path, capsys, choice):
     flags = ["--device", "cpu", "--greedy", "--sample_num", "2"]
     for cache in (H2O, []):
         status, model = alone_with(*cache, *flags, "--quantize", choice, "--overwrite", model=wide)
-        assert status == 0 and not llama._is_plain(model.model.layers[0].self_attn.q_proj)
+        assert status == 0 and not fused._is_plain(model.model.layers[0].self_attn.q_proj)
     plain = H2OLlamaForCausalLM.from_pretrained(wide, dtype=torch.float32)
     ids = torch.arange(5, 45)[None]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import addresses, new_cache, slot_tensors
-from h2optimizer.attention import resolve_backend
+from h2optimizer.backends import resolve_backend
 from h2optimizer.slimming import slimmer_of
 from utils import policies
 from utils.policies import random_priority, random_salt

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, DynamicCache
 from checkpoints import made_up_text, make_checkpoint
 from conftest import forward, prompt
 from h2optimizer import H2OConfig
-from h2optimizer.batching import sample_rows
 from h2optimizer.loading import load_model
+from h2optimizer.sampling import sample_rows
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops
 from summaries import instruct_model

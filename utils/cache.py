@@ -52,7 +52,6 @@ class HHLayer(CacheLayerMixin):
         """Hold these slots from here on."""
         self.slots, self.keys, self.values = slots, *slots.read()
         self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.by_flash_attn = self.h2o.backend == "flash_attn"
         self.by_kernel = self.slimmer.by_kernel and kernels_take(self.keys) and self.keys.dtype == self.values.dtype
         self.is_initialized = True
 
@@ -61,11 +60,6 @@ class HHLayer(CacheLayerMixin):
         self.lengths = rows.mirror(self.device)[0]
         if self.slimmer.by_kernel:
             rows.kept(self.device, self.slots.heads, self.h2o.window_length)
-
-    def decodes_by_kernel(self, step: Step) -> bool:
-        """Whether one operator rotates, appends, attends and adds mass in this forward, in place of `update`."""
-        needed = step.scored or step.partial or self.h2o.position_rolling or not self.by_flash_attn
-        return step.decode and self.by_kernel and needed
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, slimmer: TorchSlimmer):
         if not self.is_initialized or (step.max_start == 0 and not self.slots.suit(key_states, value_states)):
@@ -145,13 +139,6 @@ class HHLayer(CacheLayerMixin):
         return -1  # tokens never run out of slots
 
 
-class Decoders(dict):
-    """What decodes over one cache's slots from recorded graphs: a copy, which would copy the model too, has none."""
-
-    def __reduce__(self):
-        return Decoders, ()
-
-
 class HHCache(Cache):
     """Heavy-hitter cache of all layers: `capacity` = window_length + update_interval slots per row and KV head.
 
@@ -185,7 +172,6 @@ class HHCache(Cache):
         self.h2o = h2o
         self.schedule = h2o.schedule
         self.step: Step | None = None  # the forward under way
-        self.decoders = Decoders()  # what decodes over these slots from recorded graphs; generation.py's
         self.clock = 0
         self._columns = 0
         self._chunked = 0  # columns of a forward in chunks that have been taken, 0 between forwards
@@ -219,7 +205,7 @@ class HHCache(Cache):
         if self.step is not None or begin != self._chunked:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers, self.decoders = Rows(batch_size), [], Decoders()
+            self._rows, self.layers = Rows(batch_size), []
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
