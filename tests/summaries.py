@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
-from h2optimizer import batching
+from h2optimizer import batching, decoding
 from utils.cache import HHCache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,7 +185,7 @@ def caches(monkeypatch):
             made.append(super().with_rows(batch_size))
             return made[-1]
 
-    monkeypatch.setattr(batching, "HHCache", Recorded)
+    monkeypatch.setattr(decoding, "HHCache", Recorded)
     return made
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from checkpoints import make_requests
-from h2optimizer import H2OLlamaForCausalLM, batching, generation
+from h2optimizer import H2OLlamaForCausalLM, batching, decoder, decoding, sampling
 from summaries import (  # noqa: F401
     H2O,
     ON_GPU,
@@ -84,15 +84,15 @@ def undisturbed(run, *flags) -> Outcome:
 @pytest.mark.parametrize(
     ("owner", "name", "at", "flags"),
     [
-        (batching.RowSampler, "__init__", 1, H2O),
+        (sampling.RowSampler, "__init__", 1, H2O),
         (H2OLlamaForCausalLM, "merge_projections", 1, H2O),
         (HHCache, "with_rows", 1, H2O),
         (HHCache, "take_rows", 3, H2O),
-        (generation.Decoder, "decode", 1, H2O),
-        (generation.Decoder, "decode", 4, H2O),
+        (decoder.Decoder, "decode", 1, H2O),
+        (decoder.Decoder, "decode", 4, H2O),
         (batching.Batcher, "_prefill", 3, H2O),
-        (batching.FullCacheDecoder, "decode", 1, []),
-        (batching.FullCacheDecoder, "decode", 15, []),
+        (decoding.FullDecoding, "decode", 1, []),
+        (decoding.FullDecoding, "decode", 15, []),
     ],
 )
 def test_out_of_memory_anywhere(run, monkeypatch, owner, name, at, flags):
