@@ -61,8 +61,8 @@ from utils.requests import LONGEST_LINE, check_flags, checked, json_object, read
 from utils.results import to_json
 
 GIVEN, SAID = "given", "said"
-# Fields of a line that are read, or that ask for nothing: MT-Bench's, and those of requests.
-HEEDED = tuple("turns prompt article max_tokens stop question_id category reference summary_gt id index model engine "
+# Fields of a line that are read, that flags decide, or that ask for nothing: MT-Bench's, and those of requests.
+HEEDED = tuple("turns prompt article max_tokens stop temperature top_p question_id category reference summary_gt id index model engine "
                "request_type".split())  # fmt: skip
 PICTURES = (".png", ".svg")  # beside a report
 
@@ -121,7 +121,7 @@ def read_turns(path: Path) -> list[Turn]:
             raise InputError(f"{path}, line {number}: {error}; fix the line") from None
     if not turns:
         raise InputError(f"--input-path {path}: holds no turns")
-    if warning := unheeded_fields(lines, HEEDED, {"n": (1,), "temperature": (0,), "top_p": (1,)}):
+    if warning := unheeded_fields(lines, HEEDED, {"n": (1,)}):
         cli.say(warning)
     return turns
 

@@ -549,3 +549,12 @@ def test_nothing_grows_with_the_stream(gqa):
             objects.append(len(gc.get_objects()))
     assert objects[2] - objects[1] < 20
     assert stream.cache.evictions[0] > 100 and stream.fed > 800
+
+
+def test_fields_of_a_turn_that_do_nothing_are_said_once(tmp_path, capsys):
+    """An n that is ignored without a word. Temperatures are the flags' to say, and a reference asks for nothing."""
+    module, path = load("run_streaming"), tmp_path / "turns.jsonl"
+    turn = {"prompt": "One.", "temperature": 0.5, "reference": "x"}
+    path.write_text("".join(json.dumps(turn | more) + "\n" for more in ({}, {"n": 3}, {"n": 1})))
+    assert len(module.read_turns(path)) == 3
+    assert capsys.readouterr().err == "warning: fields that are not known are ignored: n (in 1 of 3 requests)\n"
