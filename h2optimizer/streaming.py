@@ -1,7 +1,7 @@
-"""One sequence without end: turns are fed and answered over one cache, which is slimmed to make room for each turn.
+"""One endless sequence: turns are fed and answered over one cache, which is slimmed to make room for each turn.
 
-As H2O's and StreamingLLM's (arXiv 2309.17453) streams do, with any of this cache's policies. With position_rolling no
-position passes the window and an interval, so that the model's trained positions never run out.
+This follows the streams of H2O and StreamingLLM (arXiv 2309.17453), with any policy of this cache. With
+position_rolling no position exceeds window + interval, so the model's trained positions never run out.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from utils.cache import CACHE_ARGUMENT, HHCache
 class Stream:
     """A model, its cache, and how far they have come.
 
-    Turns are fed in pieces. Room for each is made first (`evict_for_space`), out of the window's recent slots, so that
-    a piece takes at most half of those, or `prefill_chunk` where that is less. With stock Llama, the baseline, the
-    cache is full and grows until memory ends.
+    Turns are fed in pieces. `evict_for_space` first makes room for each piece in the window's recent slots, so a piece
+    is at most half as long as those, or `prefill_chunk` if that is shorter. With stock Llama, the baseline, the cache
+    is full and grows until memory runs out.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
         eos_token_ids: tokens that end a reply.
-        temperature, top_p: 0 and 1 decode greedily; else each token is drawn, `seed` fixing all of them.
+        temperature, top_p: 0 and 1 decode greedily; otherwise tokens are sampled, reproducibly by `seed`.
     """
 
     def __init__(self, model, eos_token_ids: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
         self.model, self.eos, self.h2o = model, eos_token_ids, getattr(model, "h2o", None)
         self.cache = DynamicCache(config=model.config) if self.h2o is None else HHCache(self.h2o)
-        self.pending: int | None = None  # the last token of a reply: said, and not fed yet
+        self.pending: int | None = None  # the last token of a reply: emitted, but not fed yet
         self.fed = 0  # tokens that the cache has seen
-        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the token after those fed
+        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the next token
         self._decoder: Decoder | FullCacheDecoder | None = None
         self._sampler, self._row = None, Sequence([], 1, temperature, top_p, (seed,))
         if temperature:
@@ -44,16 +44,16 @@ class Stream:
 
     @property
     def piece(self) -> int:
-        """Tokens of a turn that are fed at once."""
+        """How many tokens of a turn are fed at once."""
         if self.h2o is None:
             return 512
         most = max(1, self.h2o.recent // 2)
         return most if self.h2o.prefill_chunk is None else min(most, self.h2o.prefill_chunk)
 
     def pieces(self, tokens: list[int]) -> Iterator[list[int]]:
-        """A turn's tokens as they are fed at once; `feed` may be called with each, which comes to the same.
+        """The pieces in which a turn's tokens are fed. Calling `feed` with each is equivalent to one call.
 
-        The first has room for the reply's last token, and is empty where there is none for more.
+        The first leaves room for the last token of the reply before, and is empty if there is room for no more.
         """
         room = self.piece - (self.pending is not None)
         yield tokens[:room]
@@ -62,10 +62,10 @@ class Stream:
 
     @torch.inference_mode()
     def feed(self, tokens: list[int]) -> tuple[float, int]:
-        """Let the cache see a turn's tokens, after the last of the reply before it (`pending`): at least one in all.
+        """Feed a turn's tokens, preceded by the last token of the reply before (`pending`): at least one in all.
 
-        Returns: the sum of their negative log-likelihoods in nats, each after what the cache held then, and how many
-        were scored: all but the stream's first, and the first after a reply whose last token was taken away.
+        Returns: the sum of their negative log-likelihoods in nats, given what the cache held at the time, and how many
+        were scored: all but the stream's first, and the first after a reply whose last token was removed.
         """
         pieces = list(self.pieces(tokens))
         said = [] if self.pending is None else [self.pending]
@@ -89,9 +89,9 @@ class Stream:
 
     @torch.inference_mode()
     def say(self, max_tokens: int) -> Iterator[tuple[int, float]]:
-        """A reply, token by token as it is decoded, each with its log-probability; ends with an end-of-sequence token.
+        """Yield a reply's tokens as they are decoded, each with its log-probability, up to an end-of-sequence token.
 
-        The last token is fed with the next turn: `pending`, which may be taken away before.
+        The last token is `pending`: it is fed with the next turn, and may be removed before.
         """
         choose = choose_greedily if self._sampler is None else self._sampler.at([0], [self._row])
         tokens = choose(self._logits)
@@ -109,7 +109,7 @@ class Stream:
                 break
 
     def _start(self, tokens: torch.Tensor) -> Decoder | FullCacheDecoder:
-        """The stream's decoder, which goes on from these tokens [1]."""
+        """The stream's decoder, started from these tokens [1]."""
         choose = self._sampler or choose_greedily
         if self.h2o is None:
             mask = torch.ones(1, 1, dtype=torch.long, device=tokens.device)
