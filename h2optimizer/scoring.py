@@ -1,6 +1,6 @@
-"""Log-likelihoods through the model's own cache: contexts are prefilled, continuations are fed token by token.
+"""Log-likelihoods through the model's own cache: contexts are prefilled, what follows them is fed token by token.
 
-A single forward over both would attend to every token and give any bounded cache the full cache's score.
+One forward over both would attend to every token: to a bounded cache's score, whatever its window, the full cache's.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from h2optimizer.batching import is_out_of_memory
 from h2optimizer.fidelity import ForcedDecode
 from utils.bench import free_memory
 
-SHARING = 16  # rows for continuations of one context, whatever the batch size: they share its prefill
+SHARING = 16  # rows that continuations of one context may take whatever the batch size: they share its prefill
 
 Pair = tuple[list[int], list[int]]  # the tokens of a context and of its continuation, neither empty
 
 
 class Score(NamedTuple):
-    """The score of a continuation after its context."""
+    """Of a continuation after its context."""
 
-    logprob: float  # nats, summed over its tokens
+    logprob: float  # nats, the sum of its tokens
     greedy: bool  # whether each of them is the most probable one
-    after_eviction: int  # how many came after an eviction; the first only if chunks of its context evicted
+    after_eviction: (
+        int  # how many came after the cache had dropped slots: not the first, but where chunks of its context did
+    )
 
 
 def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None) -> list[Score]:
-    """Score continuations of any lengths together. Equal contexts are prefilled once. `dtype`: of log-probabilities."""
+    """Continuations of any lengths side by side; equal contexts are prefilled once. `dtype`: of log-probabilities."""
     lengths = [len(continuation) for _, continuation in pairs]
     steps = max(lengths)
     said = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]
@@ -51,7 +53,7 @@ def score(model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | 
 
 
 def _evicts_in_prefill(h2o, tokens: int) -> bool:
-    """Whether slots are dropped before the last chunk of a context of `tokens`; `h2o` None is the full cache."""
+    """Whether slots are dropped before the last chunk of a context of so many tokens; `h2o` None is the full cache."""
     if h2o is None or h2o.prefill_chunk is None:
         return False
     return (tokens - 1) // h2o.prefill_chunk * h2o.prefill_chunk > h2o.window_length
@@ -60,9 +62,9 @@ def _evicts_in_prefill(h2o, tokens: int) -> bool:
 def score_in_batches(
     model, pairs: list[Pair], contexts: int, pad_token_id: int = 0, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[int, Score]]:
-    """Yield each pair's index and score, batch by batch: up to `contexts` contexts, longest first, equal ones together.
+    """Each pair's index and score, batch by batch: up to `contexts` contexts, the longest first, equal ones together.
 
-    A batch has up to max(contexts, SHARING) rows. When memory runs out it is halved; a single row raises.
+    A batch has up to max(contexts, SHARING) rows. Where memory runs out it is halved; of one row that raises.
     """
     batches: list[list[int]] = []
     held = 0  # contexts in the last batch

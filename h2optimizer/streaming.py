@@ -32,9 +32,9 @@ class Stream:
     def __init__(self, model, eos_token_ids: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
         self.model, self.eos, self.h2o = model, eos_token_ids, getattr(model, "h2o", None)
         self.cache = DynamicCache(config=model.config) if self.h2o is None else HHCache(self.h2o)
-        self.pending: int | None = None  # the last token of a reply: emitted, but not fed yet
+        self.pending: int | None = None  # the last token of a reply: said, and not fed yet
         self.fed = 0  # tokens that the cache has seen
-        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the next token
+        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the token after those fed
         self._decoder: Decoder | FullCacheDecoder | None = None
         self._sampler, self._row = None, Sequence([], 1, temperature, top_p, (seed,))
         if temperature:
@@ -44,7 +44,7 @@ class Stream:
 
     @property
     def piece(self) -> int:
-        """How many tokens of a turn are fed at once."""
+        """Tokens of a turn that are fed at once."""
         if self.h2o is None:
             return 512
         most = max(1, self.h2o.recent // 2)
@@ -109,7 +109,7 @@ class Stream:
                 break
 
     def _start(self, tokens: torch.Tensor) -> Decoder | FullCacheDecoder:
-        """The stream's decoder, started from these tokens [1]."""
+        """The stream's decoder, which goes on from these tokens [1]."""
         choose = self._sampler or choose_greedily
         if self.h2o is None:
             mask = torch.ones(1, 1, dtype=torch.long, device=tokens.device)

@@ -205,7 +205,7 @@ class Lab:
         model.merge_projections()  # moves the weights, which stock Llama then shares
         self.stock = stock_llama(model)
         self.pad = tokenizer.pad_token_id
-        # similar lengths together, as in a run; the timed prompts are the first of the file
+        # alike lengths together, as in a run; the timed prompts are the first of the file
         self.order = in_order(prompts, args.batch_size)
         timed = prompts[: args.batch_size]
         shortest = min(len(prompt.tokens) for prompt in timed)
@@ -399,7 +399,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are already measured", file=sys.stderr)
     if todo:
         quiet_libraries()
-        model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # its projections can be merged
+        model, tokenizer = load_model(args, H2OConfig(backend="auto"), device)  # whose projections can be merged
         if getattr(model, "hf_quantizer", None) is not None:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint with plain weights")
         prompts = tokenize(requests, tokenizer, model, args.model_name)

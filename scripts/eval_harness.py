@@ -80,7 +80,7 @@ class H2OLlamaLM(CacheLM):
                 f"{min(unknown)}: unknown; h2o_llama takes the fields of H2OConfig and {', '.join(PASSED_ON.split())}"
             )
         if full_cache and flags:
-            raise InputError(f"{min(flags)}: has no effect with full_cache; leave one of them out")
+            raise InputError(f"{min(flags)}: does nothing with full_cache; leave one of them out")
         args = argparse.Namespace(model_name=str(pretrained), dtype=dtype, device=device)
         h2o = None if full_cache else H2OConfig(**flags)
         model, tokenizer = summarization.load_model(args, h2o, summarization.select_device(device))
@@ -115,9 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     summarization.add_model_flags(parser)
-    add(
-        "--tasks", type=names, required=True, help="comma-separated names or patterns of lm_eval's tasks, or YAML files"
-    )
+    add("--tasks", type=names, required=True, help="comma-separated: lm_eval's names (or patterns), or YAML files")
     add("--include_path", type=Path, help="a folder with your own tasks")
     add("--num_fewshot", type=count_or_zero, help="examples before each document (the task's own number)")
     add("--limit", type=limit, help="use only this many documents of each task, or this share of them")
@@ -133,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--confirm_run_unsafe_code", action="store_true", help="allow tasks to run code that the model writes")
     add("--log_samples", action="store_true", help="save each document and its answers in the results")
     add("--output-path", type=output_file, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
-    add("--overwrite", action="store_true", help="replace existing results")
+    add("--overwrite", action="store_true", help="replace results that are there")
     summarization.add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:

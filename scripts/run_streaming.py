@@ -518,9 +518,9 @@ def run(args: argparse.Namespace) -> int:
         read_report(other)
     for flag, other in [("--input-path", Path(args.input_path)), *(("--beside", other) for other in args.beside)]:
         if args.report is not None and args.report.exists() and other.exists() and args.report.samefile(other):
-            raise InputError(f"--report {args.report}: is also given as {flag}; choose another path")
+            raise InputError(f"--report {args.report}: is given as {flag} too; choose another path")
     if args.report is not None and not has("matplotlib"):
-        raise InputError("--report needs matplotlib for its figures: pip install matplotlib, or leave it out")
+        raise InputError("--report: draws its figures with matplotlib; pip install matplotlib, or leave it out")
     quiet_libraries()
     model, tokenizer = load_model(args, h2o, device)
     wording = Wording(tokenizer, args.model_name, args.chat)

@@ -392,7 +392,7 @@ def test_several_processes_without_accelerate(start):
         processes.GLANCE = 0.0
 
     line = only_error(start(2, patch=patch).wait())
-    assert "2 processes: need accelerate: pip install accelerate" in line
+    assert "2 processes: need accelerate; pip install accelerate" in line
 
 
 @pytest.mark.parametrize("absent", [0, 1])

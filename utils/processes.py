@@ -60,16 +60,16 @@ class Processes:
 
     @property
     def shares(self) -> int:
-        """How many processes split the requests."""
+        """How many processes share out the requests."""
         return 1 if self.tensor_parallel else self.count
 
     @property
     def splits(self) -> int:
-        """How many processes the model is divided among."""
+        """How many processes hold a part of the model each."""
         return self.count if self.tensor_parallel else 1
 
     def join(self) -> None:
-        """Connect to the others. Raises InputError if accelerate is missing or they do not appear."""
+        """Find the others. Raises InputError, without accelerate, and where they do not come."""
         if self.count == 1:
             return
         try:
@@ -79,7 +79,7 @@ class Processes:
                 time.sleep(25 * GLANCE)
                 self.leave(2)
             raise InputError(
-                f"{self.count} processes: need accelerate: pip install accelerate, or start one process"
+                f"{self.count} processes: need accelerate; pip install accelerate, or start one process"
             ) from None
         on_gpu = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # NCCL starts when a GPU tensor needs it
@@ -107,7 +107,7 @@ class Processes:
     # Agreeing
 
     def gather(self, value) -> list:
-        """All processes' values, on each of them. Raises InputError if a process has ended."""
+        """The value of each process, on each of them. Raises InputError where a process has ended."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
@@ -227,7 +227,7 @@ class Processes:
         return self.leave(status)
 
     def leave(self, status: int) -> int:
-        """Return the exit status. If there are several processes, exit with it at once, without waiting."""
+        """The exit status; of several processes this one ends with it here and now, waiting for no other."""
         if self.count > 1:
             with suppress(InputError, ClosedPipe):
                 sys.stdout.flush()
