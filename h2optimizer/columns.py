@@ -1,4 +1,4 @@
-"""Padding and chunks: which token of which row stands in which column of a forward, and where it is computed."""
+"""Padding and chunks: which token of which row is in which column of a forward, and where it is computed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from utils.cache import HHCache
 
 
 class Columns:
-    """The columns of one forward. A row's tokens move to the left, in order, where causal attention needs no mask.
+    """The columns of one forward. Each row's tokens move to the left, in order, so causal attention needs no mask.
 
     Args:
         batch_size, columns: of the forward's inputs.
         attention_mask: [B, columns] or [B, columns so far, these included], 1 for tokens and 0 for padding in any
-            pattern; all are tokens without one. Reading it waits for the device.
-        cache: what the forward goes to.
+            pattern; None if all are tokens. Reading it waits for the device.
+        cache: the cache of the forward.
 
     Attributes:
         new: tokens of each row.
-        real: bool [B, columns] on the host; None where all are.
-        gaps: positions that each row leaves out, as stock Llama does: padding between two tokens. None without any.
+        real: bool [B, columns] on the host; None if all are tokens.
+        gaps: positions that each row skips, as in stock Llama: padding between two tokens. None if there are none.
 
-    Raises: ValueError for a mask of another form, or one that says something else of tokens that the cache has seen.
+    Raises: ValueError for a malformed mask, or one that contradicts what the cache has seen.
     """
 
     def __init__(self, batch_size: int, columns: int, attention_mask: torch.Tensor | None, cache: HHCache):
         if not batch_size or not columns:
-            raise ValueError(f"the input has no {'columns' if batch_size else 'rows'}: give at least one token a row")
+            raise ValueError(f"the input has no {'columns' if batch_size else 'rows'}: give at least one token per row")
         self.columns, self.real, self.gaps = columns, None, None
         self.new = [columns] * batch_size
         if attention_mask is not None:
@@ -43,9 +43,9 @@ class Columns:
             before = self.real.cumsum(dim=1)  # tokens up to each column
             place = torch.where(self.real, before - 1, new + order - before)  # where a column is computed
             self._source = torch.empty_like(place).scatter_(1, place, order.expand_as(place))
-            # Padding after a token says what that token does, padding before all of them what it says alone.
+            # Padding after a token gives that token's output; padding before all tokens gives its own.
             self._shown = torch.where(before > 0, before - 1, place)
-            # Tokens of the row to the left of each place are as many as the place says; what else is there is padding.
+            # A token's place is the number of tokens to its left; everything else there is padding.
             first = self.real.long().argmax(dim=1, keepdim=True)
             self._gap = torch.where(order < new, self._source - first - order, 0).cummax(dim=1).values
             if (gaps := self._gap[:, -1]).any():
@@ -56,11 +56,11 @@ class Columns:
         return states if self.real is None else _take(states, self._source)
 
     def spread(self, positions: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Positions [1 or B, end - begin] of the chunk's tokens with the row's gaps so far left out."""
+        """Positions [1 or B, end - begin] of the chunk's tokens, skipping the row's gaps so far."""
         return positions if self.gaps is None else positions + self._gap[:, begin:end].to(positions.device)
 
     def chunks(self, size: int | None) -> Iterator[tuple[int, int]]:
-        """(begin, end) of so many columns at a time; of all without a size."""
+        """(begin, end) of `size` columns at a time; of all columns if it is None."""
         size = size or self.columns
         for begin in range(0, self.columns, size):
             yield begin, min(begin + size, self.columns)

@@ -1,7 +1,7 @@
-"""What a bounded cache changes, measured against the full cache's own texts; no reference text is needed.
+"""Measures what a bounded cache changes, on the full cache's own texts; no reference texts are needed.
 
-The full cache's greedy texts are fed to both caches token by token (teacher forcing), so that every step compares two
-distributions of the next token after the same tokens, and one slip does not make all that follows incomparable.
+The full cache's greedy texts are fed to both caches token by token (teacher forcing). Every step then compares two
+distributions of the next token after the same tokens, and one different token does not spoil the rest.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ForcedDecode:
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
-        prompts: tokens of each row; equal ones are computed once.
-        attentions: with a full cache, keep each step's attention probabilities; the model must use eager attention by
-            the first step.
+        prompts: tokens of each row; equal prompts are computed once.
+        attentions: with a full cache, keep each step's attention probabilities. The model must use eager attention from
+            the first step on.
 
-    `logits` [B, vocabulary] are those of each row's next token: at first of the one after the prompt.
+    `logits` [B, vocabulary] are those of each row's next token, at first of the one after the prompt.
     """
 
     @torch.inference_mode()
@@ -40,7 +40,7 @@ class ForcedDecode:
 
     @torch.inference_mode()
     def feed(self, tokens: list[int] | torch.Tensor) -> None:
-        """One step with these tokens, [B]: `logits` are then of those that follow, `attentions` of the step."""
+        """Feed these tokens [B] in one step. Then `logits` are of the next tokens and `attentions` of this step."""
         tokens = torch.as_tensor(tokens, device=self.model.device)
         outputs = self._decoding.feed(tokens[:, None], **({"output_attentions": True} if self._wanted else {}))
         self.logits, self.attentions = outputs.logits[:, -1], outputs.attentions if self._wanted else ()
@@ -48,10 +48,10 @@ class ForcedDecode:
 
 @dataclass
 class Fidelity:
-    """Sums over a text's tokens but the first, which prefill decides: an exact one, whatever the cache."""
+    """Sums over a text's tokens except the first, which the exact prefill decides for any cache."""
 
     tokens: int = 0
-    agreed: int = 0  # where the most probable token is the same
+    agreed: int = 0  # tokens whose most probable prediction is the same
     kl: float = 0.0  # Kullback-Leibler divergence from the full cache's distribution, nats
     nll: float = 0.0  # negative log-likelihood of the text, nats; its mean's exponential is the perplexity
     mass_lost: float = 0.0  # share of the full cache's attention that falls on evicted tokens, mean of layers and heads
@@ -62,7 +62,7 @@ class Retention:
     """Which tokens of one row a bounded cache held, step by step."""
 
     prompt_tokens: int
-    last_held: torch.Tensor  # int16 [layers, KV heads, tokens]: the last step at which it was there to attend to
+    last_held: torch.Tensor  # int16 [layers, KV heads, tokens]: the last step that could attend to it
     mass_lost: list[list[float]]  # [steps][layers], as Fidelity's
 
 
@@ -71,14 +71,14 @@ def compare(
 ) -> tuple[list[Fidelity], Retention | None]:
     """Teacher-force texts through a bounded cache and the full cache, side by side.
 
-    The cache's step t, from 1, is fed text token t - 1 and says token t; step 0 is the prompt's, where all is held.
+    Step t, from 1, feeds text token t - 1 and predicts token t. Step 0 is the prompt's, with all tokens held.
 
     Args:
-        stock: a LlamaForCausalLM, whose own texts these are; its attention is eager during the steps.
-        model: an H2OLlamaForCausalLM of the same weights; or `stock` itself, compared with itself.
-        follow: a row whose tokens are followed.
+        stock: the LlamaForCausalLM that produced the texts; its attention is eager during the steps.
+        model: an H2OLlamaForCausalLM with the same weights, or `stock` itself.
+        follow: the row whose tokens are followed.
 
-    Returns: one Fidelity a row, and the followed row's Retention: None for `stock`, which evicts nothing.
+    Returns: one Fidelity per row, and the followed row's Retention; None for `stock`, which evicts nothing.
     """
     steps = max(map(len, texts))
     ours = ForcedDecode(model, prompts, pad_token_id) if model is not stock else None
@@ -131,7 +131,7 @@ def compare(
 
 
 def _mass_lost(attention: torch.Tensor, held: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Share [B] of a step's attention that falls on tokens not held, the mean of heads.
+    """Share [B] of a step's attention that falls on tokens not held, averaged over heads.
 
     attention: probabilities [B, Hq, 1, columns] of the full cache, the last column the step's own; held: positions
     [B, Hkv, slots] there before the step, -1 for none; padding [B]: columns before position 0.

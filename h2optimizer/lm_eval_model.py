@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's view of a model with the heavy-hitter cache. Needs lm_eval, which nothing else here does."""
+"""lm-evaluation-harness's model class for the heavy-hitter cache. Only this module needs lm_eval."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ from utils.cli import InputError
 
 
 class CacheLM(HFLM):
-    """HFLM over a model that is loaded, each of whose answers comes through the cache that it is evaluated with.
+    """HFLM over a loaded model. Every answer goes through the cache under evaluation.
 
-    HFLM scores context and continuation in one forward, which attends to everything: each window would get the full
-    cache's score. Here the context is prefilled, exactly, and slimmed as in generation, and the continuation is fed
-    token by token. Its first token is prefill's, the same for every window. Texts are `generate`'s, in HFLM's batches.
+    HFLM scores context and continuation in one forward, which attends to everything, so each window would get the full
+    cache's score. Here the context is prefilled exactly and slimmed as in generation, and the continuation is fed token
+    by token. Prefill predicts its first token, which is the same for every window. `generate` makes texts, in HFLM's
+    batches.
 
     Args:
-        model: an H2OLlamaForCausalLM; or a LlamaForCausalLM, the baseline, which is left to HFLM.
-        tokenizer: one that pads on the left.
-        batch_size: contexts computed together, or "auto"; continuations may take up to 16 rows whatever it is.
-        kwargs: HFLM's. Log-probabilities are float32 unless softmax_dtype says otherwise.
+        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM as the baseline, which HFLM evaluates itself.
+        tokenizer: must pad on the left.
+        batch_size: contexts computed together, or "auto"; continuations may use up to 16 rows in any case.
+        kwargs: arguments of HFLM. Log-probabilities are float32 unless softmax_dtype is given.
 
-    `evictions`, by task: `tokens` scored and `texts` generated, how many of them `_after_eviction` of a slot (texts of
-    a batch all as if they were as long as the longest), `contexts_cut` to the model's positions and `documents_split`
-    there.
+    `evictions` holds, by task: `tokens` scored and `texts` generated; how many of them came `_after_eviction` of a slot
+    (the texts of a batch all count as long as the longest); `contexts_cut` and `documents_split` at the model's
+    positions.
     """
 
     def __init__(self, model, tokenizer, **kwargs):
         if tokenizer.eos_token_id is None:
             raise InputError(f"{model.name_or_path}: its tokenizer has no end-of-sequence token; lm_eval needs one")
         logger = logging.getLogger(HFLM.__module__)
-        logger.setLevel(logging.ERROR)  # not of interest: that it has not loaded the model itself
+        logger.setLevel(logging.ERROR)  # silences a warning that it has not loaded the model itself
         super().__init__(model, "causal", tokenizer=tokenizer, **({"softmax_dtype": "float32"} | kwargs))
         logger.setLevel(logging.NOTSET)
-        self.pretrained = model.name_or_path  # what results name
+        self.pretrained = model.name_or_path  # the name in results
         self.h2o = getattr(model, "h2o", None)
         self.evictions: dict[str, Counter] = {}
-        self._task, self._counts = "", Counter()  # of the requests at hand
-        self._stops: Stops | None = None  # of the texts at hand
+        self._task, self._counts = "", Counter()  # of the current requests
+        self._stops: Stops | None = None  # of the current texts
 
     def _by_task(self, answer: Callable, requests: list, **kwargs) -> list:
-        """What `answer` gives for the requests, called with one task's at a time."""
+        """The results of `answer` for the requests, called with one task's requests at a time."""
         tasks, answers = {}, [None] * len(requests)
         for i, request in enumerate(requests):
             tasks.setdefault(request.task_name or "", []).append(i)
@@ -67,7 +68,7 @@ class CacheLM(HFLM):
         raise InputError(f"task {task or self._task or '(without a name)'}: {why}")
 
     def _must_be_number(self, logprob: float) -> None:
-        """Tasks would count NaN as a wrong answer, or average it."""
+        """Refuse NaN, which tasks would count as a wrong answer, or average."""
         if math.isnan(logprob):
             dtype = str(self.model.dtype).removeprefix("torch.")
             self._refuse(f"the model's logits are NaN in {dtype}; pass another --dtype")
@@ -78,7 +79,7 @@ class CacheLM(HFLM):
         return min(self.max_batch_size, rows_that_fit(self.model, self.max_length, self.max_gen_toks))
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """As HFLM's, through the cache. Raises InputError for contexts of no token or without room behind them."""
+        """As HFLM's, through the cache. Raises InputError for contexts without tokens or without room after them."""
         for request in requests:
             context, settings = request.args
             wanted = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
@@ -86,15 +87,15 @@ class CacheLM(HFLM):
                 positions = f"{wanted} tokens are to follow a context, and the model has {self.max_length} positions"
                 self._refuse(f"{positions}; lower its max_gen_toks, or raise --max_length", request.task_name)
             if not context.strip() and not self.tok_encode(context):
-                self._refuse("a context has no token; nothing can be generated after it", request.task_name)
+                self._refuse("a context has no tokens; nothing can be generated after it", request.task_name)
         return self._by_task(super().generate_until, requests, disable_tqdm=disable_tqdm)
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation=False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As HFLM's: tokens and mask [B, columns]; the contexts that it cuts are counted.
+        """As HFLM's: tokens and mask [B, columns]. Counts the contexts that are cut.
 
-        HFLM asks the first context alone whether it begins with BOS.
+        HFLM checks only the first context for a leading BOS.
         """
         bos = self.tokenizer.bos_token
         if (
@@ -122,10 +123,10 @@ class CacheLM(HFLM):
         return tokens
 
     def tok_decode(self, tokens, skip_special_tokens: bool = True) -> str:
-        """As HFLM's, but that a text ends before its first stop string: HFLM looks once special tokens are removed."""
+        """As HFLM's, but a text ends before its first stop string. HFLM searches after special tokens are removed."""
         if self._stops is None or not skip_special_tokens or isinstance(tokens, int):
             return super().tok_decode(tokens, skip_special_tokens)
-        thought = 0  # tokens before the answer, in which no stop string counts
+        thought = 0  # tokens before the answer, where stop strings do not count
         if isinstance(self.think_end_token, str):
             text = super().tok_decode(tokens)
             while text.count(self.think_end_token) > super().tok_decode(tokens[:thought]).count(self.think_end_token):
@@ -136,19 +137,19 @@ class CacheLM(HFLM):
         return super().tok_decode(tokens[:thought]) + stop[0]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As HFLM's, through the cache: a continuation's log-probability, and whether greedy decoding would say it."""
+        """As HFLM's, through the cache: a continuation's log-probability, and whether greedy decoding gives it."""
         for request in requests:
             if not request.args[1]:
                 self._refuse("a continuation is empty; there is nothing to score", request.task_name)
         return self._by_task(super().loglikelihood, requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole documents, each token after what the cache holds of those before it.
+        """The log-probability of whole documents, where each token sees what the cache holds of earlier ones.
 
-        A document streams through one cache after the prefix token (BOS), each of its tokens fed by a decode step. One
-        longer than the model's positions is split as HFLM splits it, each part with a cache of its own and the token
-        before it as context, the last part with as many as there is room for; with position_rolling, whose positions
-        stay within the cache, it streams whole.
+        A document streams through one cache after the prefix token (BOS), one decode step per token. If it is longer
+        than the model's positions, it is split as HFLM splits it. Each part has its own cache, with the preceding token
+        as context; the last part has as much context as fits. With position_rolling positions stay within the cache, so
+        the document is not split.
         """
         answer = super().loglikelihood_rolling if self.h2o is None else self._stream
         return self._by_task(answer, requests, disable_tqdm=disable_tqdm)
@@ -186,20 +187,20 @@ class CacheLM(HFLM):
             self._must_be_number(score.logprob)
             answers[i] = score.logprob, score.greedy
             self._counts.update(tokens=len(pairs[i][1]), tokens_after_eviction=score.after_eviction)
-            if requests[i][0] is not None:  # a part of a document has no answer of its own
+            if requests[i][0] is not None:  # a part of a document is not an answer
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         return answers
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Both, the context cut on the left to the model's positions as HFLM does it. Raises InputError."""
+        """The pair, with the context cut on the left to the model's positions, as in HFLM. Raises InputError."""
         if not context or not continuation:
-            self._refuse(f"a {'continuation' if context else 'context'} has no token of its own; it cannot be scored")
-        rolling = self.h2o is not None and self.h2o.position_rolling  # what is decoded then needs no positions
+            self._refuse(f"a {'continuation' if context else 'context'} has no tokens; it cannot be scored")
+        rolling = self.h2o is not None and self.h2o.position_rolling  # decoding then needs no positions
         room = self.max_length if rolling else self.max_length + 1 - len(continuation)
         if room < 1:
             self._refuse(
-                f"a continuation has {len(continuation)} tokens, the model {self.max_length} positions; "
-                "with --enable_position_rolling the heavy-hitter cache takes it"
+                f"a continuation has {len(continuation)} tokens, but the model has {self.max_length} "
+                "positions; pass --enable_position_rolling for the heavy-hitter cache"
             )
         self._counts["contexts_cut"] += len(context) > room
         return context[-room:], continuation

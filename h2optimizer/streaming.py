@@ -1,7 +1,7 @@
-"""One sequence without end: turns are fed and answered over one cache, which is slimmed to make room for each turn.
+"""One endless sequence: turns are fed and answered over one cache, which is slimmed to make room for each turn.
 
-As H2O's and StreamingLLM's (arXiv 2309.17453) streams do, with any of this cache's policies. With position_rolling no
-position passes the window and an interval, so that the model's trained positions never run out.
+This follows the streams of H2O and StreamingLLM (arXiv 2309.17453), with any policy of this cache. With
+position_rolling no position exceeds window + interval, so the model's trained positions never run out.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from h2optimizer.sampling import RowSampler, choose_greedily
 class Stream:
     """A model, its cache, and how far they have come.
 
-    Turns are fed in pieces. Room for each is made first (`evict_for_space`), out of the window's recent slots, so that
-    a piece takes at most half of those, or `prefill_chunk` where that is less. With stock Llama, the baseline, the
-    cache is full and grows until memory ends.
+    Turns are fed in pieces. `evict_for_space` first makes room for each piece in the window's recent slots, so a piece
+    is at most half as long as those, or `prefill_chunk` if that is shorter. With stock Llama, the baseline, the cache
+    is full and grows until memory runs out.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
         eos_token_ids: tokens that end a reply.
-        temperature, top_p: 0 and 1 decode greedily; else each token is drawn, `seed` fixing all of them.
+        temperature, top_p: 0 and 1 decode greedily; otherwise tokens are sampled, reproducibly by `seed`.
     """
 
     def __init__(self, model, eos_token_ids: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
@@ -52,9 +52,9 @@ class Stream:
         return self.decoding.piece
 
     def pieces(self, tokens: list[int]) -> Iterator[list[int]]:
-        """A turn's tokens as they are fed at once; `feed` may be called with each, which comes to the same.
+        """The pieces in which a turn's tokens are fed. Calling `feed` with each is equivalent to one call.
 
-        The first has room for the reply's last token, and is empty where there is none for more.
+        The first leaves room for the last token of the reply before, and is empty if there is room for no more.
         """
         room = self.piece - (self.pending is not None)
         yield tokens[:room]
@@ -63,10 +63,10 @@ class Stream:
 
     @torch.inference_mode()
     def feed(self, tokens: list[int]) -> tuple[float, int]:
-        """Let the cache see a turn's tokens, after the last of the reply before it (`pending`): at least one in all.
+        """Feed a turn's tokens, preceded by the last token of the reply before (`pending`): at least one in all.
 
-        Returns: the sum of their negative log-likelihoods in nats, each after what the cache held then, and how many
-        were scored: all but the stream's first, and the first after a reply whose last token was taken away.
+        Returns: the sum of their negative log-likelihoods in nats, given what the cache held at the time, and how many
+        were scored: all but the stream's first, and the first after a reply whose last token was removed.
         """
         pieces = list(self.pieces(tokens))
         said = [] if self.pending is None else [self.pending]
@@ -87,9 +87,9 @@ class Stream:
 
     @torch.inference_mode()
     def say(self, max_tokens: int) -> Iterator[tuple[int, float]]:
-        """A reply, token by token as it is decoded, each with its log-probability; ends with an end-of-sequence token.
+        """Yield a reply's tokens as they are decoded, each with its log-probability, up to an end-of-sequence token.
 
-        The last token is fed with the next turn: `pending`, which may be taken away before.
+        The last token is `pending`: it is fed with the next turn, and may be removed before.
         """
         choose = choose_greedily if self._sampler is None else self._sampler.at([0], [self._row])
         tokens = choose(self._logits)

@@ -1,4 +1,4 @@
-"""Where a text begins, and where it ends: between the words of a request and the tokens of a model."""
+"""Where a text begins and ends, in characters and in tokens: BOS tokens and stop strings."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from itertools import islice
 
 
 def one_bos(tokens: list[int], tokenizer) -> list[int]:
-    """Tokens of a text, without the second BOS that a tokenizer puts before one that begins with it."""
+    """Tokens of a text, without the second BOS that a tokenizer adds if the text begins with one."""
     bos = tokenizer.bos_token_id
     return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
 
 class Stops:
-    """Where a text ends: before the first of its stop strings.
+    """Finds the end of a text: it ends before its first stop string.
 
-    A reader's text has no special tokens (padding, ends of turns), so that a stop string is looked for in the text
-    without them. One that names special tokens, as "<|eot_id|>" does, is looked for where these stand, too.
+    Text for readers has no special tokens (padding, ends of turns), so stop strings are searched in the text without
+    them. A stop string that names special tokens, such as "<|eot_id|>", is searched in the text with those tokens.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -27,7 +27,7 @@ class Stops:
         special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= {id: tokenizer.convert_ids_to_tokens(id) for id in tokenizer.all_special_ids}
         self._special = frozenset(special)
-        # For each set of special tokens that stays in the text, the stop strings that are looked for there.
+        # For each set of special tokens that stays in the text, the stop strings searched there.
         self._views: dict[frozenset[int], tuple[str, ...]] = {frozenset(): strings}
         for string in strings:
             named = frozenset(id for id, text in special.items() if text and text in string)
@@ -38,11 +38,11 @@ class Stops:
             for text in sorted(filter(None, special.values()), key=len, reverse=True):
                 string = string.replace(text, "")
             self._as_read.append(string)
-        # A string that has just appeared lies in the last tokens; UTF-8 takes at most 4 tokens a character.
+        # A string that has just appeared is in the last tokens; UTF-8 takes at most 4 tokens per character.
         self._reach = 4 * max(map(len, strings), default=0) + 4
 
     def said(self, tokens: list[int]) -> bool:
-        """Whether a text, looked at after each of its tokens, has come to hold a stop string."""
+        """Whether the text now contains a stop string. Must be called after each token."""
         for named, strings in self._views.items():
             latest = islice((token for token in reversed(tokens) if self._stays(token, named)), self._reach)
             text = self._text([*latest][::-1], named)
@@ -51,7 +51,7 @@ class Stops:
         return False
 
     def first(self, tokens: list[int]) -> tuple[str, int] | None:
-        """The text before the first stop string, and how many tokens make it up; None where there is none."""
+        """The text before the first stop string, and its number of tokens; None without one."""
         ends = []
         for named, strings in self._views.items():
             text = self._text(tokens, named)
@@ -61,17 +61,17 @@ class Stops:
         return min(ends, key=lambda end: (len(end[0]), end[1]), default=None)
 
     def held(self, text: str) -> int:
-        """How many of a text's last letters may turn out to be a stop string's first: they are not to be shown yet."""
+        """How many of the text's last characters may start a stop string, and must not be shown yet."""
         longest = min(max(map(len, self._as_read), default=0), len(text))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._as_read)), 0)
 
     def _end(self, tokens: list[int], named: frozenset[int], before: str) -> tuple[str, int]:
-        """What `first` returns for a stop string that follows `before` in the text with the `named` tokens."""
+        """The result of `first` for a stop string that follows `before` in the text with the `named` tokens."""
         count = len(tokens)
         while count and self._text(tokens[: count - 1], named).startswith(before):
             count -= 1
         text = self._text(tokens[:count])
-        if count and tokens[count - 1] not in self._special:  # its last letters may be the stop string's first
+        if count and tokens[count - 1] not in self._special:  # its last characters may start the stop string
             text = text[: len(text) - (len(self._text(tokens[:count], named)) - len(before))]
         return text, count
 
@@ -79,7 +79,7 @@ class Stops:
         return token not in self._special or token in named
 
     def _text(self, tokens: list[int], named: frozenset[int] = frozenset()) -> str:
-        """The text of tokens, of special ones only those `named`."""
+        """The text of tokens, without special ones that are not `named`."""
         return self.tokenizer.decode(
             [token for token in tokens if self._stays(token, named)], skip_special_tokens=not named
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint must be before its texts are worth reading: transformers loads others without an error."""
+"""Checks on checkpoints. transformers loads some without an error whose texts would be wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# What tells from_pretrained where files are, by its own names.
+# Arguments of from_pretrained that say where files are.
 FINDING = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -19,11 +19,11 @@ class CheckpointError(ValueError):
 
 
 def refuse_adapter(name, **finding) -> None:
-    """Raises CheckpointError for an adapter, which transformers applies where peft is installed, and else does not.
+    """Raises CheckpointError for an adapter, which transformers applies only if peft is installed.
 
-    `finding` are from_pretrained's arguments of the names in FINDING.
+    `finding` holds from_pretrained's arguments named in FINDING.
     """
-    # transformers 5.17 does not look into the subfolder of a local folder
+    # transformers 5.17 ignores the subfolder of a local folder
     beside = name is not None and Path(name, finding.get("subfolder") or "", "adapter_config.json").is_file()
     if beside or find_adapter_config_file(name, **finding) is not None:
         raise CheckpointError(
@@ -33,10 +33,10 @@ def refuse_adapter(name, **finding) -> None:
 
 
 def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
-    """Raises CheckpointError for a configuration of another family, of which the class would drop some parts."""
+    """Raises CheckpointError for a configuration of another family, parts of which the class would ignore."""
     wanted = model_class.config_class.model_type
     given = getattr(config, "model_type", None) if not isinstance(config, dict) else config.get("model_type")
-    if given is None:  # transformers takes Llama-2-7B's shape, and fills its weights at random
+    if given is None:  # transformers assumes Llama-2-7B's shape and fills it with random weights
         raise CheckpointError("has no config.json that names a model_type")
     if given != wanted:
         raise CheckpointError(f"a {given} checkpoint; {model_class.__name__} runs {wanted.capitalize()} only")
@@ -46,9 +46,9 @@ def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
 
 
 def refuse_misfits(model, loading: dict, resized: bool = False) -> None:
-    """Raises CheckpointError for weights that the file lacks, that the model has no place for, or that are NaN.
+    """Raises CheckpointError for weights that are missing, unused, NaN or infinite.
 
-    `loading` is what from_pretrained returns for output_loading_info; with `resized` the caller expects other shapes.
+    `loading` is from_pretrained's output_loading_info. With `resized` the caller expects other shapes.
     """
     absent = sorted([*loading["missing_keys"], *(() if resized else (key for key, *_ in loading["mismatched_keys"]))])
     if absent:
@@ -70,25 +70,25 @@ def _counted(weights: list[str], one: str, many: str) -> str:
 
 
 def _is_of_decoder(key: str, model) -> bool:
-    """Whether a weight that was not loaded would have changed logits: not a buffer of old files, nor another head."""
+    """Whether a weight that was not loaded would have changed logits; buffers of old files and other heads do not."""
     part = re.search(r"(?:^|\.)(?:layers\.(\d+)|embed_tokens|norm|lm_head)\.", key)
     if part is None or "rotary_emb." in key:
         return False
-    if getattr(model, "hf_quantizer", None) is not None:  # which leaves some of its own beside the weights
+    if getattr(model, "hf_quantizer", None) is not None:  # a quantiser adds tensors beside the weights
         return part[1] is not None and int(part[1]) >= model.config.num_hidden_layers
     return True
 
 
 @torch.no_grad()
 def _not_finite(model) -> list[str]:
-    """Names of parameters and buffers with NaN or infinity, in one pass over them; waits once for each device."""
+    """Names of parameters and buffers with NaN or infinity. Makes one pass and waits once per device."""
     flags: dict[torch.device, tuple[list, list]] = {}
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         for tensor in _plain(weight.data):
             if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
                 names, finite = flags.setdefault(tensor.device, ([], []))
                 names.append(name)
-                # both ends rather than isfinite, which writes a tensor as large as the weight
+                # aminmax, because isfinite writes a tensor as large as the weight
                 finite.append(torch.stack(torch.aminmax(tensor)).isfinite().all())
     flags.pop(torch.device("meta"), None)  # weights on disk
     broken = set()
@@ -98,10 +98,10 @@ def _not_finite(model) -> list[str]:
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a sharded or quantised one is made of; itself, if it is plain."""
+    """The tensors inside a sharded or quantised one; a plain one is returned as it is."""
     if hasattr(tensor, "__tensor_flatten__"):
         for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
-            if isinstance(inner, torch.Tensor):  # a sharded one names its mesh of devices as well
+            if isinstance(inner, torch.Tensor):  # a sharded one also lists its device mesh
                 yield from _plain(inner)
     else:
         yield tensor

@@ -1,23 +1,23 @@
-"""What a policy, a budget or an interval costs: a grid over the cache's settings beside the full cache, in one command.
+"""Measure what a policy, a budget or an interval costs: a grid of cache settings, compared with the full cache.
 
     python scripts/ablate.py --window_length 64 128 256 --update_interval 1 4 16 --score mass streaming_llm sink random
 
-Every field of H2OConfig takes several values; a YAML file (--grid) takes a mapping of fields to values, or a list of
-such mappings, whose cells are put together. Settings that mean the same are one cell. Of each cell:
+Every field of H2OConfig takes several values. A YAML file (--grid) holds a mapping of fields to values, or a list of
+such mappings, whose cells are combined. Settings that mean the same are one cell. For each cell the script measures:
 
 - ROUGE of its greedy texts against the references.
-- Fidelity, which needs no references: the full cache's own greedy texts are fed to both caches token by token, and
-  each next token's distribution is compared (top-1 agreement, KL divergence, perplexity of those texts); and the share
-  of the full cache's attention that falls on tokens which were evicted. In half precision the two differ in rounding,
-  too: a window as long as prompt and text shows how much.
-- Time and memory of `generate`, by itself: --batch_size prompts cut to one length, --timed_tokens tokens, compiled and
-  recorded before, the device drained; time per token is (n tokens - 1 token) / (n - 1), of a step that gives each
-  prompt a token. Median, lowest and highest of --repeats.
-- Which tokens of one request each layer still holds, step by step: of --retention_request, or unless given of the one
-  whose text by the full cache is the longest; of several, of the one with the longest prompt, the first.
+- Fidelity, without references. The full cache's own greedy texts are fed to both caches token by token, and each next
+  token's distribution is compared: top-1 agreement, KL divergence, perplexity of those texts. Also the share of the
+  full cache's attention that falls on evicted tokens. In half precision the two caches also differ in rounding; a
+  window as long as prompt and text shows by how much.
+- Time and memory of `generate` alone: --batch_size prompts cut to one length, --timed_tokens tokens, after warm-up, the
+  device synchronised. Time per token is (n tokens - 1 token) / (n - 1), for a step that gives each prompt a token.
+  Median, lowest and highest of --repeats.
+- Which tokens of one request each layer still holds, step by step. --retention_request chooses it; by default it is the
+  request with the longest text by the full cache (on a tie, the longest prompt, then the first).
 
-A cell that has ended is one line of --output-path (utils/ablation.py says what it holds), and is not run again: a sweep
-goes on where it was interrupted, and another grid over the same model, requests and device adds to it.
+A finished cell is one line of --output-path (see utils/ablation.py) and is not run again. An interrupted sweep resumes
+when you run it again, and another grid over the same model, requests and device adds to the file.
 """
 
 import argparse
@@ -61,12 +61,12 @@ from utils.rouge import ROUGE_TYPES
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
 WORDS = {"true": True, "false": False, "none": None, "all": None}
-TIMINGS = 10  # times --repeats at most: while few tokens take less than the clock's noise, more calls are timed
-FORM = 2  # of a cell's line: another one is measured anew
+TIMINGS = 10  # most calls, times --repeats: more are timed while a few tokens take less than the clock's noise
+FORM = 2  # version of a cell's line; cells of another version are measured again
 
 
 def value(text: str) -> bool | int | float | str | None:
-    """An argparse type: a field's value as one writes it in Python or on run_summarization's command line."""
+    """An argparse type: a field's value, written as in Python or on run_summarization's command line."""
     for number in (int, float):
         try:
             return number(text)
@@ -78,20 +78,27 @@ def value(text: str) -> bool | int | float | str | None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
-    add("--output-path", type=output_file, default=Path("out/ablation.jsonl"), help="cells, jsonl (%(default)s)")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
+    add("--output-path", type=output_file, default=Path("out/ablation.jsonl"), help="jsonl of cells (%(default)s)")
     add_model_flags(parser)
-    add("--sample_num", type=count, help="only so many requests, from the top of the file")
-    add("--batch_size", type=count, default=8, help="sequences decoded together, and prompts timed (%(default)s)")
-    add("--timed_tokens", type=count, default=65, help="tokens of a timed call, the first by prefill (%(default)s)")
-    add("--repeats", type=count, default=3, help="timed calls, of which the median counts (%(default)s)")
+    add("--sample_num", type=count, help="use only this many requests, from the top of the file")
+    add(
+        "--batch_size",
+        type=count,
+        default=8,
+        help="sequences decoded together, and prompts of a timed call (%(default)s)",
+    )
+    add("--timed_tokens", type=count, default=65, help="tokens of a timed call, including prefill's (%(default)s)")
+    add("--repeats", type=count, default=3, help="timed calls; the median is reported (%(default)s)")
     add(
         "--retention_request",
         type=count_or_zero,
-        help="index of the request whose tokens are followed; the one with the longest text unless given",
+        help="index of the request whose tokens are followed (the one with the longest text)",
     )
-    add("--grid", type=Path, help="the grid as YAML, in place of the flags below")
-    grid = parser.add_argument_group("grid", "one or more values of each field of H2OConfig; its defaults otherwise")
+    add("--grid", type=Path, help="a YAML file with the grid, instead of the flags below")
+    grid = parser.add_argument_group(
+        "grid", "one or more values for each field of H2OConfig; the default is that of H2OConfig"
+    )
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
         grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
@@ -102,12 +109,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def grids(args: argparse.Namespace) -> list[dict[str, list]]:
-    """Field to values, of each grid. Raises InputError."""
+    """For each grid, its fields and their values. Raises InputError."""
     given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     if args.grid is None:
         return [given]
     if given:
-        raise InputError(f"--{next(iter(given))}: the grid is that of --grid {args.grid}; give one or the other")
+        raise InputError(f"--{next(iter(given))}: has no effect with --grid {args.grid}; leave one of them out")
     try:
         parsed = yaml.safe_load(read_text(args.grid, "--grid"))
     except (yaml.YAMLError, RecursionError) as error:
@@ -119,12 +126,12 @@ def grids(args: argparse.Namespace) -> list[dict[str, list]]:
 
 
 def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
-    """The settings to measure, those that mean the same once. Raises InputError where none can work."""
+    """The settings to measure, without repetitions. Raises InputError if none of them works."""
     where = "" if args.grid is None else f"--grid {args.grid}: "
     cells, faults = {}, []
     for grid in grids(args):
         if unknown := [name for name in grid if name not in DEFAULTS]:
-            raise InputError(f"{where}no field {unknown[0]!r} in H2OConfig; it has {', '.join(DEFAULTS)}")
+            raise InputError(f"{where}H2OConfig has no field {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
         # policies first, then windows, then intervals
         names = sorted(grid, key=lambda name: (name == "window_length") + 2 * (name == "update_interval"))
         for values in itertools.product(*(grid[name] for name in names)):
@@ -140,14 +147,14 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
             else:
                 cells[canonical(h2o, device)] = None
     if not cells:
-        raise InputError(f"{where}{faults[0] if faults else 'no values: nothing to measure'}")
+        raise InputError(f"{where}{faults[0] if faults else 'no values given; nothing to measure'}")
     for fault in dict.fromkeys(faults):
         cli.say(f"left out: {fault}")
     return list(cells)
 
 
 def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
-    """The same cache with its defaults wherever a field has no effect on this device, and its numbers of one type."""
+    """The same cache with defaults for fields that have no effect on this device, and numbers of one type."""
     idle = set() if h2o.needs_mass else set(SCORING)
     if not h2o.policy.seeded:
         idle.add("score_seed")
@@ -173,7 +180,7 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
 
 
 class Lab:
-    """A model and stock Llama over the same weights, and the requests that they are compared on."""
+    """A model and stock Llama over the same weights, and the requests to compare them on."""
 
     def __init__(self, args: argparse.Namespace, model, tokenizer, prompts: list[Prompt]):
         self.args, self.model, self.tokenizer, self.prompts = args, model, tokenizer, prompts
@@ -185,11 +192,11 @@ class Lab:
         timed = prompts[: args.batch_size]
         shortest = min(len(prompt.tokens) for prompt in timed)
         rows = [prompt.tokens[:shortest] for prompt in timed]
-        rows = [rows[i % len(rows)] for i in range(args.batch_size)]  # a file of fewer requests
+        rows = [rows[i % len(rows)] for i in range(args.batch_size)]  # the file may hold fewer requests
         self.timed = torch.tensor(rows, device=model.device)
 
     def measure(self, h2o: H2OConfig | None, texts: list[list[int]] | None) -> dict:
-        """One cell's figures: of H2OConfig, or None for the full cache, whose `texts` the others are compared on."""
+        """One cell's figures. `h2o` None is the full cache, whose `texts` the others are compared on."""
         model = self.stock
         if h2o is not None:
             model, model.h2o = self.model, h2o
@@ -261,7 +268,7 @@ class Lab:
         def generate(tokens: int) -> None:
             model.generate(self.timed, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
 
-        free_memory()  # of the figures before: peak memory is of these calls
+        free_memory()  # of earlier figures: peak memory is that of these calls
         with never_ending(model):
             warm = 2 if self.timed.is_cuda else 1  # graphs are recorded at the second step of each kind
             for _ in range(warm):
@@ -274,7 +281,9 @@ class Lab:
                 if step.median > 0:
                     break
         if step.median <= 0:
-            raise InputError(f"--timed_tokens {tokens}: too few to be timed here; give more (cells so far are kept)")
+            raise InputError(
+                f"--timed_tokens {tokens}: too few to time on this device; give more (cells so far are kept)"
+            )
         timing = {
             "batch": batch,
             "prompt_tokens": length,
@@ -289,13 +298,13 @@ class Lab:
 
 
 def longest(texts: list[list[int]], prompts: list[Prompt]) -> int:
-    """The index of the longest text, of several that of the longest prompt, of several the first."""
+    """The index of the longest text; on a tie, of the longest prompt, then the first."""
     return max(range(len(texts)), key=lambda i: (len(texts[i]), len(prompts[i].tokens), -i))
 
 
 @contextmanager
 def never_ending(model):
-    """No token ends a sequence: all calls have the same steps."""
+    """No token ends a sequence, so all calls have the same steps."""
     before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
         yield
@@ -313,7 +322,7 @@ TABLE = {
 
 
 def table_row(cell: dict, full: dict) -> dict:
-    """A cell in the table's units, quality with 95 % intervals."""
+    """A cell in the table's units; quality has 95 % intervals."""
     row = figures(cell, full, DEFAULTS)
     shown = {
         "ROUGE-2": f"{row['rouge2']['mean']:.2f}",
@@ -340,7 +349,7 @@ def run(args: argparse.Namespace) -> int:
     if args.retention_request is not None and not 0 <= args.retention_request < len(requests):
         raise InputError(f"--retention_request {args.retention_request}: the requests are 0 to {len(requests) - 1}")
     if args.timed_tokens < 2:
-        raise InputError("--timed_tokens: the first is by prefill; give at least 2")
+        raise InputError("--timed_tokens: prefill gives the first token; give at least 2")
     weights = fingerprint_of(args.model_name)
     setup = {
         "form": FORM,
@@ -364,21 +373,23 @@ def run(args: argparse.Namespace) -> int:
     file.resume("choose another --output-path", check_cell)
     todo = [(name, h2o) for name, h2o in zip(names, cells, strict=True) if name not in file.entries]
     if len(todo) < len(cells):
-        print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", file=sys.stderr)
+        print(f"{len(cells) - len(todo)} of {len(cells)} cells are already measured", file=sys.stderr)
     if todo:
         quiet_libraries()
         h2o = H2OConfig(backend="auto")  # of a model whose projections can be merged
         model, tokenizer = load_model(args.model_name, h2o, device, args.dtype)
         if getattr(model, "hf_quantizer", None) is not None:
-            raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint whose weights are plain")
+            raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint with plain weights")
         prompts = tokenize(requests, tokenizer, model, args.model_name)
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o=None)
-        with torch.cuda.device(device if device.type == "cuda" else -1):  # whose clock and memory are read; -1: no GPU
+        with torch.cuda.device(
+            device if device.type == "cuda" else -1
+        ):  # the device whose clock and memory are read; -1: no GPU
             sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
     full = file.entries[names[0]]
     try:
         rows = [table_row(file.entries[name], full) for name in names]
-    except ValueError as error:  # the full cache was measured again, with other libraries
+    except ValueError as error:  # the full cache was measured again with other libraries
         raise InputError(f"--output-path {args.output_path}: a cell does not fit: {error}; choose another") from None
     print_table(rows, TABLE)
     print_units(rows[0], len(requests))
@@ -386,15 +397,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_units(full: dict, requests: int) -> None:
-    """What the table's figures are of. `full`: the full cache's row."""
+    """Explain the table's figures. `full`: the full cache's row."""
     over = f"{requests} requests" if requests > 1 else "one request, which has none"
     print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}].")
     if 1 < requests < FEW:
-        print(f"Of fewer than {FEW} requests these intervals are too narrow.")
+        print(f"With fewer than {FEW} requests these intervals are too narrow.")
     calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"
-    print(f"{calls} of {full['batch']} prompts of {full['prompt_tokens']} tokens: first ms, of their prefill; ms/step,")
-    print(f"of a step that gives each a token; tokens/s, of all {full['batch']} together without prefill.")
-    print("KL: nats a token. KV MiB: of a request.")
+    print(f"{calls} of {full['batch']} prompts of {full['prompt_tokens']} tokens: first ms: their prefill; ms/step:")
+    print(f"a step that gives each a token; tokens/s: all {full['batch']} together, without prefill.")
+    print("KL: nats per token. KV MiB: per request.")
 
 
 def cell_name(setup: dict, h2o: H2OConfig | None) -> str:
@@ -404,7 +415,7 @@ def cell_name(setup: dict, h2o: H2OConfig | None) -> str:
 
 
 def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full: str, file: JsonlFile) -> None:
-    """Measure cells, writing each as soon as it is there. Raises InputError."""
+    """Measure cells and write each as soon as it is done. Raises InputError."""
     for name, h2o in (bar := tqdm(todo, unit="cell", dynamic_ncols=True)):
         settings = None if h2o is None else dataclasses.asdict(h2o)
         words = (
@@ -417,7 +428,7 @@ def sweep(lab: Lab, setup: dict, todo: list[tuple[str, H2OConfig | None]], full:
             if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"--batch_size {lab.args.batch_size}: too much for the memory ({words}); give a smaller one (cells so "
+                f"--batch_size {lab.args.batch_size}: out of memory ({words}); give a smaller one (cells so "
                 "far are kept)"
             ) from None
         except InputError as error:

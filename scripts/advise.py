@@ -1,20 +1,20 @@
-"""Whether eviction pays for a model on a GPU, from counted bytes: no model is run, and no GPU is needed.
+"""Predict from byte counts whether eviction pays for a model on a GPU; no model runs and no GPU is needed.
 
     python scripts/advise.py --model-name meta-llama/Meta-Llama-3-8B --gpu h100-sxm --context 32768 --batch 16
 
-A decode step reads all weights and each row's cache. H2O bounds the second part alone, so that it pays where that is
-large beside the first: in large batches after long prompts. It *pays* where a step becomes shorter by --gain, or where
-the full cache does not fit at all. For the full cache, appended to in place, and for H2O, this prints
+A decode step reads all weights and each row's cache. H2O bounds only the cache, so it pays if the cache is large
+compared with the weights: in large batches after long prompts. It *pays* if a step becomes shorter by --gain, or if the
+full cache does not fit at all. For H2O, and for a full cache that appends in place, this prints
 
-- `floor_ms`: the bytes of a mean step at the datasheet's bandwidth; no step is shorter.
-- `ms`: the same at --share of it, which a device copy reaches, the weights at MATMUL_SHARE of the datasheet's TFLOP/s
-  where multiplying by them takes longer than reading them: that is so in batches of a few hundred rows. Slimming,
-  launches and what waits for the host are not in it, nor is prefill.
-- `held_GiB`: weights, caches and logits; `largest`: the rows that fit into USABLE of the memory; a
-  prefill takes memory of its own, for a moment and for the rows that are prefilled together.
+- `floor_ms`: the time to move the bytes of a mean step at the datasheet's bandwidth. No step is shorter.
+- `ms`: the same at --share of that bandwidth, which a device copy reaches. In batches of a few hundred rows,
+  multiplying by the weights takes longer than reading them; it is counted at MATMUL_SHARE of the datasheet's TFLOP/s.
+  Slimming, launches, waits for the host and prefill are not included.
+- `held_GiB`: weights, caches and logits. `largest`: the rows that fit into USABLE of the memory. Prefill briefly needs
+  more memory, for the rows that are prefilled together.
 
-Tokens/s are those of decode steps, all rows together. --json prints the same figures as one JSON object and nothing
-else. What eviction costs in quality is not predicted: scripts/ablate.py measures it.
+Tokens/s count decode steps of all rows together. --json prints the same figures as a single JSON object. The cost in
+quality is not predicted; scripts/ablate.py measures it.
 """
 
 import argparse
@@ -45,11 +45,11 @@ from utils.costs import held_weights, read_weights, row_held, row_read, weight_f
 
 class Card(NamedTuple):
     bandwidth: float  # TB/s
-    memory: float  # GiB: what datasheets call GB is nearer to that
+    memory: float  # GiB: datasheets say GB, but mean about this
     tflops: float  # bf16, dense, summed in float32
 
 
-ECC = 15 / 16  # of GDDR6 memory is left where error correction keeps its bits in it, as these cards do by default
+ECC = 15 / 16  # of GDDR6 memory is left if error correction stores its bits there, the default of these cards
 # NVIDIA's datasheets of H100, H200, DGX B200 (an eighth of it), A100, L40S, L4 and A10, which from H100 on give TFLOP/s
 # with sparsity, twice the dense ones; for RTX the architecture whitepapers (Ampere GA102, Ada, Blackwell).
 CARDS = {
@@ -99,7 +99,7 @@ class Prediction:
         self.flops = weight_flops(self.model) / self.gpus
 
     def ms(self, cache: str, batch: int, context: int, attainable: bool = True) -> float:
-        """Milliseconds of a step at rates that can be reached, or else of its bytes at the datasheet's bandwidth."""
+        """Milliseconds of a step, at rates that can be reached or at the datasheet's bandwidth."""
         share, tflops = (self.share, MATMUL_SHARE * self.card.tflops) if attainable else (1.0, float("inf"))
         bandwidth = share * self.card.bandwidth
         weights = max(self.read / bandwidth, batch * self.flops / tflops)
@@ -128,7 +128,7 @@ class Prediction:
         window, cached = self.caches[H2O].window_length, context + self.steps
         if max(fits.values()) < batch:
             rows = " and ".join(f"{n:,} with {'the ' * (cache == FULL)}{cache}" for cache, n in fits.items())
-            return "does not fit", f"{batch:,} rows are too many, {rows} fit; give a smaller --batch"
+            return "does not fit", f"{batch:,} rows are too many: {rows} fit; give a smaller --batch"
         if cached <= window:
             return (
                 "no gain",
@@ -144,7 +144,7 @@ class Prediction:
         if shorter >= self.gain:
             return "gain", f"H2O's steps are {change}"
         if context <= window:
-            return "no gain", f"the window holds the whole prompt, little is evicted: H2O's steps are {change}"
+            return "no gain", f"the window holds the whole prompt and little is evicted: H2O's steps are {change}"
         weights, row = self.read, self.row_read(FULL, context)
         return "no gain", (
             f"H2O's steps are {change}, not by {self.gain:.0%}: weights are {weights / (weights + batch * row):.0%} of "
@@ -155,20 +155,20 @@ class Prediction:
         return self.verdict(batch, context)[0] == "gain"
 
     def pays_from_batch(self, context: int) -> int | None:
-        """The smallest batch that eviction pays for; None where there is none that fits."""
-        # below it rows only add to what is saved, above the largest nothing fits
+        """The smallest batch for which eviction pays; None if no such batch fits."""
+        # savings grow with the rows up to the largest batch that fits
         most = self.largest(H2O, context)
         first = bisect.bisect_left(range(1, most + 1), True, key=lambda batch: self.pays(batch, context)) + 1
         return first if first <= most else None
 
     def pays_from_context(self, batch: int) -> int | None:
-        """The shortest prompt that eviction pays for; None where there is none."""
+        """The shortest prompt for which eviction pays; None if there is none."""
         # H2O's steps stop growing at the window, the full cache's never do
         first = bisect.bisect_left(range(1, LIMIT + 1), True, key=lambda context: self.pays(batch, context)) + 1
         return first if first <= LIMIT else None
 
     def row(self, cache: str, batch: int, context: int) -> dict:
-        """What the table says of a cache at a batch size."""
+        """The table's row for a cache at a batch size."""
         floor, ms = self.ms(cache, batch, context, attainable=False), self.ms(cache, batch, context)
         largest = self.largest(cache, context)
         return {
@@ -193,7 +193,7 @@ TABLE = {
 
 
 def read_card(text: str) -> tuple[str, Card]:
-    """An argparse type: a card by its name, or by as much of it as tells it from the others."""
+    """An argparse type: a card by its name, or by an unambiguous beginning of it."""
 
     def plain(name: str) -> str:
         return re.sub(r"[^a-z0-9]|nvidia|geforce|rtx", "", name.lower())
@@ -211,33 +211,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
-        "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; its config alone is read"
+        "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; only its config is read"
     )
-    model.add_argument("--shape", choices=SHAPES, help="or a model shape (8b, of Llama-3-8B)")
+    model.add_argument("--shape", choices=SHAPES, help="or a model shape (8b: Llama-3-8B)")
     add = parser.add_argument
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: the config's")
-    add("--weight_bits", type=int, choices=(8, 4), help="the layers' projections are quantised; the cache is not")
+    add("--weight_bits", type=int, choices=(8, 4), help="bits of the layers' projections; the cache is not quantised")
     add("--context", type=count, default=32768, help="tokens of each prompt (%(default)s)")
     add("--batch", type=count, default=1, help="sequences decoded together (%(default)s)")
-    add("--new_tokens", type=count, default=64, help="tokens to generate, the first of them by prefill (%(default)s)")
+    add("--new_tokens", type=count, default=64, help="tokens to generate, including prefill's (%(default)s)")
     add("--window_length", type=count, default=1024, help="slots kept after slimming (%(default)s)")
     add("--update_interval", type=count, default=16, help="steps between slimmings (%(default)s)")
     add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (H200)")
-    add("--gpus", type=count, default=1, help="so many of them, with --tensor_parallel (%(default)s)")
-    add("--bandwidth", type=positive, help="TB/s of its memory, by the datasheet, instead of the card's")
-    add("--memory", type=positive, help="GiB of its memory, instead of the card's")
-    add("--tflops", type=positive, help="bf16 TFLOP/s, dense, instead of the card's; without a card not counted")
-    add("--share", type=positive, default=COPY_SHARE, help="of the bandwidth that can be reached (%(default)s)")
-    add("--gain", type=positive, default=0.1, help="eviction pays where it makes steps shorter by this (%(default)s)")
-    add("--json", action="store_true", help="print one JSON object in place of the words and the table")
+    add("--gpus", type=count, default=1, help="number of GPUs, with --tensor_parallel (%(default)s)")
+    add("--bandwidth", type=positive, help="memory bandwidth in TB/s, from the datasheet, instead of the card's")
+    add("--memory", type=positive, help="memory in GiB, instead of the card's")
+    add("--tflops", type=positive, help="dense bf16 TFLOP/s, instead of the card's; ignored if neither is given")
+    add("--share", type=positive, default=COPY_SHARE, help="share of the bandwidth that can be reached (%(default)s)")
+    add("--gain", type=positive, default=0.1, help="eviction pays if steps become shorter by this share (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object instead of text and table")
     args = parser.parse_args(argv)
     args.shape = args.shape or "8b"  # no default: argparse would not see both flags in --shape 8b --model-name …
     for name in ("context", "batch", "new_tokens", "window_length", "update_interval"):
         if getattr(args, name) > LIMIT:
             parser.error(f"--{name}: must be at most {LIMIT:,}")
     if args.new_tokens < 2:
-        parser.error("--new_tokens 1: prefill alone gives the first token, no step decodes; give at least 2")
-    # a bandwidth in GB/s would be taken for one that no card has
+        parser.error("--new_tokens 1: prefill gives the first token, so no step decodes; give at least 2")
+    # catches a bandwidth in GB/s
     for name, most in ("share", 1.0), ("gain", 0.99), ("bandwidth", 100), ("memory", 10_000), ("tflops", 100_000):
         if (number := getattr(args, name)) is not None and not 1e-3 <= number <= most:
             parser.error(f"--{name} {number:g}: must be between 0.001 and {most}")
@@ -249,7 +249,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.gpu is None and {"bandwidth", "memory"} <= given.keys():
         args.gpu = f"a GPU of {args.bandwidth:g} TB/s and {args.memory:g} GiB", Card(0, 0, float("inf"))
     elif args.gpu is None and given:
-        parser.error(f"--{next(iter(given))}: give --bandwidth and --memory together, or a --gpu to take the rest from")
+        parser.error(
+            f"--{next(iter(given))}: give --bandwidth and --memory together, or a --gpu that supplies the rest"
+        )
     args.gpu, card = args.gpu or ("H200", CARDS["H200"])
     args.card = card._replace(**given)
     return args
@@ -271,8 +273,10 @@ def make_model(args) -> LlamaForCausalLM:
     try:
         with torch.device("meta"):
             return LlamaForCausalLM(config).to(dtype)
-    except Exception as error:  # sizes that do not go together fail anywhere
-        raise InputError(f"{name}: its config makes no model ({' '.join(str(error).split())[:200]})") from None
+    except Exception as error:  # sizes that do not match fail anywhere
+        raise InputError(
+            f"{name}: its config does not describe a model ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def run(args) -> None:
@@ -280,7 +284,7 @@ def run(args) -> None:
     model, card = make_model(args), args.card
     if (heads := model.config.num_key_value_heads) % args.gpus:
         raise InputError(
-            f"--gpus {args.gpus}: {heads} KV heads cannot be shared among so many; give a divisor of {heads}"
+            f"--gpus {args.gpus}: {heads} KV heads cannot be divided among them; give a divisor of {heads}"
         )
     args.gpu = f"{args.gpus} x {args.gpu}" if args.gpus > 1 else args.gpu
     if model.dtype == torch.float32:
@@ -315,7 +319,7 @@ def run(args) -> None:
 
 
 def print_report(report: dict) -> None:
-    """A report in words and a table."""
+    """Print a report as text and a table."""
     context, new_tokens, positions = (report[key] for key in ("context", "new_tokens", "positions"))
     batch_from, context_from = report["pays_from_batch"], report["pays_from_context"]
     print(f"{report['verdict']}: {report['reason']}")
@@ -333,9 +337,9 @@ def print_report(report: dict) -> None:
     )
     print("took 1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
     if report["gpus"] > 1:
-        print("Bytes and rows are of each GPU. The time of their sums, two a layer and step, is not counted.")
+        print("Bytes and rows are per GPU. The time of all-reduces, two per layer and step, is not counted.")
     if report["tflops"] is None:
-        print("The time that multiplying takes is not counted: large batches take longer.")
+        print("The time of matrix products is not counted: large batches take longer.")
     if (needed := context + new_tokens) > positions:
         print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
     print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
@@ -344,7 +348,7 @@ def print_report(report: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see utils/cli.py."""
     return cli.run(
-        lambda: run(parse_args(argv)), "nothing is written", "the config describes a model too large to count"
+        lambda: run(parse_args(argv)), "nothing is written", "the config describes a model that is too large to count"
     )
 
 

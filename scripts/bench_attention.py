@@ -1,13 +1,13 @@
-"""One attention layer: prefill and decode with and without mass beside SDPA and flash-attn, and its slimming.
+"""Benchmark one attention layer: prefill and decode, with and without mass, against SDPA and flash-attn; slimming.
 
-Regime: random states of a Llama-3-8B layer unless flags say otherwise; the systems of a case run in one process and
-take turns. Prefill is bound by matrix products, decode by reading K and V once. A case has so many sets of inputs that
-their keys alone are four L2 caches, and a turn goes over all of them, every system alike: between two calls of a layer
-a model reads gigabytes. `us` is a call's median time in a replayed CUDA graph of a whole turn, which leaves the host
-out; `events_us` is that of plain calls between CUDA events, the host's launches included. The floor is what the counted
-FLOPs take at the rate of a large matrix product or the counted bytes at that of a device copy, the longer of the two;
-both rates are measured in the same run. Outputs and masses are held against float64 first: exit status 1 when one is
-wrong. Without CUDA a tiny run on the CPU shows that the script works, and measures nothing. The last line is JSON.
+Regime: random states of a Llama-3-8B layer by default. The systems of a case run in one process and take turns.
+Matrix products bound prefill; reading K and V once bounds decode. A case has enough sets of inputs for their keys alone
+to fill four L2 caches, and every turn goes over all of them, because a model reads gigabytes between two calls of a
+layer. `us` is the median time of a call in a replayed CUDA graph of a whole turn, without the host. `events_us` is that
+of plain calls between CUDA events, including launches. The floor is the longer of two times: the counted FLOPs at the
+rate of a large matrix product, and the counted bytes at the rate of a device copy. The same run measures both rates.
+Outputs and masses are first checked against float64; exit status 1 means that one is wrong. Without CUDA, a tiny run on
+the CPU shows that the script works, but measures nothing. The last line is JSON.
 """
 
 import argparse
@@ -331,13 +331,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--query_heads", type=count, help="query heads")
     parser.add_argument("--kv_heads", type=count, help="KV heads")
-    parser.add_argument("--head_dim", type=count, help="D")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of the states")
-    parser.add_argument("--prefill", type=sizes("length"), help="prompt lengths, comma-separated; '' = none")
-    parser.add_argument("--decode", type=sizes("batch", "slots"), help="as in 1x1024,32x1024; '' = none")
-    parser.add_argument("--slimming", type=sizes("batch"), help="batches to slim, comma-separated; '' = none")
+    parser.add_argument("--head_dim", type=count, help="head dimension")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of the states")
+    parser.add_argument("--prefill", type=sizes("length"), help="prompt lengths, comma-separated; '': none")
+    parser.add_argument(
+        "--decode", type=sizes("batch", "slots"), help="batch x slots, for example 1x1024,32x1024; '': none"
+    )
+    parser.add_argument("--slimming", type=sizes("batch"), help="batch sizes to slim, comma-separated; '': none")
     parser.add_argument("--window_length", type=count, help="slots kept by slimming")
-    parser.add_argument("--repeats", type=count, help="turns of each system, of which the median counts")
+    parser.add_argument("--repeats", type=count, help="turns of each system; the median is reported")
     parser.set_defaults(**DEFAULTS[device])
     args = parser.parse_args(argv)
     if args.query_heads % args.kv_heads:
@@ -355,7 +357,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.kernels = False
         cli.say(f"SDPA alone: {error}")
     if args.kernels and device == "cpu" and args.dtype == torch.bfloat16:
-        parser.error("--dtype bfloat16: Triton's interpreter multiplies its bits; give float16, or run on a GPU")
+        parser.error("--dtype bfloat16: Triton's interpreter cannot multiply it; give float16, or run on a GPU")
     if device == "cuda" and args.dtype != torch.float32:
         try:
             args.flash = attention.find_flash_attn()
@@ -385,9 +387,7 @@ def run(args) -> int:
     rest = {"TBps": ".2f", "TFLOPs": ".0f", "x_floor": ".2f", "output_error": ".1e", "mass_error": ".1e", "sets": ""}
     print_table(rows, times | rest)
     if slimming:
-        print(
-            f"a layer's slimming to {args.window_length} slots; host_us, mask_us (update_slimming) by the host's clock"
-        )
+        print(f"slimming a layer to {args.window_length} slots; host_us, mask_us (update_slimming): host clock")
         rest = {"speedup": ".2f", "TBps": ".2f", "x_floor": ".2f", "ms_per_step": ".3f", "host_ms_per_step": ".3f"}
         print_table(slimming, {"batch": "", "layers": "", "us": ".1f", "host_us": ".1f", "mask_us": ".1f"} | rest)
     shape = {key: getattr(args, key) for key in ("query_heads", "kv_heads", "head_dim", "window_length", "repeats")}
@@ -401,7 +401,7 @@ def run(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see utils/cli.py."""
     way_out = "give smaller --prefill, --decode, --slimming"
-    return cli.run(lambda: run(parse_args(argv)), "the results so far are those printed", way_out)
+    return cli.run(lambda: run(parse_args(argv)), "the results so far are printed above", way_out)
 
 
 if __name__ == "__main__":

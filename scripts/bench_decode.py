@@ -1,27 +1,26 @@
-"""Prefill and decode: the heavy-hitter cache beside stock Llama, which keeps every token, in one run.
+"""Benchmark prefill and decode of whole models: the heavy-hitter cache against stock Llama, in one run.
 
-Regime: a Llama-3-8B shape with random bf16 weights, greedy, no end-of-sequence token. Three parts, each of the sizes
-that its flag names:
+Regime: a Llama-3-8B shape with random bf16 weights, greedy, no end-of-sequence token. There are three
+parts; a flag gives the sizes of each:
 
-- generate (--prompts): whole calls of `generate`. `prefill_ms` is a call for one token, `decode_ms` what each further
-  token adds to it, (n tokens - 1 token) / (n - 1), for all systems alike; systems take turns, compiled and recorded
-  before. `peak_GiB` is that of a call, with what the system keeps between calls.
-- decode (--contexts, --batches): steps alone, the contexts in place, at the given batch sizes and at the largest that
-  fits. H2O's rows are copies of one that was prefilled. Stock Llama's full cache is of random keys and values: in a
-  DynamicCache, which copies all of them to append a token, and in buffers that are appended to in place, which
-  transformers does not offer without a mask but a full cache could do at best. Both loops are eager, so the host
-  bounds them at small batches. `tokens_per_s_x` compares with the best of DynamicCache at any batch size.
-- first (--first): what the first step costs beside a later one, (2 tokens - 1 token), where the batch size was seen
-  before, and the whole first and second call of a batch size, the first of which compiles and records. Inductor
-  keeps what it compiles on disk: --compile is new only to a size that no earlier part or run had.
+- generate (--prompts): whole calls of `generate`. `prefill_ms` is a call for one token. `decode_ms` is what each
+  further token adds, (n tokens - 1 token) / (n - 1), for all systems alike. Systems take turns, after warm-up.
+  `peak_GiB` is the peak of a call, including what the system keeps between calls.
+- decode (--contexts, --batches): steps alone, with contexts in place, at the given batch sizes and the largest that
+  fits. H2O's rows are copies of a prefilled one. Stock Llama's full cache holds random keys and values, in a
+  DynamicCache, which copies all of them to append a token, and in buffers that append in place, the best that a full
+  cache could do; transformers offers no such cache without a mask. Both loops are eager, so the host bounds them at
+  small batches. `tokens_per_s_x` compares with DynamicCache at its best batch size.
+- first (--first): the first step of a call compared with later ones, (2 tokens - 1 token), if the batch size was seen
+  before; and the whole first and second call of a batch size. The first call compiles and records. Inductor caches
+  compiled code on disk, so --compile is new only for a size that no earlier part or run had.
 
-Small batches are bound by the weights that every step reads and by the host that launches its kernels, large ones by
-the slots. `floor_ms` is the time to read weights, keys, values and mass once at --bandwidth: bytes counted, not
-measured; slimming is not in it. Launches and host waits are those of one uncaptured step, not due, under the profiler,
-and are counted last.
-Times are medians of --repeats, `_low` and `_high` the lowest and highest; `tokens_per_s` is of all rows together,
-without prefill. The last line is JSON; keys that end in _x are ratios to stock, x_floor is one to the floor, x_interval
-one to a step with slimmings --update_interval steps apart.
+Weights and kernel launches bound small batches; slots bound large ones. `floor_ms` is the time to read weights, keys,
+values and mass once at --bandwidth. Its bytes are counted, not measured, and exclude slimming. Launches and host waits
+are those of one uncaptured step without slimming, under the profiler, which runs last.
+Times are medians of --repeats; `_low` and `_high` are the lowest and highest. `tokens_per_s` counts all rows, without
+prefill. The last line is JSON. Keys that end in _x are ratios to stock, x_floor is the ratio to the floor, x_interval
+the ratio to a step with slimmings --update_interval steps apart.
 """
 
 import argparse
@@ -131,7 +130,7 @@ def make_systems(args, model, stock) -> dict[str, System]:
             systems.append(h2o(f"H2O backend={backend}", backend=backend))
     named = {system.name: system for system in systems}
     if unknown := set(args.systems or ()) - named.keys():
-        raise InputError(f"--systems: no {', '.join(sorted(unknown))}; here there are {', '.join(named)}")
+        raise InputError(f"--systems: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(named)}")
     return named
 
 
@@ -477,32 +476,38 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
     parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
     parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
-    parser.add_argument("--prefill_chunk", type=count, help="prompt tokens between H2O's slimmings; exact unless given")
-    parser.add_argument("--position_rolling", action="store_true", help="H2O's keys are rotated by slot index")
+    parser.add_argument("--prefill_chunk", type=count, help="prompt tokens between H2O's slimmings (exact prefill)")
+    parser.add_argument("--position_rolling", action="store_true", help="rotate H2O's keys by slot index")
     parser.add_argument(
         "--prompts", type=sizes("length", "batch"), default="2048x1,2048x16,8192x1,32768x1",
-        help="generate part: prompt length x batch, comma-separated; '' = none",
+        help="generate part: prompt length x batch, comma-separated; '': none",
     )  # fmt: skip
-    parser.add_argument("--alone", type=count, help="prefill one prompt of this length with H2O only as well")
+    parser.add_argument("--alone", type=count, help="also prefill one prompt of this length with H2O only")
     parser.add_argument(
-        "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O systems to run beside auto"
+        "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O backends to run besides auto"
     )
-    parser.add_argument("--systems", nargs="+", help="generate part: only these, by the names that the table gives")
+    parser.add_argument("--systems", nargs="+", help="generate part: run only these systems, named as in the table")
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave out stock's static cache")
-    parser.add_argument("--compile", action="store_true", help="with compile=True as well, half a minute each size")
-    parser.add_argument("--prefill_only", action="store_true", help="no decode; with score_queries=64 as well")
     parser.add_argument(
-        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated; none unless given"
+        "--compile", action="store_true", help="also run with compile=True; takes half a minute per size"
     )
-    parser.add_argument("--batches", type=counts, default="1,256", help="decode part: batch sizes beside the largest")
-    parser.add_argument("--max_batch", type=count, default=1024, help="decode part: most rows to try")
+    parser.add_argument("--prefill_only", action="store_true", help="skip decode; also run with score_queries=64")
+    parser.add_argument(
+        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated (none)"
+    )
+    parser.add_argument("--batches", type=counts, default="1,256", help="decode part: batch sizes besides the largest")
+    parser.add_argument("--max_batch", type=count, default=1024, help="decode part: the most rows to try")
     parser.add_argument(
         "--first", type=sizes("length", "batch"), default="",
-        help="first part: prompt length x batch, comma-separated; none unless given",
+        help="first part: prompt length x batch, comma-separated (none)",
     )  # fmt: skip
-    parser.add_argument("--new_tokens", type=count, default=65, help="tokens of a generate, the first by prefill")
-    parser.add_argument("--bandwidth", type=positive, default=4.27, help="TB/s of the floor: a device copy's, H200")
-    parser.add_argument("--repeats", type=count, default=3, help="runs, of which the median counts")
+    parser.add_argument(
+        "--new_tokens", type=count, default=65, help="tokens of a call of generate, including prefill's"
+    )
+    parser.add_argument(
+        "--bandwidth", type=positive, default=4.27, help="TB/s for the floor (a device copy on an H200)"
+    )
+    parser.add_argument("--repeats", type=count, default=3, help="runs; the median is reported")
     args = parser.parse_args(argv)
     try:
         fields = ("window_length", "update_interval", "prefill_chunk", "position_rolling")
@@ -510,9 +515,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if args.prefill_only and (args.contexts or args.first):
-        parser.error("--prefill_only leaves out decode steps: give it without --contexts and --first")
+        parser.error("--prefill_only skips decode steps; leave out --contexts and --first")
     if args.first and args.new_tokens < 3:
-        parser.error("--first compares the first step with later ones: give --new_tokens of at least 3")
+        parser.error("--first compares the first step with later ones; give --new_tokens of at least 3")
     if not (args.prompts or args.alone or args.contexts or args.first):
         parser.error("nothing to do: give --prompts, --alone, --contexts or --first")
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -547,7 +552,7 @@ def run(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see utils/cli.py."""
     way_out = "give shorter --prompts, --contexts or --alone"
-    return cli.run(lambda: run(parse_args(argv)), "the results so far are those printed", way_out)
+    return cli.run(lambda: run(parse_args(argv)), "the results so far are printed above", way_out)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Requests a second: a batcher over heavy-hitter rows beside stock Llama, one request at a time and in batches.
+"""Benchmark requests per second: a batcher over heavy-hitter rows against stock Llama, one by one and in batches.
 
 Regime: prompts of random tokens, a Llama-3-8B shape with random bf16 weights, greedy; every request generates all its
-tokens. Stock Llama takes a sample, the first --stock_requests for one at a time and the first four batches for
-batches, sorted by length so that little is padded; its rates are those of the sample. Ours takes all requests in the
-order in which they come; `all_s` is how long all requests take at a system's rate. What is compiled and recorded once
-is made before the clock starts, and printed as `setup_s`. Rates are of all rows together: `tokens_per_s` counts
-prefill's time in, `decode_per_s` leaves it and each text's first token out. `prefill_share` is the part of the time
-that the device spends in forwards of more than one token a row. The last line is JSON; requests_per_s_x is the ratio to
-one at a time.
+tokens. Stock Llama runs a sample: the first --stock_requests one by one, and the first four batches, sorted by length
+to avoid padding. Ours runs all requests in their order. `all_s` is the time for all requests at a system's rate.
+Compiling and recording happen before the clock starts, and are printed as `setup_s`. Rates count all rows together:
+`tokens_per_s` includes the time of prefill; `decode_per_s` excludes it and each text's first token. `prefill_share` is
+the share of the time that the device spends in forwards of more than one token per row. The last line is JSON;
+requests_per_s_x is the ratio to one by one.
 
-With --soak, requests of mixed lengths, a third of them sampling, go through the batcher to see that each comes back
-once with as many tokens as it asked for, and that memory does not grow; exit status 1 where not each does.
+With --soak, requests of mixed lengths, a third of them sampled, go through the batcher. Each must come back once with
+as many tokens as it asked for, and memory must not grow; otherwise the exit status is 1.
 """
 
 import argparse
@@ -241,15 +240,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
     parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
     parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
-    parser.add_argument("--requests", type=count, help="how many; 512, in a soak 2000")
+    parser.add_argument("--requests", type=count, help="number of requests (512; with --soak 2000)")
     parser.add_argument("--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt")
-    parser.add_argument("--new_tokens", type=count, default=64, help="tokens to generate, in a soak at most")
-    parser.add_argument("--mixed", action="store_true", help="prompts from half to full length")
-    parser.add_argument("--batch_size", type=count_or_auto, default="auto", help="the batcher's rows; auto = that fit")
-    parser.add_argument("--stock_requests", type=count_or_zero, default=16, help="sample of one by one; 0 = leave out")
-    parser.add_argument("--stock_batch", type=count_or_zero, default=16, help="rows of stock Llama; 0 = leave out")
-    parser.add_argument("--compile", action="store_true", help="the batcher with compile=True as well")
-    parser.add_argument("--soak", action="store_true", help="look for lost requests and memory instead; --compile too")
+    parser.add_argument("--new_tokens", type=count, default=64, help="tokens to generate; with --soak, at most")
+    parser.add_argument("--mixed", action="store_true", help="vary prompts from half to full length")
+    parser.add_argument(
+        "--batch_size", type=count_or_auto, default="auto", help="rows of the batcher; auto: as many as memory holds"
+    )
+    parser.add_argument("--stock_requests", type=count_or_zero, default=16, help="sample for one by one; 0: skip")
+    parser.add_argument("--stock_batch", type=count_or_zero, default=16, help="batch size of stock Llama; 0: skip")
+    parser.add_argument("--compile", action="store_true", help="also run the batcher with compile=True")
+    parser.add_argument(
+        "--soak", action="store_true", help="look for lost requests and leaked memory instead; works with --compile"
+    )
     args = parser.parse_args(argv)
     try:
         H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
@@ -288,7 +291,7 @@ def run(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see utils/cli.py."""
     way_out = "give a smaller --batch_size or --prompt_tokens"
-    return cli.run(lambda: run(parse_args(argv)), "the results so far are those printed", way_out)
+    return cli.run(lambda: run(parse_args(argv)), "the results so far are printed above", way_out)
 
 
 if __name__ == "__main__":

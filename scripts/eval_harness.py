@@ -3,9 +3,9 @@
     python scripts/eval_harness.py --model-name meta-llama/Meta-Llama-3-8B --tasks hellaswag,gsm8k \\
         --enable_h2o_generation --num_window_length 512 --output-path out/h2o.json
 
-The flags of model and cache are run_summarization.py's. The results file is lm_eval's own with one more key, `h2o`:
-settings, versions, and how much of each task came after slots had been dropped. Answers are kept beside it as they
-come, so that an interrupted command goes on; what was answered before is then not counted under `h2o` again.
+Model and cache have the flags of run_summarization.py. The results file is lm_eval's, with one more key, `h2o`:
+settings, versions, and how much of each task came after an eviction. Answers are saved beside it as they come, so an
+interrupted command resumes when it is run again. Answers from before the interruption are then not counted under `h2o`.
 
 Imported (`import scripts.eval_harness`), it registers the model for lm_eval's own API:
 
@@ -56,19 +56,19 @@ from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_
 from utils.memory import is_out_of_memory
 from utils.results import checkpoint_fingerprint, replace_file, to_json
 
-# What HFLM may be told besides: its other arguments choose how it would load a model, which load_model does here.
+# HFLM's other arguments choose how it loads a model, which load_model does here.
 PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"
 
 
 @register_model("h2o_llama")
 class H2OLlamaLM(CacheLM):
-    """A CacheLM by the names that lm_eval's API gives: `pretrained`, and fields of H2OConfig.
+    """A CacheLM with the argument names of lm_eval's API: `pretrained`, and the fields of H2OConfig.
 
     Args:
         pretrained: a folder, or a name on the hub.
         full_cache: stock Llama, the baseline.
-        device, dtype: as run_summarization.py's flags.
-        kwargs: fields of H2OConfig (`backend` is that one's), and of HFLM's arguments those in PASSED_ON.
+        device, dtype: as the flags of run_summarization.py.
+        kwargs: fields of H2OConfig (including `backend`), and the arguments of HFLM in PASSED_ON.
     """
 
     def __init__(
@@ -77,7 +77,9 @@ class H2OLlamaLM(CacheLM):
         fields = {field.name for field in dataclasses.fields(H2OConfig)}
         flags = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
         if unknown := set(kwargs) - set(PASSED_ON.split()):
-            raise InputError(f"{min(unknown)}: h2o_llama takes H2OConfig's fields, {', '.join(PASSED_ON.split())}")
+            raise InputError(
+                f"{min(unknown)}: unknown; h2o_llama takes the fields of H2OConfig and {', '.join(PASSED_ON.split())}"
+            )
         if full_cache and flags:
             raise InputError(f"{min(flags)}: does nothing with full_cache; leave one of them out")
         h2o = None if full_cache else H2OConfig(**flags)
@@ -114,29 +116,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_model_flags(parser)
     add("--tasks", type=names, required=True, help="comma-separated: lm_eval's names (or patterns), or YAML files")
-    add("--include_path", type=Path, help="a folder with tasks of your own")
-    add("--num_fewshot", type=count_or_zero, help="examples before each document; the task's own number unless given")
-    add("--limit", type=limit, help="only so many documents of each task, or that share of them")
-    add("--batch_size", type=count_or_auto, default=1, help="contexts computed together; auto: as many as fit")
-    add("--max_length", type=count, help="positions to use; the model's unless given")
-    add("--apply_chat_template", action="store_true", help="put contexts into the tokenizer's chat template")
-    add("--metadata", type=json_object, default={}, help="JSON for tasks that need it, as RULER's max_seq_lengths")
-    add("--confirm_run_unsafe_code", action="store_true", help="let tasks run code that the model writes")
-    add("--log_samples", action="store_true", help="keep each document with its answers in the results")
+    add("--include_path", type=Path, help="a folder with your own tasks")
+    add("--num_fewshot", type=count_or_zero, help="examples before each document (the task's own number)")
+    add("--limit", type=limit, help="use only this many documents of each task, or this share of them")
+    add(
+        "--batch_size",
+        type=count_or_auto,
+        default=1,
+        help="contexts computed together; auto: as many as memory holds (%(default)s)",
+    )
+    add("--max_length", type=count, help="most positions to use (the model's)")
+    add("--apply_chat_template", action="store_true", help="wrap contexts in the tokenizer's chat template")
+    add("--metadata", type=json_object, default={}, help="JSON for tasks that need it, such as RULER's max_seq_lengths")
+    add("--confirm_run_unsafe_code", action="store_true", help="allow tasks to run code that the model writes")
+    add("--log_samples", action="store_true", help="save each document and its answers in the results")
     add("--output-path", type=output_file, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
     add("--overwrite", action="store_true", help="replace results that are there")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:
-        parser.error("--tasks: names none; `lm_eval ls tasks` lists them")
+        parser.error("--tasks: is empty; `lm_eval ls tasks` lists all tasks")
     if args.include_path is not None and not args.include_path.is_dir():
         parser.error(f"--include_path {args.include_path}: no such folder")
     return args
 
 
 def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
-    """Tasks and groups that --tasks names, each seen to make a request of its first document. Raises InputError."""
-    for built_in in (False, True):  # lm_eval's own, some 14,000, take a while to index
+    """The tasks and groups in --tasks, each checked on its first document. Raises InputError."""
+    for built_in in (False, True):  # lm_eval's own tasks, some 14,000, take a while to index
         metadata = {"pretrained": args.model_name} | args.metadata
         manager = TaskManager(include_path=args.include_path, include_defaults=built_in, metadata=metadata)
         found = {name: [name] if Path(name).is_file() else manager.match_tasks([name]) for name in args.tasks}
@@ -155,21 +162,21 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
                 if task.OUTPUT_TYPE != "loglikelihood_rolling":
                     task.doc_to_text(document)
                 task.doc_to_target(document)
-        except Exception as error:  # YAML, data sets and templates fail in libraries of their own
+        except Exception as error:  # YAML, data sets and templates fail in many libraries
             reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
             raise InputError(f"--tasks {name}: cannot be loaded ({reason})") from None
         for task in got["tasks"].values():
-            if args.num_fewshot and task.get_config("num_fewshot") != 0:  # 0 there stands whatever is asked for
+            if args.num_fewshot and task.get_config("num_fewshot") != 0:  # a task's own 0 always wins
                 try:
                     task.fewshot_context(next(iter(task.eval_docs)), args.num_fewshot)
                 except Exception as error:  # templates, data sets and samplers of any kind
                     reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
                     raise InputError(
-                        f"--num_fewshot {args.num_fewshot}: --tasks {name} gives no such examples ({reason})"
+                        f"--num_fewshot {args.num_fewshot}: --tasks {name} cannot make such examples ({reason})"
                     ) from None
             if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
                 raise InputError(f"--tasks {name}: runs code that the model writes; pass --confirm_run_unsafe_code")
-        loaded += list(got["groups"].values())[:1] or got["tasks"].values()  # a group stands before its members
+        loaded += list(got["groups"].values())[:1] or got["tasks"].values()  # a group comes before its members
     return manager, loaded
 
 
@@ -233,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_evictions(lm: CacheLM) -> None:
-    """What the cache had to do with the scores, by task; warnings where that may surprise."""
+    """Print how much of each task came after an eviction, and warn if that may surprise."""
     for task, counts in lm.evictions.items():
         for name in ("contexts_cut", "documents_split"):
             if counts[name]:
@@ -242,8 +249,8 @@ def report_evictions(lm: CacheLM) -> None:
         answers = counts["tokens"] + counts["texts"]
         if answers and not counts["tokens_after_eviction"] + counts["texts_after_eviction"]:
             cli.say(
-                f"warning: {task}: nothing came after an eviction, so these are the full cache's scores; contexts are "
-                f"not longer than the window of {lm.h2o.window_length}, or continuations are single tokens"
+                f"warning: {task}: nothing came after an eviction, so these are the full cache's scores; contexts fit "
+                f"into the window of {lm.h2o.window_length}, or continuations are single tokens"
             )
     columns = ("tokens", "tokens_after_eviction", "texts", "texts_after_eviction")
     if lm.h2o is not None:

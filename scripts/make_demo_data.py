@@ -2,11 +2,11 @@
 
     python scripts/make_demo_data.py --output-path data/summarization/demo.jsonl
 
-Every name is put together from word parts, every sentence from the patterns below; nothing is taken from elsewhere.
-Articles are built as news is: the lead names the facts, the next paragraphs take them up again among facts about
-others, and a long background with people, places and figures of its own follows. The reference summary puts the lead's
-facts into other words; which words, the event decides. `scripts/train_demo.py` draws its documents from here as well,
-with names that no test request uses.
+Names are made from word parts and sentences from the patterns below; nothing is copied from elsewhere. Articles are
+built like news. The lead states the facts, the next paragraphs repeat them among facts about others, and a long
+background with other people, places and figures follows. The reference summary states the lead's facts in other words,
+which depend on the event. `scripts/train_demo.py` also draws its documents from here, with names that no test request
+uses.
 """
 
 import argparse
@@ -558,9 +558,9 @@ def make_request(rng: random.Random, pool: Pool, shots: int) -> dict:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output-path", type=output_file, default=ROOT / "data/summarization/demo.jsonl", help="requests, jsonl")
-    add("--requests", type=count, default=200, help="how many")
-    add("--seed", type=seed, default=3, help="of the requests; which names are for tests never changes")
+    add("--output-path", type=output_file, default=ROOT / "data/summarization/demo.jsonl", help="jsonl of requests")
+    add("--requests", type=count, default=200, help="number of requests")
+    add("--seed", type=seed, default=3, help="seed of the requests; it does not change which names are for tests")
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,12 @@
-"""Figures and a report of an ablation: what a jsonl of scripts/ablate.py says, as PNG, SVG and Markdown in one folder.
+"""Draw the figures of an ablation and write its report, from a jsonl of scripts/ablate.py: PNG, SVG and Markdown.
 
 - quality: ROUGE-2, top-1 agreement and KL divergence against the KV budget, with 95 % intervals over requests.
-- frontier: ROUGE-2 against decode tokens/s, with the spread of timed calls; what no other cell beats in both is ringed.
+- frontier: ROUGE-2 against decode tokens/s, with the spread of timed calls; a ring marks cells that no other beats.
 - retention_CELL: which tokens each layer still holds while a request is decoded, for one cell (--cells).
-- mass_lost: how much of the full cache's attention falls on evicted tokens, step by step, of the same request.
+- mass_lost: how much of the full cache's attention falls on evicted tokens, step by step, for the same request.
 - report.md: the setup, what follows from the figures, the whole table, the figures.
 
-Markers, line styles and lightness tell everything apart, so that figures can be printed in grey. The same file gives
+Markers, line styles and lightness distinguish everything, so figures can be printed in grey. The same file always gives
 the same bytes.
 """
 
@@ -34,7 +34,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-except ImportError:  # `run` says so
+except ImportError:  # `run` reports it
     style = None
 
 from h2optimizer import H2OConfig
@@ -65,7 +65,7 @@ MOST_RETENTIONS = 3  # drawn unasked
 
 @dataclass
 class Sweep:
-    """The cells of one setup: `full`, and the bounded ones in the order of policy, interval, window.
+    """The cells of one setup: `full`, and the bounded ones sorted by policy, interval, window.
 
     Each is a row of `utils.ablation.figures` with `source`, its cell, and `label`.
     """
@@ -110,12 +110,12 @@ def plural(number: int, noun: str) -> str:
 
 
 def load(path: Path, prefix: str | None) -> Sweep:
-    """The cells of one setup of a file. Raises InputError where that is not one, or has no full cache."""
+    """The cells of one setup in a file. Raises InputError if it is not unique or has no full cache."""
     cells = of_one_setup(path, read_cells(path), prefix)
     full = next((cell for cell in cells if cell["h2o"] is None), None)
     if full is None or len(cells) == 1:
         missing = "full cache, which all else is compared with" if full is None else "bounded cache"
-        raise InputError(f"{path}: the setup has no cell of a {missing}; scripts/ablate.py measures it")
+        raise InputError(f"{path}: the setup has no cell of a {missing}; run scripts/ablate.py to measure it")
     defaults, rows = dataclasses.asdict(H2OConfig()), []
     for cell in cells:
         try:
@@ -133,7 +133,7 @@ def load(path: Path, prefix: str | None) -> Sweep:
 
 def wrap(text: str, width: float, size: float) -> str:
     """Text in lines that fit `width` inches at a font size in points."""
-    letters = int(width * 72 / (0.6 * size))  # of this font a letter is a little narrower on average
+    letters = int(width * 72 / (0.6 * size))  # on average a letter of this font is a little narrower
     return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))
 
 
@@ -194,7 +194,7 @@ def draw_quality(sweep: Sweep) -> Figure:
                 mean, low, high = (
                     scale * np.array([row[name][key] for row in of_line]) for key in ("mean", "low", "high")
                 )
-                # Lines stand a little beside each other, so that intervals do not cover one another.
+                # Lines are shifted a little, so intervals do not cover one another.
                 aside = 2 ** (APART * (i - (len(lines) - 1) / 2) / len(lines))
                 budgets = [aside * row["window_length"] for row in of_line]
                 errors = np.maximum([mean - low, high - mean], 0)
@@ -242,7 +242,7 @@ def draw_frontier(sweep: Sweep) -> Figure:
     grid = fig.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     drawn = [sweep.full, *sweep.rows]
     several = all(row.get("calls", 1) > 1 for row in drawn)
-    # A call within the clock's noise has any speed: it does not decide the scale.
+    # A call within the clock's noise has an arbitrary speed, so it must not decide the scale.
     least = min(speeds(row)[0] for row in drawn)
     limit = max(min(speeds(row)[1], 1.5 * row["tokens_per_second"]) for row in drawn)
     put_title(fig, f"Quality against speed: {sweep.title}")
@@ -280,8 +280,9 @@ def draw_frontier(sweep: Sweep) -> Figure:
 
 
 def annotate(ax, rows: list[dict], drawn: list[dict], always: list[dict]) -> None:
-    """Each row's window at the first place by its marker, inside the axes, where it covers nothing; without one only
-    `always`."""
+    """Write each row's window at the first place near its marker that is inside the axes and free.
+
+    Rows without such a place are left out, unless they are in `always`."""
 
     def to_points(row: dict) -> np.ndarray:
         return ax.transData.transform(spot(row)) * 72 / ax.figure.dpi
@@ -316,9 +317,9 @@ def annotate(ax, rows: list[dict], drawn: list[dict], always: list[dict]) -> Non
 
 
 def followed(sweep: Sweep, chosen: list[str]) -> list[dict]:
-    """The rows whose retention is drawn: the chosen ones, else each policy's nearest to a budget and interval amid all.
+    """The rows whose retention is drawn: the chosen ones, or each policy's nearest to the middle budget and interval.
 
-    Of a budget below the prompt, where there is one: others evict little. All are of the first row's request.
+    Budgets below the prompt come first, because others evict little. All rows follow the first row's request.
     """
     rows = [row for row in sweep.rows if (row["source"].get("retention") or {}).get("mass_lost")]
     rows = [row for row in rows if row["source"]["retention"]["index"] == rows[0]["source"]["retention"]["index"]]
@@ -326,9 +327,7 @@ def followed(sweep: Sweep, chosen: list[str]) -> list[dict]:
         matches = sum(row["source"]["cell"].startswith(prefix) for row in rows)
         if matches != 1:
             meant = f"{matches} cells" if matches else "no cell whose tokens were followed"
-            raise InputError(
-                f"--cells {prefix}: means {meant}; the table of report.md names them, leave it out to see it"
-            )
+            raise InputError(f"--cells {prefix}: means {meant}; report.md lists them; run without --cells to see it")
     if chosen or not rows:
         return [row for row in rows if row["source"]["cell"].startswith(tuple(chosen))]
     prompt = rows[0]["source"]["retention"]["prompt_tokens"]
@@ -343,7 +342,7 @@ def followed(sweep: Sweep, chosen: list[str]) -> list[dict]:
 
 
 def heavy_shade(share) -> np.ndarray:
-    """RGB of a share of heads: its root, so that the few of a long prompt can be seen."""
+    """RGB of a share of heads. The root makes the few heads of a long prompt visible."""
     return 1 - np.sqrt(share)[..., None] * (1 - HEAVY_RGB)
 
 
@@ -388,7 +387,7 @@ def draw_retention(sweep: Sweep, row: dict) -> Figure:
 
 
 def shades(heads: int) -> list[tuple[int, str]]:
-    """How many of a layer's KV heads the legend shows an older token in, and how it says so."""
+    """For the legend: in how many of a layer's KV heads an older token is, and the label."""
     if heads == 1:
         return [(1, "older token, in the KV head")]
     some = sorted({max(1, heads // 2), 1}, reverse=True)
@@ -414,7 +413,7 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
             at = steps[: len(shares)]
             if panel is row:
                 ax.fill_between(at, shares.min(axis=1), shares.max(axis=1), color=BAND, linewidth=0)
-                if shares.shape[1] <= 8:  # more would be a thicket
+                if shares.shape[1] <= 8:  # more lines would be unreadable
                     ax.plot(at, shares, color="#888888", linewidth=0.4)
             ax.plot(at, shares.mean(axis=1), markevery=max(1, len(at) // 8), **look)
         title = row_title(panel) if panel else "all, mean of layers"
@@ -435,7 +434,7 @@ def draw_mass_lost(sweep: Sweep, rows: list[dict]) -> Figure:
 
 
 def row_title(row: dict) -> str:
-    """A label on lines that fit a third of the width."""
+    """A label in lines that fit a third of the width."""
     return f"{row['policy']},\nwindow {row['window_length']}, N = {row['update_interval']}"
 
 
@@ -443,55 +442,57 @@ def row_title(row: dict) -> str:
 
 
 READING = {
-    "quality": "Each panel: the mean over requests and its 95 % interval, the full cache as a band; the closer a line "
-    "stays to the band towards small budgets, the better. Requests differ more from one another than caches do, so "
-    "judge small differences by the paired ones of the table.",
+    "quality": "Each panel shows the mean over requests with its 95 % interval; the band is the full cache. The closer "
+    "a line stays to the band towards small budgets, the better. Requests differ more than caches do, so judge small "
+    "differences by the paired ones in the table.",
     "frontier": "Up is better, right is faster. A bar reaches from the slowest to the fastest timed call; cells whose "
-    "bars overlap need not differ in speed. A ringed cell is one that no other equals or beats in both, by medians and "
-    "means; a cell inside the full cache's band need not be better than another there.",
-    "retention": "Each row of pixels is a decode step; the darker an older token, the more KV heads still hold it (the "
-    "mean of neighbours where a pixel has several tokens); hatched are the newest tokens, which are kept whatever "
-    "their mass, and those that wait for the next slimming; white is evicted or, to the right, not there yet.",
-    "mass_lost": "What the full cache attends to, at the same step of the same text, among tokens that this cache has "
-    "dropped; 0 means that nothing which mattered is missing.",
+    "bars overlap may not differ in speed. A ring marks a cell that no other equals or beats in both, by medians and "
+    "means. Cells inside the full cache's band may not differ in quality.",
+    "retention": "Each row of pixels is a decode step. The darker an older token, the more KV heads still hold it (the "
+    "mean of neighbours if a pixel covers several tokens). Hatched: the newest tokens, which are kept whatever their "
+    "mass, and those that wait for the next slimming. White: evicted or, to the right, not generated yet.",
+    "mass_lost": "The share of the full cache's attention, at the same step of the same text, that falls on tokens "
+    "which this cache has dropped. 0 means that nothing relevant is missing.",
 }
 
 
 def draw(sweep: Sweep, rows: list[dict], all_retentions: bool) -> tuple[dict[str, tuple[Figure, str, str]], list[str]]:
-    """By name of its files, each figure, its title and how to read it; and notes on what is not drawn."""
+    """Each figure with its title and how to read it, by the name of its files; and notes on what is not drawn."""
     drawn = {
         "quality": (draw_quality(sweep), "Quality against KV budget", READING["quality"]),
         "frontier": (draw_frontier(sweep), "Quality against speed", READING["frontier"]),
     }
     if not rows:
-        return drawn, ["No cell followed a request's tokens: its text was of one token, which evicts nothing."]
+        return drawn, ["No cell followed a request's tokens: its text has one token, so nothing is evicted."]
     drawn["mass_lost"] = draw_mass_lost(sweep, rows), "Attention on evicted tokens", READING["mass_lost"]
     for row in rows if all_retentions else rows[:MOST_RETENTIONS]:
         name = f"retention_{row['source']['cell'][:12]}"
         drawn[name] = draw_retention(sweep, row), f"Tokens held: {row['label']}", READING["retention"]
-    return drawn, ["Other cells' tokens: `--cells` with what the table's last column says, comma-separated."]
+    return drawn, [
+        "To see other cells' tokens, pass `--cells` with names from the table's last column, comma-separated."
+    ]
 
 
 def write(folder: Path, drawn: dict[str, tuple[Figure, str, str]], text: str) -> None:
     for name, (figure, _, _) in drawn.items():
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        figure.set_layout_engine("none")  # it stays as it is: laying out takes as long as drawing
+        figure.set_layout_engine("none")  # the layout is final, and takes as long as drawing
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     replace_file(folder / "report.md", [text])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input-path", type=Path, required=True, help="jsonl of scripts/ablate.py")
+    parser.add_argument("--input-path", type=Path, required=True, help="jsonl written by scripts/ablate.py")
     parser.add_argument(
         "--output-path",
         type=output_folder,
-        help="folder of figures; NAME_figures beside NAME.jsonl by default, NAME_SETUP_figures with --setup",
+        help="folder for the figures (NAME_figures beside NAME.jsonl, or NAME_SETUP_figures with --setup)",
     )
-    parser.add_argument("--setup", help="which setup, by the beginning of its hash, where the file holds several")
+    parser.add_argument("--setup", help="the setup to draw, by the beginning of its hash, if the file holds several")
     parser.add_argument(
         "--cells", type=lambda text: [part for part in text.split(",") if part], default=[],
-        help="whose tokens to follow, comma-separated beginnings of cells' hashes; one a policy by default",
+        help="cells whose tokens to draw, as comma-separated beginnings of their hashes (one per policy)",
     )  # fmt: skip
     return parser.parse_args(argv)
 

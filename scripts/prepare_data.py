@@ -3,7 +3,7 @@
     python scripts/prepare_data.py --dataset xsum --shots 3 --output-path data/xsum_3shot.jsonl
     python scripts/prepare_data.py --input-path news.csv --dataset cnn_dailymail --output-path data/news_0shot.jsonl
 
-Prompts have the form of the H2O project (arXiv 2306.14048), so that ROUGE compares with its request files.
+Prompts have the form of the H2O project's request files (arXiv 2306.14048), so ROUGE is comparable.
 """
 
 import argparse
@@ -57,12 +57,12 @@ def on_one_line(text: str | None) -> str:
 
 
 def builder_of(path: Path) -> str:
-    """The datasets builder that reads this file; InputError where one look shows that none can."""
+    """The datasets builder for this file. Raises InputError if none can read it, as far as one look tells."""
     if path.suffix.lower() not in BUILDERS:
         raise InputError(f"--input-path {path}: unknown ending {path.suffix!r}; use one of {', '.join(BUILDERS)}")
     builder = BUILDERS[path.suffix.lower()]
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a device may have no end
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a device may never end
             raise InputError(f"--input-path {path}: is not a regular file; give one")
         with path.open("rb") as file:
             pieces = iter(partial(file.read, 2**20), b"")
@@ -78,14 +78,14 @@ def builder_of(path: Path) -> str:
 
 def begins_as_text(piece: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(piece)  # which may end within a letter
+        codecs.getincrementaldecoder("utf-8")().decode(piece)  # the piece may end inside a character
     except UnicodeDecodeError:
         return False
-    return b"\0" not in piece  # else UTF-16, say
+    return b"\0" not in piece  # NUL: UTF-16, for example
 
 
 def find_column(dataset: "Dataset", source: str, kind: str, named: str | None) -> str:
-    """The column that holds the `kind` ("article" or "summary"); InputError when none or several could be it."""
+    """The column that holds the `kind` ("article" or "summary"). Raises InputError if none or several could."""
     found = [column for column in (COLUMNS[kind] if named is None else [named]) if column in dataset.column_names]
     if len(found) != 1:
         wanted = (
@@ -106,12 +106,15 @@ def find_column(dataset: "Dataset", source: str, kind: str, named: str | None) -
 
 
 def load_examples(args: argparse.Namespace, split: str) -> "Dataset":
-    """Rows {"article", "summary"} of the hub data set's `split`, or of the local file. Texts are on one line, "" for a
-    missing one; they are cleaned when a row is read, for few rows of a large train split are ever drawn as shots."""
+    """Rows {"article", "summary"} of the hub data set's `split`, or of the local file.
+
+    Texts are on one line; a missing one is "". They are cleaned when a row is read, because only a few rows of a large
+    train split are ever drawn as shots.
+    """
     if args.input_path:
         source, builder = str(args.input_path), builder_of(args.input_path)
         name, options = (builder,), {"data_files": glob.escape(source), "split": "train"}
-        if builder == "csv":  # "NA" may be a text; and columns must not shift when pandas takes the first as its index
+        if builder == "csv":  # "NA" may be a text, and pandas must not use the first column as its index
             options |= {"keep_default_na": False, "index_col": False}
         way_out = f"give a well-formed {args.input_path.suffix} file with at least one row"
     else:
@@ -121,7 +124,7 @@ def load_examples(args: argparse.Namespace, split: str) -> "Dataset":
 
     import datasets
 
-    # The libraries log retries and parse errors beside raising them; the one line that main prints says it all.
+    # The libraries log retries and parse errors as well as raising them. The line that main prints is enough.
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if args.input_path or not sys.stderr.isatty():
@@ -156,8 +159,8 @@ def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | l
         raise InputError(f"{source}: no row has both an article and a summary; check the columns or the file")
     pool: Dataset | list[dict] = []
     if args.shots and args.input_path:
-        # A file has no train split: some of its rows are set aside as shots. An article that stands in it twice counts
-        # once, else a request could be shown its own answer.
+        # A file has no train split, so some of its rows are set aside as shots. Duplicate articles count once;
+        # otherwise a request could be shown its own answer.
         distinct = list({example["article"]: example for example in rows.values()}.values())
         if len(distinct) <= args.shots:
             raise InputError(
@@ -173,7 +176,7 @@ def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | l
 
 
 def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator: random.Random) -> list[dict]:
-    """`shots` different examples of the pool, uniformly, none of them about the request's own article."""
+    """`shots` different examples drawn uniformly from the pool, never the request's own article."""
     drawn: dict[str, dict] = {}
     tried: set[int] = set()
     while len(drawn) < shots:
@@ -188,14 +191,14 @@ def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator
 
 
 def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Dataset | list[dict]") -> Iterator[str]:
-    """Their lines. Raises InputError for one that run_summarization.py would refuse."""
+    """The lines of the requests. Raises InputError for one that run_summarization.py would refuse."""
     form = FORMS[args.dataset]
 
     def prompt(example: dict) -> str:
         return f"###\nArticle: {example['article']}\n\nSummarize the above article in {form.length}.\n"
 
     for row, example in rows.items():
-        # Seeded by row, so that neither --sample_num nor the rows before change what a row is shown.
+        # Seeded by row, so neither --sample_num nor earlier rows change the shots of a row.
         shots = draw_shots(pool, args.shots, example["article"], random.Random(f"{args.seed}/{row}"))
         fields = {
             "article": "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example),
@@ -210,11 +213,11 @@ def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Datase
         try:
             yield request_line(fields)
         except ValueError as error:
-            raise InputError(f"row {row} makes no request: {error}; correct it, or leave it out") from None
+            raise InputError(f"row {row} cannot become a request: {error}; correct or remove it") from None
 
 
 def write_jsonl(output_path: Path, lines: Iterable[str]) -> None:
-    """Readers see the old file or the whole new one, never a part, however this ends."""
+    """Readers see the old file or the whole new one, never a part, even after a crash."""
     try:
         output_path.resolve().parent.mkdir(parents=True, exist_ok=True)
         replace_file(output_path, lines)
@@ -225,39 +228,39 @@ def write_jsonl(output_path: Path, lines: Iterable[str]) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=FORMS, default="xsum", help="the prompt form, and the hub data set (default: xsum)")
+    add("--dataset", choices=FORMS, default="xsum", help="prompt form and hub data set (default: xsum)")
     add("--input-path", type=Path, help=f"convert this local file ({', '.join(BUILDERS)}) instead of the hub data set")
     add(
         "--output-path",
         type=output_file,
         required=True,
-        help="requests jsonl to write; its folder is made",
+        help="jsonl of requests to write; its folder is created",
     )
     add(
         "--shots",
         type=count_or_zero,
         default=0,
-        help="examples before each request, in H2O 0, 3 or 5 (default: 0): from the "
-        "train split, or that many rows of the local file, which then make no requests",
+        help="examples before each request; H2O used 0, 3 or 5 (default: 0). They come from the train split, or are "
+        "rows of the local file, which then do not become requests",
     )
-    add("--split", help="split of the hub data set that becomes requests (default: test)")
+    add("--split", help="split of the hub data set to convert (default: test)")
     add("--sample_num", type=count, help="write only the first SAMPLE_NUM requests (default: all)")
-    add("--seed", type=seed, default=0, help="seed that the shots are drawn with (default: 0)")
+    add("--seed", type=seed, default=0, help="seed for drawing the shots (default: 0)")
     add("--max_tokens", type=count, help="tokens to generate (default: 64 for xsum, 128 for cnn_dailymail)")
-    add("--temperature", type=float, default=0.3, help="sampling temperature, 0 is greedy (default: 0.3)")
+    add("--temperature", type=float, default=0.3, help="sampling temperature; 0 decodes greedily (default: 0.3)")
     for kind, columns in COLUMNS.items():
         add(f"--{kind}_column", help=f"column that holds the {kind} (default: {' or '.join(columns)})")
     add("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args(argv)
     check_flags(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.input_path and args.split:
-        parser.error(f"--split {args.split}: a local file has no splits, leave the flag out")
+        parser.error(f"--split {args.split}: a local file has no splits; leave the flag out")
     output = args.output_path
     if os.path.exists(output):  # unlike Path.exists, no error for a name that no file can have
         if args.input_path and args.input_path.exists() and output.samefile(args.input_path):
-            parser.error(f"--output-path {output} is the input itself, name another file")
+            parser.error(f"--output-path {output} is the input file; choose another path")
         if not args.overwrite:
-            parser.error(f"--output-path {output} exists, pass --overwrite to replace it")
+            parser.error(f"--output-path {output} exists; pass --overwrite to replace it")
     return args
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The XSum table of H2O's llama recipe (ROUGE-2 by KV budget): H2O as published, N = 1, beside the published figures.
-# Takes a CUDA GPU and the weights; run the same command again to resume. Paths are from the repository's root.
+# Needs a CUDA GPU and the weights. Run the same command again to resume. Paths are relative to the repository's root.
 #
-#   bash scripts/reproduce_h2o_table.sh [model …]    # names on the hub or folders; the recipe's three unless given
+#   bash scripts/reproduce_h2o_table.sh [model …]    # names on the hub or folders (the recipe's three)
 #
-# BUDGETS        slots kept, or "full" for the full cache, with spaces between (64 128 256 512 1024 full)
-# REQUESTS       how many requests, from the top of the file (500, as the recipe takes)
-# REQUESTS_FILE  the recipe's own file, say; unless given, XSum with three examples a prompt, made when it is missing
+# BUDGETS        slots kept, or "full" for the full cache, separated by spaces (64 128 256 512 1024 full)
+# REQUESTS       number of requests, from the top of the file (500, as in the recipe)
+# REQUESTS_FILE  a file of requests, such as the recipe's own (XSum with three examples per prompt, made if missing)
 # BATCH_SIZE     sequences decoded together (auto)
-# GREEDY=1       decode greedily, whatever the requests ask for; needs an OUT of its own
-# OUT            where results go (out/h2o_table); another one for other requests
-# PYTHON_BIN     an interpreter that has the packages; unless given, .venv is set up
+# GREEDY=1       decode greedily, whatever the requests ask for; needs its own OUT
+# OUT            folder of the results (out/h2o_table); use another one for other requests
+# PYTHON_BIN     an interpreter that has the packages (by default, .venv is set up)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON_BIN:-}" ]; then
@@ -20,8 +20,8 @@ fi
 [ $# -gt 0 ] || set -- meta-llama/Llama-2-7b-hf meta-llama/Llama-2-13b-hf meta-llama/Meta-Llama-3-8B
 out=${OUT:-out/h2o_table}
 read -ra budgets <<< "${BUDGETS:-64 128 256 512 1024 full}"
-[ ${#budgets[@]} -gt 0 ] || { echo 'error: BUDGETS: names none; give slots, or full, with spaces between' >&2; exit 2; }
-for budget in "${budgets[@]}"; do # before hours of those that stand before it
+[ ${#budgets[@]} -gt 0 ] || { echo 'error: BUDGETS: is empty; give slots, or full, separated by spaces' >&2; exit 2; }
+for budget in "${budgets[@]}"; do # before hours of work on earlier ones
   [[ $budget =~ ^(full|[1-9][0-9]*)$ ]] || { echo "error: BUDGETS: $budget: must be slots, or full" >&2; exit 2; }
 done
 requests=${REQUESTS_FILE:-data/xsum_3shot.jsonl}
@@ -43,7 +43,7 @@ summarize() { # model, budget
 status=0
 for model in "$@"; do
   for budget in "${budgets[@]}"; do
-    # `set -e` would leave without the table of what is there
+    # `set -e` would exit without the table of finished runs
     summarize "$model" "$budget" || { status=$?; break 2; }
   done
 done
@@ -89,7 +89,7 @@ def table():
     print(
         "\nROUGE-2 F in points. Theirs: by the rouge package, on sampled text of prompts of about 2k tokens, float16,"
         f"\nwithout a beginning-of-sequence token. Ours: by rouge-score, with stemming, on text that is {how}."
-        "\nScorers, samples and prompts differ, so a difference is expected: compare the budgets of a column."
+        "\nScorers, samples and prompts differ, so expect a difference: compare the budgets within a column."
     )
 
 

@@ -1,17 +1,17 @@
-"""Stream conversations through one cache without end: prompts are fed, replies printed as they come.
+"""Stream conversations of any length through one cache, and print replies as they are generated.
 
     python scripts/run_streaming.py --enable_h2o_generation --enable_position_rolling --report out/stream.jsonl
     python scripts/run_streaming.py --input-path - --model-name meta-llama/Meta-Llama-3-8B-Instruct --chat \\
         --enable_h2o_generation --enable_position_rolling --num_window_length 2048
 
---input-path is a jsonl of MT-Bench's form (`turns`, a list), of prompts (`prompt`), or of this project's requests
-(`article`, with its `max_tokens` and `stop`), or - for a chat on the standard input. One cache is kept across all
-turns; room for each is made before it is fed. Without --enable_h2o_generation the cache is stock Llama's full one,
-which grows until memory ends: that is caught, and said with what had passed by then.
+--input-path is a jsonl in MT-Bench's form (`turns`, a list), of prompts (`prompt`), or of this project's requests
+(`article`, with `max_tokens` and `stop`). Pass - to chat on the standard input. One cache is kept across all turns, and
+makes room for each turn before it is fed. Without --enable_h2o_generation, stock Llama's full cache grows until memory
+runs out; the script then reports how many tokens had passed.
 
---report writes a line for every --report_every tokens: perplexity of the tokens given (each after what the cache held)
-and of those said, milliseconds a token (the mean), memory (tensors on the GPU; without one, of the process) and slots;
-and draws them, --beside other reports.
+--report writes a line for every --report_every tokens: perplexity of input tokens ("given") and of generated ones
+("said"), mean milliseconds per token, memory (tensors on the GPU; without a GPU, the process) and slots. It also draws
+them, next to the reports passed as --beside.
 """
 
 from __future__ import annotations
@@ -62,17 +62,19 @@ from utils.results import to_json
 
 GIVEN, SAID = "given", "said"
 # Fields of a line that are read, that flags decide, or that ask for nothing: MT-Bench's, and those of requests.
-HEEDED = tuple("turns prompt article max_tokens stop temperature top_p question_id category reference summary_gt id index model engine "
-               "request_type".split())  # fmt: skip
+HEEDED = (
+    *("turns", "prompt", "article", "max_tokens", "stop", "temperature", "top_p", "question_id", "category"),
+    *("reference", "summary_gt", "id", "index", "model", "engine", "request_type"),
+)
 PICTURES = (".png", ".svg")  # beside a report
 
 
 @dataclass
 class Turn:
-    """What is given, and how the reply to it ends."""
+    """An input text, and when the reply to it ends."""
 
     text: str
-    max_tokens: int | None = None  # --max_tokens unless given
+    max_tokens: int | None = None  # None: --max_tokens
     stop: tuple[str, ...] = ()
     opens: bool = False  # the first of a conversation
 
@@ -80,28 +82,28 @@ class Turn:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", default=str(DEMO_REQUESTS), help="jsonl of turns, prompts or requests; - = standard input")
+    add("--input-path", default=str(DEMO_REQUESTS), help="jsonl of turns, prompts or requests; -: standard input")
     add_model_flags(parser)
-    add("--max_tokens", type=count, default=128, help="of a reply, where its turn does not say (%(default)s)")
-    add("--stream_tokens", type=count, help="go round the input until so many tokens were given and said; once unless")
-    add("--temperature", type=float, default=0.0, help="0 = greedy (%(default)s)")
-    add("--top_p", type=float, default=1.0, help="nucleus of a temperature above 0 (%(default)s)")
+    add("--max_tokens", type=count, default=128, help="most tokens of a reply, unless its turn sets them (%(default)s)")
+    add("--stream_tokens", type=count, help="repeat the input until this many tokens have passed (once)")
+    add("--temperature", type=float, default=0.0, help="0: greedy (%(default)s)")
+    add("--top_p", type=float, default=1.0, help="nucleus sampling, at a temperature above 0 (%(default)s)")
     add("--seed", type=seed, default=42, help="seed of sampling")
     add("--chat", action="store_true", help="wrap turns in the tokenizer's chat template, for instruct models")
     add("--quiet", action="store_true", help="print no text")
-    add("--report", type=output_file, help="perplexity, ms a token and memory along the stream, jsonl; plots beside it")
-    add("--report_every", type=count, help="tokens of a line of it; 1 %% of --stream_tokens, or 1,000")
-    add("--overwrite", action="store_true", help="replace the report that is there")
+    add("--report", type=output_file, help="jsonl of perplexity, ms per token and memory; figures beside it")
+    add("--report_every", type=count, help="tokens per line of the report (1 %% of --stream_tokens, or 1,000)")
+    add("--overwrite", action="store_true", help="replace an existing report")
     add("--beside", type=Path, nargs="+", default=[], help="other reports to draw in the same figure")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     check_flags(temperature=args.temperature, top_p=args.top_p)
     if args.beside and args.report is None:
-        parser.error("--beside: is drawn with --report; give that")
+        parser.error("--beside needs --report; pass it too")
     if args.report is not None and args.report.suffix in PICTURES:
-        parser.error(f"--report {args.report}: is where a figure goes; end it in .jsonl")
+        parser.error(f"--report {args.report}: this name is for a figure; use one that ends in .jsonl")
     if args.input_path == "-" and args.stream_tokens:
-        parser.error("--stream_tokens goes round a file; leave it out with --input-path -")
+        parser.error("--stream_tokens repeats a file; leave it out with --input-path -")
     return args
 
 
@@ -139,7 +141,7 @@ def turns_of(fields: dict) -> list[Turn]:
 
 
 def typed_turns() -> Iterator[Turn]:
-    """Lines of the standard input, until it ends or says /quit. Raises InputError where there is none."""
+    """Lines of the standard input, until it ends or a line is /quit. Raises InputError if it is closed."""
     if sys.stdin is None:
         raise InputError("--input-path -: the standard input is closed; give a file")
     opens = True
@@ -160,13 +162,13 @@ def typed_turns() -> Iterator[Turn]:
 
 
 class Wording:
-    """The tokens of turns: as they stand, or in the tokenizer's chat template.
+    """The tokens of turns, as plain text or in the tokenizer's chat template.
 
-    A later turn is what the template adds to a conversation of one turn and its reply, so that no history is needed.
-    As they stand, texts that open a conversation get the tokens that the tokenizer puts before a text (BOS).
+    A later turn is what the template adds to a conversation of one turn and its reply, so no history is needed. A plain
+    text that opens a conversation gets the tokenizer's BOS token.
     """
 
-    USER, REPLY = "7f3a91c2", "e05bd846"  # nothing that a template would change or say itself
+    USER, REPLY = "7f3a91c2", "e05bd846"  # text that no template changes or contains
 
     def __init__(self, tokenizer, model_name: str, chat: bool):
         self.tokenizer, self.chat, self.name = tokenizer, chat, model_name
@@ -174,22 +176,22 @@ class Wording:
         if chat:
             self.before = self._render([self.USER, self.REPLY])
             if self.REPLY not in self.before:
-                raise InputError(f"--chat: the chat template of {model_name} rewrites what was said; leave it out")
+                raise InputError(f"--chat: the chat template of {model_name} rewrites replies; leave --chat out")
             self.closing = self._encode(self.before[self.before.rindex(self.REPLY) + len(self.REPLY) :])
 
     def tokens(self, turn: Turn, first: bool) -> list[int]:
-        """Raises InputError where the template does not go on from where it was."""
+        """Raises InputError if the template changes earlier turns."""
         if not self.chat:
             return one_bos(self.tokenizer(turn.text, add_special_tokens=turn.opens)["input_ids"], self.tokenizer)
         if first:
             return self._encode(self._render([turn.text]))
         text = self._render([self.USER, self.REPLY, turn.text])
         if not text.startswith(self.before):
-            raise InputError(f"--chat: the chat template of {self.name} rewrites earlier turns; leave it out")
+            raise InputError(f"--chat: the chat template of {self.name} rewrites earlier turns; leave --chat out")
         return self._encode(text[len(self.before) :])
 
     def close(self, stream: Stream) -> list[int]:
-        """What follows a reply, before the next turn; an end-of-sequence token other than its first is taken away."""
+        """The tokens between a reply and the next turn. A different end-of-sequence token is dropped."""
         if self.closing and stream.pending in stream.eos and stream.pending != self.closing[0]:
             stream.pending = None
         return self.closing[1:] if self.closing[:1] == [stream.pending] else self.closing
@@ -206,13 +208,13 @@ class Wording:
 
 @dataclass
 class Passed:
-    """Tokens given, or said, in a stretch of the stream, and sums over them."""
+    """Input or generated tokens in a stretch of the stream, and sums over them."""
 
     tokens: int = 0
     nll: float = 0.0
-    scored: int = 0  # tokens that `nll` is of
+    scored: int = 0  # tokens in `nll`
     seconds: float = 0.0
-    timed: int = 0  # tokens that the model computed in them: a reply's last is fed with the next turn, as given
+    timed: int = 0  # tokens computed in `seconds`; a reply's last token is fed with the next turn, as input
 
     def __add__(self, other: Passed) -> Passed:
         return Passed(*(getattr(self, of.name) + getattr(other, of.name) for of in fields(Passed)))
@@ -229,7 +231,7 @@ class Block:
         return sum(passed.tokens for passed in self.of.values())
 
     def line(self, stream: Stream, passed: int) -> dict:
-        """With no perplexity where the model gives none: NaN is no JSON."""
+        """Leaves perplexity out if it is not finite: JSON has no NaN."""
         line = {"tokens": passed}
         for kind, of in self.of.items():
             line |= {kind: of.tokens, f"scored_{kind}": of.scored, f"timed_{kind}": of.timed}
@@ -241,7 +243,7 @@ class Block:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes held now: tensors on the GPU, or without one what the process has in memory."""
+    """Bytes held now: by tensors on the GPU, or by the process if there is none."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -252,7 +254,7 @@ def memory(device: torch.device) -> int:
 
 
 class Report:
-    """Lines of a stream's figures, written as they come; no more than one block of them is kept."""
+    """Writes a stream's figures line by line; holds one block of them at a time."""
 
     def __init__(self, path: Path | None, every: int, name: str, model: str, overwrite: bool = False):
         self.path, self.every, self.name, self.block, self._file = path, every, name, Block(), None
@@ -262,7 +264,7 @@ class Report:
                 if file.exists() and not file.is_file():
                     raise InputError(f"--report {path}: {file} is not a regular file; choose another path")
                 if file.exists() and not overwrite:
-                    raise InputError(f"--report {path}: {file} is there already; choose another path, or --overwrite")
+                    raise InputError(f"--report {path}: {file} exists; choose another path, or pass --overwrite")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("w" if overwrite else "x", encoding="utf-8")
@@ -278,7 +280,7 @@ class Report:
             self.block = Block()
 
     def end(self, stream: Stream) -> None:
-        """The last block, and a line on what ended the stream."""
+        """Write the last block, and a line on what ended the stream."""
         if self.block.tokens:
             self._write(self.block.line(stream, self.passed))
         self._write({"ended": self.ended, "tokens": self.passed})
@@ -294,7 +296,7 @@ class Report:
 
 
 def read_report(path: Path) -> tuple[str, list[dict], str | None]:
-    """A report's name with its model's, its lines, and why its stream ended. Raises InputError."""
+    """A report's model and name, its lines, and why its stream ended. Raises InputError."""
     try:
         head, *lines = [json_object(line) for _, line in read_lines(path, "--beside")]
         ended = lines.pop()["ended"] if lines and "ended" in lines[-1] else None
@@ -308,7 +310,7 @@ def read_report(path: Path) -> tuple[str, list[dict], str | None]:
 
 
 def print_tenths(lines: list[dict]) -> None:
-    """The stream's second tenth beside its last: what grows, and what does not."""
+    """Print the stream's second tenth beside its last, to show what grows."""
     if len(lines) < 20:
         return
     tenth = len(lines) // 10
@@ -320,7 +322,7 @@ def print_tenths(lines: list[dict]) -> None:
 
 
 def means(lines: list[dict]) -> dict[str, float]:
-    """Of a stretch of a report: by token where tokens differ, else by line."""
+    """Means over a stretch of a report: per token where lines hold different numbers of them, else per line."""
 
     def mean(name: str, weight: str, of=float) -> float | None:
         total = sum(line[weight] for line in lines if name in line)
@@ -371,7 +373,7 @@ def plot(path: Path, others: list[Path]) -> list[Path]:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("tokens given and said" + (" (x: memory ran out)" if any(r[2] for r in reports) else ""))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    handles, labels = axes[-1].get_legend_handles_labels()  # memory is there in every report
+    handles, labels = axes[-1].get_legend_handles_labels()  # every report has memory
     columns = 2 if max(map(len, labels), default=0) <= 40 else 1
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     for picture in pictures_of(path):
@@ -391,7 +393,7 @@ def pictures_of(report: Path) -> list[Path]:
 
 
 def stream_name(h2o: H2OConfig | None) -> str:
-    """A cache in words, as legends have them."""
+    """A cache in words, for legends."""
     if h2o is None:
         return FULL
     known = dataclasses.asdict(H2OConfig()) | {"position_rolling": h2o.position_rolling}
@@ -400,10 +402,10 @@ def stream_name(h2o: H2OConfig | None) -> str:
 
 
 class Printer(TextStreamer):
-    """Prints a reply's words as they are complete, at the same cost for each however long the reply.
+    """Prints a reply's words as they complete. The cost per word does not grow with the reply.
 
-    Letters that may belong to one of the `stops` wait until what follows decides. `end` prints what is left, `cut` what
-    is left of a text that a stop string has ended.
+    Characters that may start one of the `stops` wait for the next ones. `end` prints the rest; `cut` prints the rest of
+    a text that a stop string has ended.
     """
 
     KEPT = 32  # tokens, enough for the letters of a word
@@ -418,7 +420,7 @@ class Printer(TextStreamer):
             return
         text, kept = (self.tokenizer.decode(of, **self.decode_kwargs) for of in (self.token_cache, self._latest()))
         waiting = text[self.print_len :]
-        if kept.endswith(waiting):  # what has been printed is forgotten
+        if kept.endswith(waiting):  # forget what has been printed
             self.token_cache, self.print_len = self._latest(), len(kept) - len(waiting)
 
     def _latest(self) -> list[int]:
@@ -435,7 +437,7 @@ class Printer(TextStreamer):
 
 
 class Talk:
-    """Feeds turns to a stream and prints what it says."""
+    """Feeds turns to a stream and prints its replies."""
 
     def __init__(self, stream: Stream, tokenizer, wording: Wording, report: Report, args: argparse.Namespace):
         self.stream, self.tokenizer, self.wording, self.report, self.args = stream, tokenizer, wording, report, args
@@ -461,7 +463,7 @@ class Talk:
         begin = time.perf_counter()
         for token, logprob in stream.say(turn.max_tokens or self.args.max_tokens):
             said.append(token)
-            step = (time.perf_counter() - begin, 1) if len(said) > 1 else ()  # the first is what `feed` computed
+            step = (time.perf_counter() - begin, 1) if len(said) > 1 else ()  # `feed` computed the first
             self.report.add(stream, SAID, Passed(1, -logprob, 1, *step))
             if not math.isfinite(logprob):
                 raise InputError(
@@ -487,9 +489,7 @@ class Talk:
         needs = self.stream.fed if h2o is None or not h2o.position_rolling else h2o.capacity
         if needs > positions and not self.warned:
             if h2o is not None and h2o.position_rolling:
-                warning = (
-                    f"window and interval need {needs} positions, the model has {positions}; take a smaller window"
-                )
+                warning = f"window and interval need {needs} positions, the model has {positions}; set a smaller window"
             else:
                 warning = f"the stream has passed the model's {positions} positions; pass --enable_position_rolling"
             tqdm.write(f"warning: {warning}, or expect poor text", file=sys.stderr)
@@ -497,7 +497,7 @@ class Talk:
 
 
 def passing(turns: list[Turn], talk: Talk, tokens: int | None) -> Iterator[Turn]:
-    """Turns, round and round until so many tokens have passed, or once."""
+    """Yield the turns once, or repeat them until `tokens` have passed."""
     report = talk.report
     with tqdm(total=tokens, unit="token", dynamic_ncols=True, disable=not talk.args.quiet) as bar:
         while True:
@@ -512,7 +512,7 @@ def passing(turns: list[Turn], talk: Talk, tokens: int | None) -> Iterator[Turn]
             if tokens is None:
                 return
             if report.passed == before:
-                raise InputError(f"--input-path {talk.args.input_path}: no turn holds a token of this tokenizer")
+                raise InputError(f"--input-path {talk.args.input_path}: no turn has any token in this tokenizer")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -539,7 +539,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         follow(talk, typed_turns() if turns is None else passing(turns, talk, args.stream_tokens))
     except BaseException:
-        with suppress(InputError):  # what has failed first is said
+        with suppress(InputError):  # report the first failure only
             conclude(talk)
         raise
     conclude(talk)
@@ -547,7 +547,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def follow(talk: Talk, turns: Iterator[Turn]) -> None:
-    """Ends where memory does with the full cache; an H2O cache should not let it: raises InputError."""
+    """Returns when memory runs out with the full cache. Raises InputError if it does with an H2O cache."""
     stream, report = talk.stream, talk.report
     try:
         for turn in turns:
@@ -564,7 +564,7 @@ def follow(talk: Talk, turns: Iterator[Turn]) -> None:
 
 
 def conclude(talk: Talk) -> None:
-    """The report's end, its table and its figures. Raises InputError where one cannot be written."""
+    """Finish the report, print its table, draw its figures. Raises InputError if one cannot be written."""
     path = talk.args.report
     talk.report.end(talk.stream)
     if path is not None:
@@ -575,8 +575,8 @@ def conclude(talk: Talk) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status, see utils/cli.py; 0 also where memory ended the full cache."""
-    kept = "the report up to here is kept, where one was asked for"
+    """The exit status, see utils/cli.py; 0 also if the full cache ran out of memory."""
+    kept = "the report so far is kept, if there is one"
     return cli.run(lambda: run(parse_args(argv)), kept, "give a smaller window")
 
 

@@ -1,11 +1,11 @@
-"""Train the bundled demo model: a small Llama on synthetic news, minutes on one GPU.
+"""Train the bundled demo model, a small Llama, on synthetic news in minutes on one GPU.
 
     python scripts/make_demo_data.py
     python scripts/train_demo.py --output data/demo_model
 
-Documents are few-shot prompts with their summaries, made afresh for every step by worker processes, so that no document
-is seen twice; their names never occur in the test requests. The first steps see short documents, on which copying from
-the context is learned quickest. Weights are float32 masters under bfloat16 autocast; the checkpoint is bfloat16.
+Documents are few-shot prompts with their summaries. Worker processes make new ones for every step, so none is seen
+twice. Their names never occur in the test requests. The first steps see short documents, on which the model learns
+fastest to copy from the context. Weights are float32 masters under bfloat16 autocast; the checkpoint is bfloat16.
 """
 
 import argparse
@@ -279,28 +279,38 @@ def write_card(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output", type=output_folder, default=ROOT / "data/demo_model", help="folder of the checkpoint, replaced")
-    add("--requests", type=Path, default=ROOT / "data/summarization/demo.jsonl", help="to evaluate on at the end")
-    add("--minutes", type=positive, default=4.2, help="train no longer than this, whatever --steps says")
+    add(
+        "--output",
+        type=output_folder,
+        default=ROOT / "data/demo_model",
+        help="folder of the checkpoint, which is replaced",
+    )
+    add(
+        "--requests",
+        type=Path,
+        default=ROOT / "data/summarization/demo.jsonl",
+        help="jsonl of requests to evaluate on at the end",
+    )
+    add("--minutes", type=positive, default=4.2, help="stop after this time, before --steps if necessary")
     add("--steps", type=count, default=6000, help="optimizer steps")
-    add("--batch_tokens", type=count, default=65536, help="tokens a step, padding included")
-    add("--short_share", type=float, default=0.1, help="share of the steps that see short documents first")
+    add("--batch_tokens", type=count, default=65536, help="tokens per step, including padding")
+    add("--short_share", type=float, default=0.1, help="share of steps, at the start, that see short documents")
     add(
         "--summary_weight", type=count, default=2, help="weight of a summary's tokens in the loss; an article's weigh 1"
     )
     add("--lr", type=positive, default=1.5e-3, help="peak learning rate")
     add("--warmup", type=count, default=200, help="steps until the peak")
     add("--layers", type=count, default=5)
-    add("--hidden_size", type=count, default=256, help="a multiple of 64; it sets the number of heads as well")
+    add("--hidden_size", type=count, default=256, help="a multiple of 64; also sets the number of heads")
     add("--vocab_size", type=count, default=3072)
-    add("--tokenizer_documents", type=count, default=4000, help="that the vocabulary is learned from")
+    add("--tokenizer_documents", type=count, default=4000, help="documents that the vocabulary is learned from")
     add("--seed", type=seed, default=1)
-    add("--device", default="auto", help="auto: cuda where there is one")
+    add("--device", default="auto", help="auto: cuda if there is one")
     add(
         "--workers",
         type=count_or_zero,
         default=max(0, min(15, len(os.sched_getaffinity(0)) - 1)),
-        help="that make documents",
+        help="processes that make documents",
     )
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--log_every", type=count, default=100, help="steps between points of the loss curve")

@@ -229,7 +229,7 @@ def test_killed_sweep_goes_on_to_the_same_cells(sweep, ablate, monkeypatch):
         ablate.Lab, "measure", lambda self, h2o, texts: measured.append(h2o) or measure(self, h2o, texts)
     )
     again = sweep(*grid, output="killed.jsonl")
-    assert len(measured) == 4 and "5 of 9 cells are there already" in again.err
+    assert len(measured) == 4 and "5 of 9 cells are already measured" in again.err
     assert quality(again.cells) == quality(whole.cells)
     columns = whole.table[0].index("first ms")  # before the clock's
     assert [line[:columns] for line in again.table] == [line[:columns] for line in whole.table]

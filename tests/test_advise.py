@@ -17,7 +17,7 @@ from utils.costs import held_weights, read_weights, row_held, row_read, slot_byt
 FULL, H2O = "full cache", "H2O"
 
 # Measured on one NVIDIA H200 with the 8b shape, window 1,024, N = 16, after 32k tokens: milliseconds a step, largest
-# batches. README.md, "Measured": the table of decode steps and the paragraph behind it.
+# batches. scripts/README.md, "Decode": the tables of steps alone and of the largest batches.
 STEPS = [
     (H2O, 1, 5.00),
     (H2O, 1, 4.40),  # compiled
@@ -28,7 +28,7 @@ STEPS = [
 ]
 LARGEST = {FULL: 29, H2O: 921}
 # The same GPU and shape, but bound by the host, or copying the cache to append to it: (tokens before, batch, ms) of
-# README.md and of measurements of peers on it. They do not compare, but a prediction above them would be wrong.
+# stock Llama and of peers. They do not compare, but a prediction above them would be wrong.
 STOCK = [
     (32768, 1, 18.3),  # static cache, generate
     (32768, 1, 23.1),  # DynamicCache, generate

@@ -234,4 +234,4 @@ def test_interruption_takes_one_line(name, monkeypatch, capsys):
     script = load(name)
     monkeypatch.setattr(script, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert script.main([]) == 130
-    assert capsys.readouterr().err == "interrupted: the results so far are those printed\n"
+    assert capsys.readouterr().err == "interrupted: the results so far are printed above\n"

@@ -100,7 +100,7 @@ def closed_pipe() -> io.TextIOWrapper:
 
 
 full_device = partial(open, "/dev/full", "w")
-FULL = "error: the standard output cannot be written (No space left on device); send it elsewhere\n"
+FULL = "error: the standard output cannot be written (No space left on device); redirect it\n"
 
 
 @pytest.mark.parametrize("opened, status, said", [(closed_pipe, 141, ""), (full_device, 2, FULL)])

@@ -370,7 +370,7 @@ def test_scores_that_no_window_can_change_are_named(evaluate):
 
 @pytest.mark.parametrize("names, flags, message", [
     ("no_such_task", (), "--tasks no_such_task: no such task; `lm_eval ls tasks` lists them"),
-    ("", (), "--tasks: names none"),
+    ("", (), "--tasks: is empty"),
     ("tiny_text", ("--apply_chat_template",), "--apply_chat_template: the tokenizer of"),
     ("tiny_broken", (), "--tasks tiny_broken: cannot be loaded (UndefinedError"),
     ("tiny_choice", ("--include_path", "/nowhere"), "--include_path /nowhere: no such folder"),
@@ -378,7 +378,7 @@ def test_scores_that_no_window_can_change_are_named(evaluate):
     ("tiny_choice", ("--num_fewshot", "-1"), "--num_fewshot: '-1': must be a whole number of at least 0"),
     ("tiny_choice", ("--metadata", "[]"), "--metadata: must be a JSON object"),
     ("tiny_choice", ("--metadata", "{"), "--metadata: must be a JSON object"),
-    ("tiny_choice", ("--num_fewshot", "1000"), "--num_fewshot 1000: --tasks tiny_choice gives no such examples"),
+    ("tiny_choice", ("--num_fewshot", "1000"), "--num_fewshot 1000: --tasks tiny_choice cannot make such examples"),
     ("tiny_choice", ("--num_window_length", "24"), "does nothing without --enable_h2o_generation"),
     ("tiny_choice", ("--model-name", "/nowhere"), "--model-name /nowhere: cannot be loaded"),
     ("tiny_choice", ("--output-path", "/proc/x/y.json"), "--output-path: /proc/x/y.json is in /proc"),
@@ -401,7 +401,7 @@ def test_results_are_not_replaced_unasked(evaluate, tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(windw_length=24), "windw_length: h2o_llama takes"),
+    (dict(windw_length=24), "windw_length: unknown; h2o_llama takes"),
     (dict(full_cache=True, window_length=24), "window_length: does nothing with full_cache"),
 ])  # fmt: skip
 def test_unknown_arguments_of_the_model(make_lm, settings, message):

@@ -251,7 +251,7 @@ def test_texts_of_one_token(tmp_path):
     path = write_cells(tmp_path / "cells.jsonl", made_cells(("H2O",), (64,), (1,), requests=1, steps=0))
     assert plot.main(["--input-path", str(path), "--output-path", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "top-1, %" not in text and "text was of one token" in text and "mass_lost" not in text
+    assert "top-1, %" not in text and "its text has one token" in text and "mass_lost" not in text
 
 
 def scored(policy, window, n, scores, speed=1.0):

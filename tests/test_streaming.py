@@ -400,10 +400,10 @@ def test_positions_that_run_out_are_said_once(streamed):
     ([{"prompt": "a"}], ["--report", "/proc/r.jsonl"], "--report: /proc/r.jsonl is in /proc"),
     ([{"prompt": "a"}], ["--report", "/dev/null", "--overwrite"], "--report: /dev/null is not a regular file"),
     ([{"prompt": "a"}], ["--report", "."], "--report: . is a folder"),
-    ([{"prompt": "a"}], ["--report", "r.png"], "--report r.png: is where a figure goes"),
+    ([{"prompt": "a"}], ["--report", "r.png"], "--report r.png: this name is for a figure"),
     (['{"prompt": "\\ud800"}'], [], "line 1: is not valid UTF-8 text"),
     ([{"prompt": "a"}], ["--num_window_length", "16"], "--num_window_length: does nothing without"),
-    ("a\n", ["--stream_tokens", "9"], "--stream_tokens goes round a file"),
+    ("a\n", ["--stream_tokens", "9"], "--stream_tokens repeats a file"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(streamed, lines, flags, words):
     """A traceback, or a line that does not say what to put right."""
@@ -472,7 +472,7 @@ def test_report_replaces_nothing_else(streamed, tmp_path):
     code, _, err, _ = streamed(given, "--report", report, "--overwrite", "--beside", report)
     assert code == 2 and "is given as --beside too" in err[0] and report.read_text() == before
     code, _, err, _ = streamed(given, "--report", tmp_path / "report.other")
-    assert code == 2 and "report.png is there already" in err[0] and not (tmp_path / "report.other").exists()
+    assert code == 2 and "report.png exists" in err[0] and not (tmp_path / "report.other").exists()
     assert streamed(given, "--report", report, "--overwrite")[0] == 0
 
 
@@ -511,7 +511,7 @@ def test_turns_without_a_token(streamed, script, monkeypatch):
     """A stream that goes round for ever and never comes on."""
     monkeypatch.setattr(script.Wording, "tokens", lambda *args, **kwargs: [])
     code, _, err, _ = streamed([{"prompt": TEXTS[0]}], "--stream_tokens", "10", "--quiet")
-    assert code == 2 and err[-1].startswith("error: --input-path ") and "no turn holds a token" in err[-1]
+    assert code == 2 and err[-1].startswith("error: --input-path ") and "no turn has any token" in err[-1]
 
 
 def test_long_reply_is_printed_as_it_is(script, tokenizer, capsys):

@@ -1,6 +1,6 @@
-"""The file that `scripts/ablate.py` writes and others read: one jsonl line a cell, a cell being one cache setting.
+"""The file that `scripts/ablate.py` writes: a jsonl with one line per cell, that is, per cache setting.
 
-A line holds, in seconds, bytes and nats, and per request in the order of the file of requests:
+Units are seconds, bytes and nats; values per request are in the order of the file of requests. A line holds:
 
 - `cell`: a hash of the next two; `setup`: what all cells of one comparison share (model, requests, dtype, batch size,
   device, versions, …); `h2o`: every field of H2OConfig, or null for the full cache.
@@ -66,14 +66,14 @@ def held_shares(retention: dict, layer: int, h2o: H2OConfig) -> tuple[np.ndarray
 
 
 def setup_id(setup: dict) -> str:
-    """What tells setups apart in messages and flags."""
+    """A short hash that identifies a setup in messages and flags."""
     return hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def of_one_setup(path: Path, cells: list[dict], prefix: str | None) -> list[dict]:
-    """The cells of the setup whose id begins with `prefix`, or of the only one; of two of one cell the later.
+    """The cells of the setup whose id begins with `prefix`, or of the only setup; the latest line of each cell.
 
-    Raises: InputError that names the setups by id and by what is not the same in all, unless exactly one is meant.
+    Raises: InputError unless exactly one setup matches; it lists the setups by id and by how they differ.
     """
     setups = {setup_id(cell["setup"]): cell["setup"] for cell in cells}
     chosen = [name for name in setups if name.startswith(prefix or "")]
@@ -88,7 +88,7 @@ def of_one_setup(path: Path, cells: list[dict], prefix: str | None) -> list[dict
 
 
 def policy_name(h2o: dict | None, defaults: dict) -> str:
-    """What chooses the slots, in words; window and interval apart. `defaults`: H2OConfig's."""
+    """A policy in words, without window and interval. `defaults`: H2OConfig's."""
     if h2o is None:
         return FULL
     score, heavy = h2o["score"], h2o["num_heavy_hitters"]
@@ -105,7 +105,7 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
 
 
 def check_cell(cell: dict) -> None:
-    """Raises ValueError, with the reason, for what is no cell: fields that miss, or that no figure can be made of."""
+    """Raises ValueError, with the reason, for a line that is not a cell: missing fields, or unusable values."""
 
     def be(accepts: bool, what: str) -> None:
         if not accepts:
@@ -160,12 +160,12 @@ def read_cells(path: Path) -> list[dict]:
     except ValueError as error:
         raise InputError(f"{path}, {error}: not a cell of scripts/ablate.py; fix the line, or remove it") from None
     if not cells:
-        raise InputError(f"{path}: holds no cells; scripts/ablate.py makes them")
+        raise InputError(f"{path}: holds no cells; run scripts/ablate.py to make some")
     return cells
 
 
 def difference(cell: dict, other: dict, name: str) -> dict[str, float]:
-    """ROUGE points of a cell less another's, request by request: the mean and its interval."""
+    """ROUGE points of a cell minus another's, request by request: the mean and its interval."""
     ours, theirs = (100 * np.asarray(of["rouge"][name]) for of in (cell, other))
     return mean_with_interval(ours - theirs)
 
@@ -177,7 +177,7 @@ def signed(of: dict[str, float]) -> str:
 
 
 def with_range(row: dict, key: str, scale: float = 1.0, digits: int = 2) -> str:
-    """A measured figure of a row, and the lowest and highest of its calls where there were several."""
+    """A measured figure of a row, with the lowest and highest of its calls if there were several."""
     median = f"{scale * row[key]:.{digits}f}"
     if f"{key}_range" not in row or row["calls"] == 1:
         return median

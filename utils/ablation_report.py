@@ -1,4 +1,4 @@
-"""The report of an ablation in Markdown: its setup, what follows from its figures, its table, its figures.
+"""The Markdown report of an ablation: setup, findings, table, figures.
 
 Rows are those of `utils.ablation.figures`, with `source`, their cell.
 """
@@ -35,7 +35,7 @@ def rouge(name: str) -> Callable[[dict], str]:
     return text
 
 
-FEW = 20  # requests, of fewer a bootstrap's intervals are too narrow
+FEW = 20  # requests; with fewer, bootstrap intervals are too narrow
 
 COLUMNS: dict[str, Callable[[dict], object]] = {
     "policy": lambda row: row["policy"],
@@ -88,7 +88,7 @@ def setup_lines(sweep) -> list[str]:
 
 
 def smallest_budgets(rows: list[dict]) -> list[str]:
-    """By policy and interval the smallest window from which on, at all larger ones too, little or nothing is lost."""
+    """For each policy and interval, the smallest window from which little or nothing is lost."""
     lines: dict[tuple, list[dict]] = {}
     for row in rows:
         lines.setdefault((row["policy"], row["update_interval"]), []).append(row)
@@ -113,7 +113,7 @@ def smallest_budgets(rows: list[dict]) -> list[str]:
 
 
 def against(pairs: list[tuple[dict, dict]]) -> tuple[list[str], list[str]]:
-    """Rows worse, and better, in ROUGE-2 than those they are paired with (intervals leave 0 out), the worst first."""
+    """Rows that are worse, and better, in ROUGE-2 than their pair (the interval excludes 0), worst first."""
     worse, better = [], []
     deltas = [(row, difference(row["source"], other["source"], "rouge2")) for row, other in pairs]
     for row, delta in sorted(deltas, key=lambda pair: pair[1]["mean"]):
@@ -123,23 +123,23 @@ def against(pairs: list[tuple[dict, dict]]) -> tuple[list[str], list[str]]:
 
 
 def cautions(sweep) -> list[str]:
-    """Sentences on what the findings cannot show."""
+    """Sentences about what the findings cannot show."""
     said, own = [], sweep.full["rouge2"]["mean"]
     if sweep.requests < FEW:
         said.append(
-            f"**With only {sweep.requests} request{'s' * (sweep.requests > 1)} the intervals are too narrow** (of one "
-            "they have no width): no finding in ROUGE-2 is sure; measure more, --sample_num says how many."
+            f"**With only {sweep.requests} request{'s' * (sweep.requests > 1)} the intervals are too narrow** (with "
+            "one request they have no width), so no finding in ROUGE-2 is certain. Raise --sample_num to measure more."
         )
     if own < 1:
         said.append(
-            f"**The full cache's own ROUGE-2 is {own:.2f}**: there is less than a point to lose, so that no loss says "
-            "nothing; top-1, KL and perplexity need no references."
+            f"**The full cache's own ROUGE-2 is {own:.2f}**: there is less than a point to lose, so finding no loss "
+            "means nothing. Top-1, KL and perplexity need no references."
         )
     return said
 
 
 def findings(sweep) -> list[str]:
-    """Sentences that the figures decide, unfavourable ones as well."""
+    """Sentences that follow from the figures, favourable or not."""
     rows, full, found = sweep.rows, sweep.full, []
     at = {(row["policy"], row["window_length"], row["update_interval"]): row for row in rows}
 
@@ -176,12 +176,12 @@ def findings(sweep) -> list[str]:
     slower = [f"{row['label']}: {ratio(row)}" for row in slower]
     found.append(
         f"Fastest: {fastest['label']}, {ratio(fastest)} the full cache's decode tokens/s. Slower than the full cache: "
-        f"{len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}. Brackets, where there are some, reach "
-        "from a cell's slowest call over the full cache's fastest to its fastest over the slowest."
+        f"{len(slower)} of {len(rows)}{': ' * bool(slower)}{listing(slower)}. Brackets, if any, reach "
+        "from its slowest call over the full cache's fastest to its fastest over the full cache's slowest."
     )
     idle = [row["label"] for row in rows if "mass_lost" in row and row["mass_lost"]["mean"] < 1e-5]
     if idle:
-        found.append(f"Less than 0.001 % of attention lost, so that a policy had nothing to choose: {listing(idle)}.")
+        found.append(f"Less than 0.001 % of attention is lost, so the policy had nothing to choose: {listing(idle)}.")
     return found
 
 
@@ -192,12 +192,12 @@ def report(sweep, source: str, drawn: dict[str, tuple[str, str]], notes: list[st
     lines += [
         "Differences in ROUGE-2 are in points, request by request, with 95 % bootstrap intervals over "
         f"{over}. Of 40 comparisons about one looks worse, and one better, by chance. An interval "
-        "that reaches 0 does not say that nothing was lost, only that so many requests do not show it.", "",
+        "that includes 0 does not mean that nothing was lost, only that this many requests do not show it.", "",
         *smallest_budgets(sweep.rows), "", *(f"- {said}" for said in [*cautions(sweep), *findings(sweep)]), "",
         "## Table", "",
-        "ROUGE is F in points; behind it the difference to the full cache and its interval, of the full cache its "
-        "own interval. Top-1, KL, perplexity and attention lost are of the full cache's own texts, fed to both. A step "
-        "gives each of the prompts timed a token; decode tokens/s are of all of them together, without prefill.", "",
+        "ROUGE is F in points, followed by the difference to the full cache with its interval (for the full cache, "
+        "its own interval). Top-1, KL, perplexity and attention lost are measured on the full cache's own texts. A "
+        "step gives each timed prompt a token; decode tokens/s count all prompts together, without prefill.", "",
         *table([sweep.full, *sweep.rows]), "", "## Figures", "",
     ]  # fmt: skip
     for name, (title, reading) in drawn.items():

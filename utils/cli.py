@@ -1,15 +1,15 @@
-"""The edges of every program: flags, errors of one line, closed pipes, full devices, Ctrl-C and SIGTERM.
+"""What every program shares: flags, one-line errors, closed pipes, full disks, Ctrl-C and SIGTERM.
 
 A program calls `begin` before it imports anything slow, and does its work through `run`. Its exit status is
 
     0    the work is done
     1    a benchmark found a wrong result
-    2    one line on stderr says what the user can put right
+    2    one line on stderr says what the user can fix
     130  Ctrl-C
-    141  nobody reads the standard output any more; nothing is said
-    143  SIGTERM, which otherwise is like Ctrl-C
+    141  the reader of the standard output is gone; nothing is printed
+    143  SIGTERM, otherwise handled like Ctrl-C
 
-A message or a progress bar that stderr does not take is dropped, and the work continues.
+If stderr cannot be written, messages and progress bars are dropped and the work continues.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 INPUT_ERROR, INTERRUPTED, CLOSED_PIPE, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE, 128 + signal.SIGTERM
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-TWICE = 1.0  # seconds in which a repeated signal is the same one: timeout and torchrun send theirs twice
+TWICE = 1.0  # seconds in which a repeated signal counts once: timeout and torchrun send theirs twice
 
 NOT_TEXT = "is not valid UTF-8 text"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".zip", ".7z", ".br")
@@ -37,15 +37,15 @@ LARGEST_COUNT = 10**12
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: the file, line or flag, and the way out."""
+    """Bad input. The message is one line: the file, line or flag, the problem, and the way out."""
 
 
 class ClosedPipe(Exception):
-    """Nobody reads the standard output any more."""
+    """The reader of the standard output is gone."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 # Flags
@@ -54,7 +54,7 @@ class Terminated(KeyboardInterrupt):
 class OneLineParser(argparse.ArgumentParser):
     """Raises InputError where argparse would print its usage and exit.
 
-    `-` and `_` are the same in a flag, and an unknown flag is answered with the nearest one.
+    `-` and `_` are equivalent in flags, and the error for an unknown flag suggests the nearest one.
     """
 
     def __init__(self, **kwargs):
@@ -100,7 +100,7 @@ def _is_number(text: str) -> bool:
 
 
 def is_text(text: str) -> bool:
-    """Whether it holds no half of a surrogate pair, which stands for a byte that is no UTF-8."""
+    """Whether the text has no lone surrogate, which stands for a byte that is not UTF-8."""
     return text.encode(errors="ignore").decode() == text
 
 
@@ -139,12 +139,12 @@ def count_or_all(text: str) -> int | None:
 
 
 def counts(text: str) -> list[int]:
-    """An argparse type: 1,256 is [1, 256]; "" is none."""
+    """An argparse type: 1,256 is [1, 256]; "" is []."""
     return [count(part) for part in text.split(",")] if text else []
 
 
 def sizes(*names: str) -> Callable[[str], list[tuple[int, ...]]]:
-    """An argparse type: with names "batch" and "slots", 1x1024,32x1024 is [(1, 1024), (32, 1024)]; "" is none."""
+    """An argparse type: with names "batch" and "slots", 1x1024,32x1024 is [(1, 1024), (32, 1024)]; "" is []."""
 
     def parse(text: str) -> list[tuple[int, ...]]:
         try:
@@ -160,7 +160,7 @@ def sizes(*names: str) -> Callable[[str], list[tuple[int, ...]]]:
 
 
 def seed(text: str) -> int:
-    """An argparse type: what every random generator takes as a seed."""
+    """An argparse type: a seed that every random generator accepts."""
     if not (text.isdecimal() and len(text) <= 10 and int(text) < 2**32):
         raise argparse.ArgumentTypeError(f"{text[:100]!r}: must be a whole number between 0 and {2**32 - 1}")
     return int(text)
@@ -174,7 +174,7 @@ def positive(text: str) -> float:
 
 
 def output_file(text: str) -> Path:
-    """An argparse type: a path that a regular file can be written to, as far as one look tells."""
+    """An argparse type: a path for a regular file, checked without writing."""
     path, problem = Path(text), None
     if not text or text.endswith("/") or path.name in ("", "..") or os.path.isdir(path):
         problem = "is a folder, not a regular file; name a file"
@@ -184,7 +184,7 @@ def output_file(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type: a path that a folder can be made at, as far as one look tells."""
+    """An argparse type: a path for a folder, checked without creating it."""
     problem = None
     if not text or (os.path.exists(text) and not os.path.isdir(text)):
         problem = "is not a folder; choose another path"
@@ -195,7 +195,7 @@ def _output(text: str, problem: str | None) -> Path:
     path = Path(text)
     top = Path(os.path.abspath(path)).parts[:3]
     if problem is None and top[1:2] in (("dev",), ("proc",), ("sys",)) and top[2:] != ("shm",):
-        problem = f"is in /{top[1]}, where no files are kept; choose another path"
+        problem = f"is in /{top[1]}, which does not hold regular files; choose another path"
     elif problem is None and path.suffix.lower() in COMPRESSED:
         problem = f"would not be compressed; leave out {path.suffix}"
     elif problem is None and len(os.fsencode(path.name)) > LONGEST_NAME:
@@ -205,11 +205,11 @@ def _output(text: str, problem: str | None) -> Path:
     return path
 
 
-# What is said
+# Messages
 
 
 def one_line(text: str) -> str:
-    """Without what a terminal would not print in one line: a newline in a path becomes \\n."""
+    """Escape characters that would break the line: a newline in a path becomes \\n."""
     return "".join(
         letter if letter.isprintable() or letter == "\xa0" else letter.encode("unicode_escape").decode()
         for letter in text
@@ -217,21 +217,21 @@ def one_line(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(one_line(text), file=sys.stderr, flush=True)
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a program that this ends."""
+    """The exit status of a program that ends with this error."""
     if isinstance(error, KeyboardInterrupt):
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     return CLOSED_PIPE if isinstance(error, ClosedPipe) else INPUT_ERROR
 
 
 def report(error: BaseException, interrupted: str | None = None) -> None:
-    """One line for what ends a program; none for a closed pipe, nor for Ctrl-C and SIGTERM where `interrupted` is None.
+    """Print one line for the error that ends a program; nothing for a closed pipe.
 
-    `interrupted` is what is said of these, where the exception itself says nothing.
+    `interrupted` is the message for Ctrl-C and SIGTERM, if the exception has none; None prints nothing.
     """
     if isinstance(error, InputError):
         say(f"error: {error}")
@@ -243,11 +243,11 @@ def report(error: BaseException, interrupted: str | None = None) -> None:
 
 
 def begin() -> None:
-    """Before slow imports, in which no work can be lost: Ctrl-C and SIGTERM end the program at once, in one line."""
+    """Call before slow imports, while no work can be lost: Ctrl-C and SIGTERM end the program at once, in one line."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # or a file of results would take the number of stderr, which libraries print to
+        except OSError:  # else a results file could get the number of stderr, which libraries print to
             os.open(os.devnull, os.O_RDWR)
 
     def leave(signum: int, frame) -> None:
@@ -266,18 +266,18 @@ def run(
     out_of_memory: str = "use a device with more",
     leave: Callable[[int], int] = int,
 ) -> int:
-    """Do a program's work; the exit status, after at most one line on stderr.
+    """Do a program's work. Returns the exit status, after at most one line on stderr.
 
     Args:
-        work: what returns 0 or None, or 1 where a benchmark found a wrong result.
-        interrupted: what is said after Ctrl-C and SIGTERM; None in a process that does not speak.
-        out_of_memory: the way out, where memory ran out.
-        leave: what makes of a failure's exit status the program's, see `Processes.leave`.
+        work: returns 0 or None, or 1 if a benchmark found a wrong result.
+        interrupted: the message after Ctrl-C and SIGTERM; None in a process that prints nothing.
+        out_of_memory: the way out if memory runs out.
+        leave: turns a failure's exit status into the program's, see `Processes.leave`.
     """
     with _guarded_streams(), _signals_raised() as ignore_signals:
 
         def ended_by(problem: BaseException) -> int:
-            ignore_signals()  # in the middle of the last line
+            ignore_signals()  # so that none interrupts the last line
             report(problem, interrupted)
             with suppress(InputError, ClosedPipe):
                 sys.stdout.flush()
@@ -285,7 +285,7 @@ def run(
 
         try:
             return _flushed(work)
-        # told there: a name for the exception that lives on would keep all frames alive, and the files in them locked
+        # reported there: a live name for the exception would keep all frames alive, and the files in them locked
         except (InputError, ClosedPipe, KeyboardInterrupt) as error:
             return ended_by(error)
         except (MemoryError, RuntimeError) as error:
@@ -300,7 +300,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _flushed(work: Callable[[], int | None]) -> int:
-    """What the interpreter's end could not write would be a traceback."""
+    """Flush here: a failed write at the interpreter's exit would print a traceback."""
     try:
         status = work() or 0
     except SystemExit:  # --help
@@ -311,7 +311,7 @@ def _flushed(work: Callable[[], int | None]) -> int:
 
 
 class _Guarded:
-    """A standard stream: the first failure to write is handed to `failed`, and what follows goes nowhere."""
+    """A standard stream: passes the first failed write to `failed` and discards the rest."""
 
     def __init__(self, stream, failed: Callable[[OSError], None]):
         self._stream, self._failed, self._broken = stream, failed, False
@@ -333,7 +333,7 @@ class _Guarded:
             if self._broken:
                 return
             self._broken = True
-            with suppress(OSError):  # the stream keeps what it could not write, and the interpreter's end tries again
+            with suppress(OSError):  # the stream keeps what it could not write, and the interpreter tries again at exit
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
@@ -343,7 +343,7 @@ class _Guarded:
 def _stdout_failed(error: OSError) -> None:
     if isinstance(error, BrokenPipeError):
         raise ClosedPipe from None
-    raise InputError(f"the standard output cannot be written ({error.strerror}); send it elsewhere") from None
+    raise InputError(f"the standard output cannot be written ({error.strerror}); redirect it") from None
 
 
 @contextmanager
@@ -352,7 +352,7 @@ def _guarded_streams() -> Iterator[None]:
         null = stack.enter_context(open(os.devnull, "w"))
         # print(file=None) would be the standard output
         out, err = sys.stdout or null, sys.stderr or null
-        with suppress(AttributeError):  # a letter that a terminal does not know is no end
+        with suppress(AttributeError):  # a character that the terminal cannot print is no error
             out.reconfigure(errors="replace")
         stack.enter_context(redirect_stdout(_Guarded(out, _stdout_failed)))
         stack.enter_context(redirect_stderr(guarded := _Guarded(err, lambda error: None)))
@@ -362,12 +362,12 @@ def _guarded_streams() -> Iterator[None]:
 
 @contextmanager
 def _signals_raised() -> Iterator[Callable[[], None]]:
-    """Ctrl-C raises KeyboardInterrupt and SIGTERM Terminated, until what this yields is called."""
+    """Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, until the yielded function is called."""
     owner, deaf_until = os.getpid(), -math.inf
 
     def stop(signum: int, frame) -> None:
         nonlocal deaf_until
-        if os.getpid() != owner and signum == signal.SIGTERM:  # a pool ends its forked workers so
+        if os.getpid() != owner and signum == signal.SIGTERM:  # this is how a pool ends its forked workers
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         if time.monotonic() >= deaf_until:
@@ -383,7 +383,7 @@ def _signals_raised() -> Iterator[Callable[[], None]]:
 
 
 def default_signals() -> AbstractContextManager[None]:
-    """Ctrl-C and SIGTERM end the program at once, in code that does not return to Python while it waits."""
+    """Ctrl-C and SIGTERM end the program at once: for code that waits without returning to Python."""
     return _handled_by(signal.SIG_DFL)
 
 
@@ -398,7 +398,7 @@ def _handled_by(handler) -> Iterator[None]:
 
 
 def _heard() -> list[int]:
-    """The signals that end this program: not those that it was started to ignore, as nohup does; none in a thread."""
+    """The signals that end this program, without those it was started to ignore (nohup); none in a thread."""
     if threading.current_thread() is not threading.main_thread():
         return []
     return [signum for signum in STOPPING if signal.getsignal(signum) not in (signal.SIG_IGN, None)]

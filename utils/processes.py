@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun or `accelerate launch` start them: what they agree on, and who speaks."""
+"""The processes of one run, started by torchrun or `accelerate launch`: how they agree, and how they fail."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from utils.cli import ClosedPipe, InputError, default_signals, one_line, report, say, status_of
 
-MEETING = timedelta(minutes=2)  # for all processes to have come
-PATIENCE = timedelta(days=30)  # a process waits for another that still decodes; one that has died is noticed at once
+MEETING = timedelta(minutes=2)  # for all processes to start
+PATIENCE = timedelta(days=30)  # a process waits for another that is still decoding; a dead one is noticed at once
 GLANCE = 0.2  # seconds between two looks at whether another process has failed
 
 
 @dataclass
 class Processes:
-    """This process among those of its run; alone where no launcher says otherwise.
+    """This process among those of its run; the only one if no launcher started it.
 
-    With `tensor_parallel` all of them are one model, and decode the same in lockstep. Otherwise each is a whole one.
+    With `tensor_parallel` all processes hold one model and decode in lockstep. Otherwise each holds a whole model.
     """
 
     rank: int = 0
@@ -41,7 +41,7 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Processes:
-        """As the environment says; `join` makes them a group."""
+        """The processes that the environment describes; `join` makes them a group."""
         try:
             rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         except (KeyError, ValueError):
@@ -50,12 +50,12 @@ class Processes:
 
     @staticmethod
     def started_by_launcher() -> bool:
-        """Whether torchrun or accelerate started this process, be it as the only one."""
+        """Whether torchrun or accelerate started this process, even as the only one."""
         return "LOCAL_RANK" in os.environ
 
     @property
     def first(self) -> bool:
-        """Whether it reads and writes the files, and speaks."""
+        """Whether this process reads and writes the files and prints."""
         return self.rank == 0
 
     @property
@@ -75,25 +75,25 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
-            if not self.first:  # which says so, unless a launcher ends it because this one has left
+            if not self.first:  # the first reports it, unless the launcher ends it because this one has exited
                 time.sleep(25 * GLANCE)
                 self.leave(2)
             raise InputError(
                 f"{self.size} processes: need accelerate; pip install accelerate, or start one process"
             ) from None
         on_gpu = torch.cuda.is_available()
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # NCCL is set up where a tensor of a GPU asks for it
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # NCCL starts when a GPU tensor needs it
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # threads are the launcher's business
+            warnings.simplefilter("ignore")  # the launcher decides on threads
             try:
-                store = self._meet()  # held until the group has its own
+                store = self._meet()  # kept until the group has its own
                 PartialState(cpu=not on_gpu, backend=backend, timeout=PATIENCE)
                 del store
             except NotImplementedError as error:  # GPUs that cannot talk to each other
                 raise InputError(" ".join(str(error).split())) from None
 
     def _meet(self) -> distributed.Store:
-        """Where all processes have come: those of a left-over environment wait for nobody, in torch, for ever."""
+        """Wait for all processes. With a stale environment, torch would wait forever."""
         try:
             with default_signals():  # torch does not return to Python while it waits
                 return next(distributed.rendezvous("env://", self.rank, self.size, timeout=MEETING))[0]
@@ -104,7 +104,7 @@ class Processes:
                 "LOCAL_RANK and WORLD_SIZE unset"
             ) from None
 
-    # What all of them know
+    # Agreeing
 
     def gather(self, value) -> list:
         """The value of each process, on each of them. Raises InputError where a process has ended."""
@@ -116,7 +116,7 @@ class Processes:
         return values
 
     def broadcast(self, value):
-        """Process 0's value. Raises InputError where a process has ended."""
+        """Process 0's value. Raises InputError if a process has ended."""
         values = [value]
         if self.size > 1:
             with self._hearing():
@@ -124,7 +124,7 @@ class Processes:
         return values[0]
 
     def agree_on(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Process 0's choice, in place: rounding that differed somewhere must not tear the model's parts asunder."""
+        """Process 0's choice, in place: different rounding must not make the parts of the model diverge."""
         distributed.broadcast(tokens, src=0)
         return tokens
 
@@ -139,10 +139,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What goes wrong in one process goes wrong in all, which end here: one line, and its exit status.
+        """An error in one process ends all of them here, with one line and its exit status.
 
-        Raises: what was raised inside; of several processes' InputErrors and closed pipes none, for they end here. A
-        process that raises something else ends, which the others notice when they come here.
+        Raises: what was raised inside. With several processes, InputErrors and closed pipes are not raised: the
+        processes end here. A process that raises something else ends, and the others notice it here.
         """
         problem = None
         try:
@@ -156,14 +156,14 @@ class Processes:
             if self.first:
                 report(problems[0])
             with suppress(InputError):
-                self.gather(None)  # a launcher ends the others as soon as one has left
+                self.gather(None)  # a launcher ends the others as soon as one has exited
             self.leave(status_of(problems[0]))
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
-        """What goes wrong in one process, in the middle of a step that the others wait in, ends all of them.
+        """An error in one process, in the middle of a step in which the others wait, ends all of them.
 
-        Nothing can be agreed on there. Who fails leaves word, and the others look for it beside their work.
+        They cannot agree on anything there. A failing process sets a flag in the store, and the others poll it.
         """
         if self.size == 1:
             yield
@@ -178,7 +178,7 @@ class Processes:
             yield
         except BaseException as error:
             if isinstance(error, Exception) and _is_from_a_collective(error):
-                time.sleep(10 * GLANCE)  # who has failed says why, and the watcher ends this process
+                time.sleep(10 * GLANCE)  # the failed process reports why, and the watcher ends this one
                 error = InputError(ENDED)
             if not isinstance(error, InputError):
                 self._leave_word()
@@ -187,18 +187,18 @@ class Processes:
                 report(error)
             self._leave_word()
             if self.first:
-                time.sleep(5 * GLANCE)  # the others look here
+                time.sleep(5 * GLANCE)  # the others poll the store here
             self.leave(2)
         self._finished.set()
         watcher.join()
         with suppress(InputError):
-            self.gather(None)  # process 0 holds what the others look at
+            self.gather(None)  # process 0 holds the store that the others poll
 
     def _watch(self, store) -> None:
         while not self._finished.wait(GLANCE):
             try:
                 failed = store.check(["failed"])
-            except RuntimeError:  # process 0 has ended, and left no word
+            except RuntimeError:  # process 0 has ended without setting the flag
                 failed = True
                 if self.rank == 1 and not self._finished.is_set():
                     say(f"error: {ENDED}")
@@ -216,10 +216,10 @@ class Processes:
         self._store_add("failed")
 
     def close(self, status: int) -> int:
-        """The exit status; of several processes this one ends with it here, after the last word to the others.
+        """Return the exit status. If there are several processes, exit with it here, once all have come.
 
-        The group is not taken apart first: the end of an NCCL communicator would wait for every CUDA graph with its
-        calls, for ever where one is still referred to.
+        The group is not destroyed first: an NCCL communicator waits for every CUDA graph that holds its calls, forever
+        if one is still referenced.
         """
         if self.size > 1:
             with suppress(InputError):
@@ -236,7 +236,7 @@ class Processes:
         return status
 
     def say(self, text: str) -> None:
-        """A line on stderr, beside a bar, by process 0."""
+        """Print a line on stderr, above the progress bar, in process 0 only."""
         if self.first:
             tqdm.write(one_line(text), file=sys.stderr)
 

@@ -15,21 +15,21 @@ LONGEST_LINE = 16 * 2**20  # bytes; a request's line, some 4 million tokens long
 
 @dataclass(frozen=True)
 class Request:
-    """One request; fields that its line leaves out have these defaults, which decode greedily."""
+    """One request. Fields missing from its line have these defaults, which decode greedily."""
 
     index: int  # among the requests read, from 0
-    fields: dict  # the line as it stands
+    fields: dict  # the line as read
     article: str  # the whole prompt
     summary_gt: str  # the reference summary
     max_tokens: int = 64
     temperature: float = 0.0  # 0 decodes greedily
     top_p: float = 1.0
-    n: int = 1  # choices; without sampling they are equal
+    n: int = 1  # choices; equal without sampling
     stop: tuple[str, ...] = ()
 
     @classmethod
     def from_line(cls, line: str | bytes, index: int) -> Request:
-        """Raises ValueError that says what is wrong with the line."""
+        """Raises ValueError with the reason for a bad line."""
         fields = json_object(line)
         for name in ("article", "summary_gt"):
             if not isinstance(fields.get(name), str) or not fields[name].strip():
@@ -38,33 +38,33 @@ class Request:
 
 
 def checked(fields: dict, names: Iterable[str] = ()) -> dict:
-    """What a line asks of decoding, of these names or all, as a Request holds it; what is absent or null is left out.
+    """The decoding fields of a line, checked and converted; of `names` or all. Absent and null ones are left out.
 
-    Raises: ValueError that names the field, its value and what it must be.
+    Raises: ValueError with the field, its value and what it must be.
     """
     given = {name: fields[name] for name in names or _CHECKS if fields.get(name) is not None}
     for name, value in given.items():
         wanted, accepts = _CHECKS[name]
         if name in ("max_tokens", "n") and isinstance(value, float) and value.is_integer():
-            value = int(value)  # programs for tables write 12 as 12.0
+            value = int(value)  # spreadsheet programs write 12 as 12.0
         if isinstance(value, bool) or not accepts(value):
             raise ValueError(f"{name}={value!r:.60}: must be {wanted}")
         if name == "stop":
             value = (value,) if isinstance(value, str) else tuple(value)
-        elif name in ("temperature", "top_p"):  # transformers refuses a whole number
+        elif name in ("temperature", "top_p"):  # transformers rejects an int
             value = float(value)
         given[name] = value
     return given
 
 
-MOST_TOKENS, MOST_CHOICES = 1_000_000, 1_000  # of a request: more is a slip, and would run for days
+MOST_TOKENS, MOST_CHOICES = 1_000_000, 1_000  # of a request; more is a mistake that would run for days
 
 _CHECKS = {
     "max_tokens": (
         f"a whole number from 1 to {MOST_TOKENS:,}",
         lambda v: isinstance(v, int) and 1 <= v <= MOST_TOKENS,
     ),
-    # Beyond these bounds probabilities overflow, or no longer depend on the model.
+    # Outside these bounds probabilities overflow or no longer depend on the model.
     "temperature": (
         "0 (greedy), or a number between 0.001 and 1000",
         lambda v: isinstance(v, int | float) and (v == 0 or 0.001 <= v <= 1000),
@@ -77,14 +77,14 @@ _CHECKS = {
     ),
 }
 
-# Fields of H2O's and HELM's files that ask for nothing which is not done anyway: whatever their value, or with these.
+# Fields of H2O's and HELM's files that need no action: with any value, or with these values.
 _SAID_OF_ITSELF = ("article", "summary_gt", *_CHECKS, "id", "index", "model", "engine", "request_type")
 _ASKS_NOTHING = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False, True),  # 0 and 1, too: of the token that is emitted
+    "logprobs": (False, True),  # also 0 and 1: of the emitted token
     "min_p": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
@@ -94,7 +94,7 @@ _ASKS_NOTHING = {
 
 
 def unheeded(requests: list[Request]) -> str | None:
-    """One line on fields that ask for something which is not done, and how many requests have them; or None."""
+    """A warning about fields that ask for something unsupported, and how many requests have them; or None."""
     return unheeded_fields([request.fields for request in requests], _SAID_OF_ITSELF)
 
 
@@ -117,7 +117,7 @@ def unheeded_fields(lines: list[dict], heeded: tuple[str, ...], defaults: dict[s
 
 
 def check_flags(**fields) -> None:
-    """Raises InputError for the value of a flag, by the name of its field, that no request may have."""
+    """Raises InputError for flag values that no request may have; `fields` are named as in a request."""
     try:
         checked(fields)
     except ValueError as error:
@@ -125,7 +125,7 @@ def check_flags(**fields) -> None:
 
 
 def request_line(fields: dict) -> str:
-    """The line of a request. Raises ValueError where `read_requests` would refuse it."""
+    """The line of a request. Raises ValueError if `read_requests` would refuse it."""
     line = json.dumps(fields) + "\n"
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
@@ -134,13 +134,13 @@ def request_line(fields: dict) -> str:
 
 
 def json_object(line: str | bytes) -> dict:
-    """What a line of JSON holds. Raises ValueError that says what is wrong with it."""
+    """The object on a line of JSON. Raises ValueError with the reason for a bad line."""
     fields = None
     try:
         text = line if isinstance(line, str) else line.decode("utf-8-sig")
-        if "\0" not in text:  # else UTF-16, or no text at all
+        if "\0" not in text:  # NUL: UTF-16, or not text at all
             fields = json.loads(text)
-            text = json.dumps(fields, ensure_ascii=False)  # half a surrogate pair is JSON, but no text
+            text = json.dumps(fields, ensure_ascii=False)  # a lone surrogate is valid JSON, but not text
     except UnicodeDecodeError:
         raise ValueError(NOT_TEXT) from None
     except (ValueError, RecursionError) as error:
@@ -159,7 +159,7 @@ def json_object(line: str | bytes) -> dict:
 def read_lines(path: Path, flag: str) -> Iterator[tuple[int, bytes]]:
     """The lines of a file, with their numbers. Raises InputError.
 
-    `flag` is what the user gave the path with, for messages.
+    `flag` is the flag that named the path, for messages.
     """
     try:
         with path.open("rb") as file:
@@ -167,7 +167,7 @@ def read_lines(path: Path, flag: str) -> Iterator[tuple[int, bytes]]:
                 line = file.readline(LONGEST_LINE + 1)
                 if not line:
                     return
-                if len(line) > LONGEST_LINE:  # maybe without an end
+                if len(line) > LONGEST_LINE:  # the file may have no end
                     raise InputError(
                         f"{flag} {path}, line {number}: longer than {LONGEST_LINE >> 20} MiB; "
                         "give a file with one JSON object a line"
@@ -200,10 +200,10 @@ def read_requests(
 ) -> tuple[list[Request], int]:
     """The first `limit` requests of a jsonl file, and how many bad lines were skipped. Blank lines do not count.
 
-    `skip_bad` is --skip_bad_requests, None where the command has no such flag; `flag` is what the user gave the path
-    with, for messages.
+    `skip_bad` is --skip_bad_requests, None if the command has no such flag. `flag` is the flag that named the path, for
+    messages.
 
-    Raises: InputError for a file that cannot be read or holds no request and, unless `skip_bad`, for a bad line.
+    Raises: InputError if the file cannot be read or has no requests, and for a bad line unless `skip_bad`.
     """
     requests, skipped = [], 0
     for number, raw in read_lines(path, flag):

@@ -1,4 +1,4 @@
-"""ROUGE-1/2/L F-measures (Lin 2004) with stemming, through the rouge-score package."""
+"""ROUGE-1/2/L F-measures (Lin 2004) with stemming, from the rouge-score package."""
 
 import re
 import unicodedata
@@ -12,20 +12,20 @@ class Rouge:
     """Scores summaries against references."""
 
     def __init__(self):
-        from rouge_score.rouge_scorer import RougeScorer  # takes seconds, which scripts that score nothing do without
+        from rouge_score.rouge_scorer import RougeScorer  # takes seconds, so only when scores are needed
 
         self._scorer = RougeScorer(ROUGE_TYPES, tokenizer=EveryScript())
 
     def score(self, reference: str, summary: str) -> dict[str, float]:
-        """F-measures in [0, 1] of one summary, by ROUGE type."""
+        """F-measures in [0, 1] of one summary, keyed by ROUGE type."""
         return {name: score.fmeasure for name, score in self._scorer.score(reference, summary).items()}
 
 
 class EveryScript:
-    """Words of every script, stemmed. rouge-score's own tokenizer drops all letters but a to z.
+    """Words of every script, stemmed. rouge-score's own tokenizer keeps only the letters a to z.
 
-    A script that puts no spaces between words gives one word for each character and the marks on it. Texts whose only
-    letters are ASCII give rouge-score's own tokens.
+    In scripts without spaces between words, each character with its marks is a word. Texts with ASCII letters only give
+    the same tokens as rouge-score's tokenizer.
     """
 
     def __init__(self):
@@ -34,10 +34,10 @@ class EveryScript:
         self._stem = PorterStemmer().stem
 
     def tokenize(self, text: str) -> list[str]:
-        # Symbols go before NFKC makes letters of some of them, as of the trade mark sign: rouge-score counts none.
+        # Remove symbols before NFKC turns some into letters (the trade mark sign): rouge-score counts none.
         text = "".join(char if _is_of_word(char) else " " for char in INSIDE_WORDS.sub("", text))
         words: list[str] = []
-        before = ""  # the base character that a mark would stand on
+        before = ""  # the base character for a mark
         for char in unicodedata.normalize("NFKC", text).lower():
             if unicodedata.category(char).startswith("M"):
                 if before:
@@ -71,9 +71,9 @@ def _is_of_word(char: str) -> bool:
 
 
 def mean_with_interval(values, weights=None, samples: int = 1000) -> dict[str, float]:
-    """Mean of one value a request, with the 95 % percentile bootstrap interval over requests (seeded).
+    """Mean of one value per request, with the 95 % percentile bootstrap interval over requests (seeded).
 
-    With `weights`, one a request, the mean is sum(values) / sum(weights): of sums over tokens, say, a token's mean.
+    With `weights`, one per request, the mean is sum(values) / sum(weights): for sums over tokens, the mean per token.
     """
     values = np.asarray(values)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights)
