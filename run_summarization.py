@@ -65,7 +65,7 @@ from utils.rouge import ROUGE_TYPES
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="requests, jsonl; the bundled ones unless given")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
     add(
         "--output-path",
         type=output_file,
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="results; metrics beside it (%(default)s)",
     )
     add_model_flags(parser)
-    add("--sample_num", type=count, help="only so many requests, from the top of the file")
+    add("--sample_num", type=count, help="use only this many requests, from the top of the file")
     add(
         "--batch_size",
         type=count_or_auto,

@@ -1,6 +1,6 @@
-"""Log-likelihoods through the model's own cache: contexts are prefilled, what follows them is fed token by token.
+"""Log-likelihoods through the model's own cache: contexts are prefilled, continuations are fed token by token.
 
-One forward over both would attend to every token: to a bounded cache's score, whatever its window, the full cache's.
+A single forward over both would attend to every token and give any bounded cache the full cache's score.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from h2optimizer.fidelity import ForcedDecode
 from utils.memory import halving
 
-SHARING = 16  # rows that continuations of one context may take whatever the batch size: they share its prefill
+SHARING = 16  # rows for continuations of one context, whatever the batch size: they share its prefill
 
 Pair = tuple[list[int], list[int]]  # the tokens of a context and of its continuation, neither empty
 
 
 class LogLikelihood(NamedTuple):
-    """Of a continuation after its context."""
+    """The score of a continuation after its context."""
 
-    logprob: float  # nats, the sum of its tokens
+    logprob: float  # nats, summed over its tokens
     greedy: bool  # whether each of them is the most probable one
     # How many came after the cache had dropped slots: not the first, but where chunks of its context did.
     after_eviction: int
@@ -31,7 +31,7 @@ class LogLikelihood(NamedTuple):
 def log_likelihoods(
     model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None
 ) -> list[LogLikelihood]:
-    """Continuations of any lengths side by side; equal contexts are prefilled once. `dtype`: of log-probabilities."""
+    """Score continuations of any lengths together. Equal contexts are prefilled once. `dtype`: of log-probabilities."""
     lengths = [len(continuation) for _, continuation in pairs]
     steps = max(lengths)
     said = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]

@@ -220,11 +220,11 @@ def too_large(name: str, device: torch.device) -> InputError:
 
 
 def must_know(model, name: str, largest: int) -> None:
-    """Raises InputError where the checkpoint's tokenizer makes a token that the model does not know."""
+    """Raises InputError if the tokenizer produces a token outside the model's vocabulary."""
     if largest >= (known := model.config.vocab_size):
         raise InputError(
-            f"--model-name {name}: its tokenizer makes token {largest}, the model knows {known} tokens; "
-            "they do not belong together"
+            f"--model-name {name}: its tokenizer produces token {largest}, but the model knows only "
+            f"{known} tokens; use the tokenizer that belongs to the model"
         )
 
 

@@ -31,9 +31,9 @@ class Stream:
 
     def __init__(self, model, eos_token_ids: set[int], temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
         self.model, self.eos, self.h2o = model, eos_token_ids, getattr(model, "h2o", None)
-        self.pending: int | None = None  # the last token of a reply: said, and not fed yet
+        self.pending: int | None = None  # the last token of a reply: emitted, but not fed yet
         self.fed = 0  # tokens that the cache has seen
-        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the token after those fed
+        self._logits: torch.Tensor | None = None  # [1, vocabulary], of the next token
         self._sampler, self._row = None, Sequence([], 1, temperature, top_p, (seed,))
         if temperature:
             self._sampler = RowSampler(1, model.device, nucleus=top_p < 1)
@@ -48,7 +48,7 @@ class Stream:
 
     @property
     def piece(self) -> int:
-        """Tokens of a turn that are fed at once."""
+        """How many tokens of a turn are fed at once."""
         return self.decoding.piece
 
     def pieces(self, tokens: list[int]) -> Iterator[list[int]]:

@@ -187,7 +187,7 @@ class Lab:
         model.merge_projections()  # moves the weights, which stock Llama then shares
         self.stock = stock_llama(model)
         self.pad = tokenizer.pad_token_id
-        # alike lengths together, as in a run; the timed prompts are the first of the file
+        # similar lengths together, as in a run; the timed prompts are the first of the file
         self.order = decoding_order(prompts, args.batch_size)
         timed = prompts[: args.batch_size]
         shortest = min(len(prompt.tokens) for prompt in timed)

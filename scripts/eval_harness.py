@@ -81,7 +81,7 @@ class H2OLlamaLM(CacheLM):
                 f"{min(unknown)}: unknown; h2o_llama takes the fields of H2OConfig and {', '.join(PASSED_ON.split())}"
             )
         if full_cache and flags:
-            raise InputError(f"{min(flags)}: does nothing with full_cache; leave one of them out")
+            raise InputError(f"{min(flags)}: has no effect with full_cache; leave one of them out")
         h2o = None if full_cache else H2OConfig(**flags)
         model, tokenizer = load_model(str(pretrained), h2o, select_device(device), dtype)
         super().__init__(model, tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **kwargs)
@@ -115,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add_model_flags(parser)
-    add("--tasks", type=names, required=True, help="comma-separated: lm_eval's names (or patterns), or YAML files")
+    add("--tasks", type=names, required=True, help="comma-separated names or patterns of lm_eval tasks, or YAML files")
     add("--include_path", type=Path, help="a folder with your own tasks")
     add("--num_fewshot", type=count_or_zero, help="examples before each document (the task's own number)")
     add("--limit", type=limit, help="use only this many documents of each task, or this share of them")
@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--confirm_run_unsafe_code", action="store_true", help="allow tasks to run code that the model writes")
     add("--log_samples", action="store_true", help="save each document and its answers in the results")
     add("--output-path", type=output_file, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
-    add("--overwrite", action="store_true", help="replace results that are there")
+    add("--overwrite", action="store_true", help="replace existing results")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:
@@ -232,7 +232,8 @@ def run(args: argparse.Namespace) -> int:
         replace_file(output, [to_json(results, indent=2, default=handle_non_serializable) + "\n"])
     except OSError as error:
         raise InputError(
-            f"--output-path {output}: cannot be written ({error.strerror}); answers are kept; run the command again"
+            f"--output-path {output}: cannot be written ({error.strerror}); answers are kept; run the same command "
+            "again to resume"
         ) from None
     answers.with_name(f"{answers.name}_rank0.db").unlink(missing_ok=True)
     print(f"results are in {output}")

@@ -129,7 +129,7 @@ def read_turns(path: Path) -> list[Turn]:
 
 
 def turns_of(fields: dict) -> list[Turn]:
-    """Raises ValueError that says what is wrong with the line."""
+    """Raises ValueError with the reason for a bad line."""
     name = next((name for name in ("turns", "prompt", "article") if name in fields), None)
     if name is None:
         raise ValueError("has none of turns (a list), prompt, article")
@@ -524,9 +524,9 @@ def run(args: argparse.Namespace) -> int:
         read_report(other)
     for flag, other in [("--input-path", Path(args.input_path)), *(("--beside", other) for other in args.beside)]:
         if args.report is not None and args.report.exists() and other.exists() and args.report.samefile(other):
-            raise InputError(f"--report {args.report}: is given as {flag} too; choose another path")
+            raise InputError(f"--report {args.report}: is also given as {flag}; choose another path")
     if args.report is not None and not is_installed("matplotlib"):
-        raise InputError("--report: draws its figures with matplotlib; pip install matplotlib, or leave it out")
+        raise InputError("--report needs matplotlib for its figures: pip install matplotlib, or leave it out")
     quiet_libraries()
     model, tokenizer = load_model(args.model_name, h2o, device, args.dtype)
     wording = Wording(tokenizer, args.model_name, args.chat)

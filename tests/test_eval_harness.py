@@ -402,7 +402,7 @@ def test_results_are_not_replaced_unasked(evaluate, tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(windw_length=24), "windw_length: unknown; h2o_llama takes"),
-    (dict(full_cache=True, window_length=24), "window_length: does nothing with full_cache"),
+    (dict(full_cache=True, window_length=24), "window_length: has no effect with full_cache"),
 ])  # fmt: skip
 def test_unknown_arguments_of_the_model(make_lm, settings, message):
     """A misspelt flag that HFLM would swallow, so that the default window is evaluated in its place."""

@@ -244,7 +244,7 @@ def test_tied_weights_are_not_missing(run, tmp_path):
 def test_tokenizer_of_another_model(refused, checkpoint, tmp_path):
     """An index error from the embedding, on a GPU a device-side assert that names nothing."""
     small = make_checkpoint(tmp_path / "small", vocab_size=300)
-    refused(make_requests(1), model=small, words=["--model-name", "300 tokens", "do not belong together"])
+    refused(make_requests(1), model=small, words=["--model-name", "300 tokens", "belongs to the model"])
 
 
 def test_model_name_that_is_nowhere(refused):

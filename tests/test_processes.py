@@ -394,7 +394,7 @@ def test_several_processes_without_accelerate(start):
         processes.GLANCE = 0.0
 
     line = only_error(start(2, patch=patch).wait())
-    assert "2 processes: need accelerate; pip install accelerate" in line
+    assert "2 processes: need accelerate: pip install accelerate" in line
 
 
 @pytest.mark.parametrize("absent", [0, 1])
@@ -498,7 +498,7 @@ def test_parts_alone_are_not_gone_on_with(folder, tmp_path, capsys):
     part.rmdir()
     other = JsonlFile(part, "index", "result")
     part.write_text('{"index": 0}\n')
-    refused("another run is writing it")
+    refused("another run is writing to it")
     other.close()
 
 

@@ -78,9 +78,7 @@ def test_fields_that_do_nothing_are_named_once(read):
     harmless |= {"top_k": None, "presence_penalty": 0.0, "top_p": 1, "stop": None, "min_p": None}
     assert unheeded(read(line_with(**harmless))[0]) is None
     asked = line_with(top_k=5) + line_with(top_k=-1) + line_with(**{"min\np": 0.1}, echo=True)
-    assert unheeded(read(asked)[0]) == (
-        "warning: fields that are not known are ignored: top_k, min p, echo (in 2 of 3 requests)"
-    )
+    assert unheeded(read(asked)[0]) == ("warning: unknown fields are ignored: top_k, min p, echo (in 2 of 3 requests)")
     many = unheeded(read(line_with(**{f"f{i}": i for i in range(1000)}))[0])
     assert many.endswith("f9 and 990 more (in 1 of 1 requests)") and len(many) < 200
 
@@ -109,10 +107,10 @@ BAD_LINES = {
     line_with(max_tokens=True): "max_tokens=True",
     line_with(temperature="0.3"): "temperature='0.3'",
     line_with(temperature=-0.1): "temperature=-0.1",
-    line_with(temperature=float("nan")): "holds NaN or an infinite number",
-    line_with(temperature=float("inf")): "holds NaN or an infinite number",
-    line_with(anything={"a": [float("nan")]}): "holds NaN or an infinite number",
-    '{"article": "a", "summary_gt": "c", "seed": 1e999}': "holds NaN or an infinite number",
+    line_with(temperature=float("nan")): "contains NaN or infinity",
+    line_with(temperature=float("inf")): "contains NaN or infinity",
+    line_with(anything={"a": [float("nan")]}): "contains NaN or infinity",
+    '{"article": "a", "summary_gt": "c", "seed": 1e999}': "contains NaN or infinity",
     line_with(temperature=1e9): "temperature=1000000000.0",
     line_with(temperature=1e-40): "temperature=1e-40",
     line_with(temperature=10**400): "temperature=1000",
@@ -178,7 +176,7 @@ def test_limit_counts_requests_not_lines(read):
 @pytest.mark.parametrize("content", ["", "\n \n", "bad\nworse\n"])
 def test_no_requests_is_an_error(read, content):
     """Means over no requests are NaN; with --skip_bad_requests a file of bad lines comes to the same."""
-    refused(lambda: read(content, skip_bad=True), "holds no requests")
+    refused(lambda: read(content, skip_bad=True), "has no requests")
 
 
 def test_bad_lines_only_are_counted_in_the_error(read):

@@ -358,7 +358,7 @@ def test_files_without_requests(refused, no_model, tmp_path, flags):
     """Means over nothing."""
     path = tmp_path / "empty.jsonl"
     path.write_text("")
-    refused(path, *flags, words="holds no requests")
+    refused(path, *flags, words="has no requests")
     path.write_text("bad\n")
     refused(path, *flags, words="1 bad lines" if flags else "line 1")
 

@@ -465,12 +465,12 @@ def test_report_replaces_nothing_else(streamed, tmp_path):
     """--overwrite that takes the input, or the report to compare with; figures that go without it."""
     given, report = [{"prompt": TEXTS[0]}], tmp_path / "report.jsonl"
     code, _, err, lines = streamed(given, "--report", tmp_path / "in.jsonl", "--overwrite")
-    assert code == 2 and "is given as --input-path too" in err[0] and not lines
+    assert code == 2 and "is also given as --input-path" in err[0] and not lines
     assert json.loads((tmp_path / "in.jsonl").read_text()) == given[0]
     assert streamed(given, "--report", report)[0] == 0
     before = report.read_text()
     code, _, err, _ = streamed(given, "--report", report, "--overwrite", "--beside", report)
-    assert code == 2 and "is given as --beside too" in err[0] and report.read_text() == before
+    assert code == 2 and "is also given as --beside" in err[0] and report.read_text() == before
     code, _, err, _ = streamed(given, "--report", tmp_path / "report.other")
     assert code == 2 and "report.png exists" in err[0] and not (tmp_path / "report.other").exists()
     assert streamed(given, "--report", report, "--overwrite")[0] == 0
@@ -557,4 +557,4 @@ def test_fields_of_a_turn_that_do_nothing_are_said_once(tmp_path, capsys):
     turn = {"prompt": "One.", "temperature": 0.5, "reference": "x"}
     path.write_text("".join(json.dumps(turn | more) + "\n" for more in ({}, {"n": 3}, {"n": 1})))
     assert len(module.read_turns(path)) == 3
-    assert capsys.readouterr().err == "warning: fields that are not known are ignored: n (in 1 of 3 requests)\n"
+    assert capsys.readouterr().err == "warning: unknown fields are ignored: n (in 1 of 3 requests)\n"

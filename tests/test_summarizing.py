@@ -422,7 +422,7 @@ def test_greedy_choices_are_equal_and_decoded_once(run):
 def test_fields_that_do_nothing_are_warned_of_once(run):
     """A top_k in every request that changes nothing, and nothing says so."""
     asked = [make_requests(1, max_tokens=2)[0], *make_requests(2, max_tokens=2, top_k=5, echo=False)]
-    assert run(asked).stderr == ["warning: fields that are not known are ignored: top_k (in 2 of 3 requests)"]
+    assert run(asked).stderr == ["warning: unknown fields are ignored: top_k (in 2 of 3 requests)"]
 
 
 def test_logits_that_are_no_numbers(run, refused, monkeypatch):

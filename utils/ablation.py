@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way
     from h2optimizer import H2OConfig
 
 FULL, RECENT = "full cache", RECENT_ONLY.label
-# What a policy's name says by itself; other fields that differ from their defaults are named behind it.
+# Fields that a policy's name covers; others that differ from their defaults are appended to it.
 NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters")
 
 

@@ -60,16 +60,16 @@ class Processes:
 
     @property
     def shares(self) -> int:
-        """How many processes share out the requests."""
+        """How many processes split the requests."""
         return 1 if self.tensor_parallel else self.size
 
     @property
     def splits(self) -> int:
-        """How many processes hold a part of the model each."""
+        """How many processes the model is divided among."""
         return self.size if self.tensor_parallel else 1
 
     def join(self) -> None:
-        """Find the others. Raises InputError, without accelerate, and where they do not come."""
+        """Connect to the others. Raises InputError if accelerate is missing or they do not appear."""
         if self.size == 1:
             return
         try:
@@ -79,7 +79,7 @@ class Processes:
                 time.sleep(25 * GLANCE)
                 self.leave(2)
             raise InputError(
-                f"{self.size} processes: need accelerate; pip install accelerate, or start one process"
+                f"{self.size} processes: need accelerate: pip install accelerate, or start one process"
             ) from None
         on_gpu = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # NCCL starts when a GPU tensor needs it
@@ -107,7 +107,7 @@ class Processes:
     # Agreeing
 
     def gather(self, value) -> list:
-        """The value of each process, on each of them. Raises InputError where a process has ended."""
+        """All processes' values, on each of them. Raises InputError if a process has ended."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -227,7 +227,7 @@ class Processes:
         return self.leave(status)
 
     def leave(self, status: int) -> int:
-        """The exit status; of several processes this one ends with it here and now, waiting for no other."""
+        """Return the exit status. One of several processes exits with it at once, without waiting for the others."""
         if self.size > 1:
             with suppress(InputError, ClosedPipe):
                 sys.stdout.flush()

@@ -113,7 +113,7 @@ def unheeded_fields(lines: list[dict], heeded: tuple[str, ...], defaults: dict[s
         return None
     shown = ", ".join(" ".join(name.split())[:40] or repr(name) for name in list(names)[:10])
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"warning: fields that are not known are ignored: {shown}{more} (in {having} of {len(lines)} requests)"
+    return f"warning: unknown fields are ignored: {shown}{more} (in {having} of {len(lines)} requests)"
 
 
 def check_flags(**fields) -> None:
@@ -152,7 +152,7 @@ def json_object(line: str | bytes) -> dict:
     try:
         json.dumps(fields, allow_nan=False)
     except ValueError:
-        raise ValueError("holds NaN or an infinite number, which is not JSON") from None
+        raise ValueError("contains NaN or infinity, which JSON does not allow") from None
     return fields
 
 
@@ -220,5 +220,5 @@ def read_requests(
             break
     if not requests:
         bad = f" ({skipped} bad lines skipped)" if skipped else ""
-        raise InputError(f"{flag} {path}: holds no requests{bad}; scripts/prepare_data.py makes some")
+        raise InputError(f"{flag} {path}: has no requests{bad}; scripts/prepare_data.py makes some")
     return requests, skipped

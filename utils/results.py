@@ -17,7 +17,7 @@ from utils.requests import Request
 
 
 def fingerprint(requests: list[Request]) -> str:
-    """SHA-256 over requests, to tell whether a file of results belongs to them."""
+    """SHA-256 of the requests, to tell whether a file of results belongs to them."""
     digest = hashlib.sha256()
     for request in requests:
         digest.update(json.dumps(request.fields, sort_keys=True).encode())
@@ -25,10 +25,10 @@ def fingerprint(requests: list[Request]) -> str:
 
 
 def checkpoint_fingerprint(name: str | Path) -> str | None:
-    """SHA-256 over what decides a checkpoint's texts: the files of a folder, or the commit of a name on the hub.
+    """SHA-256 of what determines a checkpoint's texts: the files of a folder, or the hub commit of a name.
 
-    Files are read whole up to 64 MiB, larger ones at 4,096 places: few enough to take seconds, and so many that each
-    large matrix is met. None for a checkpoint of which nothing is on this machine.
+    Files up to 64 MiB are read whole, larger ones at 4,096 places: that takes seconds and touches every large matrix.
+    None if nothing of the checkpoint is on this machine.
     """
     folder, digest = Path(name), hashlib.sha256()
     try:
@@ -43,7 +43,7 @@ def checkpoint_fingerprint(name: str | Path) -> str | None:
                     continue
                 digest.update(opened.read(2**20))
                 for place in range(4096):
-                    opened.seek(place * (size - 2**12) // 4095)  # the last one ends with the file
+                    opened.seek(place * (size - 2**12) // 4095)  # the last place ends with the file
                     digest.update(opened.read(2**12))
     except OSError:
         return None
@@ -51,7 +51,7 @@ def checkpoint_fingerprint(name: str | Path) -> str | None:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """A checkpoint's files: weights, settings, tokenizer, chat template; and shards that an index names elsewhere."""
+    """A checkpoint's files: weights, settings, tokenizer, chat template, and shards that an index names elsewhere."""
     # .jinja: the chat template; .txt: merges and vocabularies
     kinds = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".distcp")
     files = {file for file in folder.iterdir() if file.suffix in kinds and file.is_file()}
@@ -60,7 +60,7 @@ def _files_of(folder: Path) -> list[Path]:
             shards = json.loads(index.read_bytes())["weight_map"].values()
             files |= {file for shard in shards if (file := folder / shard).is_file()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # what loads the model says so
+            continue  # loading the model reports it
     return sorted(files)
 
 
@@ -75,7 +75,7 @@ def _commit_on_hub(name: str) -> str | None:
 
 
 def to_json(value, **kwargs) -> str:
-    """JSON of a value of dicts, lists and numbers; NaN and infinity, which JSON has no names for, are null.
+    """JSON of dicts, lists and numbers. NaN and infinity, which JSON cannot express, become null.
 
     kwargs: json.dumps'.
     """
@@ -96,11 +96,11 @@ def _finite(value):
 def read_entries(
     lines: Iterable[bytes], key: str, check: Callable[[dict], None] | None = None
 ) -> Iterator[tuple[dict, bytes]]:
-    """Each entry of a jsonl, told apart by `key`, its first field, with its line.
+    """Each entry of a jsonl with its line. `key`, its first field, identifies an entry.
 
-    A last line that a crash cut short is left out; where it lacks its end of line alone, nothing of it is lost.
+    A last line that a crash cut short is dropped. If only its newline is missing, the entry is kept.
 
-    Raises: ValueError for a line that is no entry, or that `check` raises one for.
+    Raises: ValueError for a line that is not an entry, or that `check` rejects.
     """
     opening = json.dumps({key: 0}).encode()[:-2]
     for number, line in enumerate(lines, 1):
@@ -113,25 +113,25 @@ def read_entries(
             ours = number > 1 or line[: len(opening)] == opening[: len(line)]
             if ours and not line.endswith(b"\n"):
                 return
-            own = type(error) is ValueError  # what `check` says; others' words help nobody
+            own = type(error) is ValueError  # only the message of `check` helps the user
             raise ValueError(f"line {number}{f' ({error})' if own else ''}") from None
         yield entry, line
 
 
 class JsonlFile:
-    """A jsonl of entries that grows by whole lines and survives a crash at any moment.
+    """A jsonl that grows by whole lines and survives a crash at any moment.
 
-    Entries are appended and flushed as they come; a line that a crash cut short is dropped when the file is opened
-    again. One run at a time writes it.
+    Entries are appended and flushed as they come. When the file is opened again, a line that a crash cut short is
+    dropped. Only one run at a time can write it.
 
     Args:
-        path: the file, at --output-path; its folder is made.
-        key: the field that tells entries apart; `entries` holds the last line of each.
+        path: the file, at --output-path; its folder is created.
+        key: the field that identifies an entry; `entries` holds the last line of each.
         form: what an entry is called in messages.
-        source: the file of requests, which it may not be.
-        also: other files that are written, or removed, beside it, under the same conditions.
+        source: the file of requests, which must be another file.
+        also: other files that are written or removed beside it, under the same conditions.
 
-    Raises: InputError when a path cannot be written, is in use, or is something else.
+    Raises: InputError if a path cannot be written, is in use, or is not a regular file.
     """
 
     def __init__(self, path: Path, key: str, form: str, source: Path | None = None, also: Iterable[Path] = ()):
@@ -148,7 +148,7 @@ class JsonlFile:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
-                    f"--output-path {path}: another run is writing it; wait, or choose another path"
+                    f"--output-path {path}: another run is writing to it; wait, or choose another path"
                 ) from None
 
     @contextmanager
@@ -167,9 +167,9 @@ class JsonlFile:
             raise InputError(f"--output-path {self.path}: {path} is the --input-path; choose another path")
 
     def resume(self, keep: str, check: Callable[[dict], None] | None = None) -> None:
-        """Read the entries that are there. Raises InputError, which ends in `keep`, for another file.
+        """Read the existing entries. Raises InputError, ending in `keep`, if the file holds something else.
 
-        `check` raises ValueError, with the reason, for what is no entry.
+        `check` raises ValueError, with the reason, for a line that is not an entry.
         """
         self._file.seek(0)
         end, line = 0, b"\n"
@@ -186,7 +186,7 @@ class JsonlFile:
                 self._file.flush()
 
     def append(self, entry: dict) -> None:
-        """Add one entry, in one write, and hand it to the operating system at once. Raises InputError."""
+        """Write and flush one entry. Raises InputError."""
         with self._writing(f"; {self.form}s so far are kept, run the same command again to resume"):
             self._file.write(to_json(entry, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
@@ -202,12 +202,12 @@ class JsonlFile:
 
 
 def part_path(path: Path, rank: int) -> Path:
-    """Where another process than the first writes its results: one writer a file."""
+    """The results file of a process other than the first: each file has one writer."""
     return path.with_name(f"{path.name}.part{rank}")
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The parts that are there, as processes that have ended have left them."""
+    """The existing parts, left by processes that have ended."""
     named = re.compile(re.escape(path.name) + r"\.part[1-9]\d*")
     try:
         return sorted(beside for beside in path.parent.iterdir() if named.fullmatch(beside.name))
@@ -221,18 +221,18 @@ KEEP = "choose another --output-path, or pass --overwrite"
 class ResultsFile(JsonlFile):
     """A jsonl of results, and the metrics JSON beside it.
 
-    `finish` puts the results into the order of the requests, by `index`, in one rename. Settings stand in the metrics
-    file from `start` on, so that a run with other settings does not mix with these results. Other processes of a run
-    write parts beside it; what they, or those of an earlier run, have left there is taken in by `absorb`.
+    `finish` sorts the results by `index`, the order of the requests, in one rename. From `start` on, the metrics file
+    holds the settings, so a run with other settings cannot mix in its results. Other processes of a run write parts
+    beside the file; `absorb` merges these, and those of an earlier run.
 
     Args:
-        path: the results; the metrics go beside it, with `.metrics.json` in the place of `.jsonl`.
-        settings: what a resumed run must share, by command-line flag.
-        overwrite: start anew whatever is there; it stays until `start`.
-        source: the file of requests, which neither may be.
+        path: the results; the metrics are beside it, with `.metrics.json` instead of `.jsonl`.
+        settings: what a resumed run must have in common, by command-line flag.
+        overwrite: replace existing results; they stay until `start`.
+        source: the file of requests, which must be another file.
         check: raises ValueError, with the reason, for a line that is not a result of this run.
 
-    Raises: InputError when a path cannot be written, is in use, or holds something else than results of `settings`.
+    Raises: InputError if a path cannot be written, is in use, or holds anything but results of `settings`.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class ResultsFile(JsonlFile):
         self.metrics_path = path.parent / (path.name.removesuffix(".jsonl") + ".metrics.json")
         parts = parts_of(path)
         if parts and not overwrite and not path.exists():
-            raise InputError(f"--output-path {path}: is not there, but its {parts[0].name} is; bring it back, {KEEP}")
+            raise InputError(f"--output-path {path}: is missing, but its {parts[0].name} exists; restore it, {KEEP}")
         other = path.parent / (path.name.removesuffix(".jsonl") if path.suffix == ".jsonl" else f"{path.name}.jsonl")
         if os.path.isfile(other) and os.path.exists(self.metrics_path):  # of which names may be too long
             raise InputError(
@@ -275,14 +275,15 @@ class ResultsFile(JsonlFile):
             old, new = before.get(flag), self.settings.get(flag)
             if old != new:
                 raise InputError(
-                    f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same to go on, {KEEP}"
+                    f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same value to resume, "
+                    f"{KEEP}"
                 )
         self.resume(KEEP, self.check)
         self.metrics = metrics
         self.absorb()
 
     def absorb(self) -> None:
-        """Take the results of parts in, and remove these. Raises InputError, also where one is still being written."""
+        """Merge the results of parts and remove the parts. Raises InputError, also if one is still being written."""
         for path in parts_of(self.path):
             part = JsonlFile(path, self.key, self.form)
             part.resume(KEEP, self.check)
@@ -290,21 +291,21 @@ class ResultsFile(JsonlFile):
                 if index not in self.entries:
                     self.append(entry)
             with self._writing():
-                os.fsync(self._file.fileno())  # before the only other copy goes
+                os.fsync(self._file.fileno())  # before the only other copy is removed
                 path.unlink()
             part.close()
 
     def start(self) -> None:
-        """Before the first result: `overwrite` takes effect, and the settings are written. Raises InputError."""
+        """Call before the first result: applies `overwrite` and writes the settings. Raises InputError."""
         with self._writing():
             if self.overwrite:
-                for part in parts_of(self.path):  # before the results: one that cannot be removed costs none
+                for part in parts_of(self.path):  # before the results: if one cannot be removed, none are lost
                     part.unlink()
                 self.clear()
             self.write_metrics({})
 
     def finish(self, metrics: dict) -> None:
-        """Order the results as the requests are, and write the final metrics. Raises InputError."""
+        """Sort the results like the requests and write the final metrics. Raises InputError."""
         lines = (to_json(self.results[i], ensure_ascii=False) + "\n" for i in sorted(self.results))
         with self._writing("; results are kept, run the same command again to resume"):
             replace_file(self.path, lines)
@@ -317,8 +318,8 @@ class ResultsFile(JsonlFile):
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
-    """Write a file so that a reader, or a crash, finds the old or the new one whole."""
-    path = path.resolve()  # a link stays one
+    """Replace a file atomically: a reader, or a crash, finds either the old file or the new one."""
+    path = path.resolve()  # a link stays a link
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("w", encoding="utf-8") as file:
