@@ -63,8 +63,11 @@ class Step:
         """The query columns that hold no token: bool [B, columns]."""
         if self.partial:
             return self.brought(device)[:, None] == 0
-        new = torch.tensor(self.new, device=device)
-        return self._once(device, "padding", lambda: torch.arange(self.columns, device=device) >= new[:, None])
+
+        def mask():
+            return torch.arange(self.columns, device=device) >= torch.tensor(self.new, device=device)[:, None]
+
+        return self._once(device, "padding", mask)
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Original positions of the query columns: int64 [1 or B, columns]."""
