@@ -445,6 +445,18 @@ def test_replayed_tokens_are_the_stock_loops(gqa_on_gpu, half_on_gpu, captured, 
     assert len(captured) == 2
 
 
+def assert_same_slots(cache, expected):
+    """What the device holds is what the host counts and, bit for bit, what the other cache holds."""
+    assert cache._rows.mirror(cache.layers[0].device).tolist() == [cache.lengths, cache.seen]
+    assert_invariants(cache)
+    for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
+        assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
+        for b, length in enumerate(cache.lengths):
+            ours, theirs = layer.slots.tensors(), other.slots.tensors()
+            for name in ours:
+                assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
+
+
 @pytest.mark.parametrize("flags", GRAPH_FLAGS.values(), ids=GRAPH_FLAGS)
 def test_replayed_caches_are_the_stock_loops(gqa_on_gpu, captured, flags):
     """Slots, mass or counts on the device that part from what the host counts, or a second turn that begins wrong."""
@@ -459,25 +471,15 @@ def test_replayed_caches_are_the_stock_loops(gqa_on_gpu, captured, flags):
     assert len(captured) == 1 and tokens == expected_tokens
     for name in ("lengths", "seen", "evictions", "clock"):
         assert getattr(cache, name) == getattr(expected, name), name
-    assert cache._rows.mirror(cache.layers[0].device).tolist() == [cache.lengths, cache.seen]
-    assert_invariants(cache)
-    for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
-        assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
-        for b, length in enumerate(cache.lengths):
-            ours, theirs = layer.slots.tensors(), other.slots.tensors()
-            for name in ours:
-                assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
+    assert_same_slots(cache, expected)
 
 
 @pytest.mark.parametrize("flags", GRAPH_FLAGS.values(), ids=GRAPH_FLAGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, captured, dtype, flags):
     """Kernels that append, count or add mass for a row that has ended, in replayed steps and in those between."""
-    model, rows, caches = (
-        (gqa_on_gpu if dtype == "float32" else half_on_gpu).h2o,
-        [prompt(13), prompt(3), prompt(8)],
-        [],
-    )
+    model = (gqa_on_gpu if dtype == "float32" else half_on_gpu).h2o
+    rows, caches = [prompt(13), prompt(3), prompt(8)], []
     unsaid = min(set(range(1, 128)).difference(*tokens_of(model, rows, False, 40, flags)))
     last = torch.tensor([13 + 5, 13 + 17, 1000], device="cuda")  # columns
 
@@ -492,14 +494,7 @@ def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, capture
     (tokens, cache), (expected_tokens, expected) = caches
     assert len(captured) == 1 and tokens == expected_tokens
     assert cache.seen == expected.seen == [13 + 5, 3 + 17, 8 + 39]
-    assert cache._rows.mirror(cache.layers[0].device).tolist() == [cache.lengths, cache.seen]
-    assert_invariants(cache)
-    for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
-        assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
-        for b, length in enumerate(cache.lengths):
-            ours, theirs = layer.slots.tensors(), other.slots.tensors()
-            for name in ours:
-                assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
+    assert_same_slots(cache, expected)
     decoder = next(iter(model.kept_caches.decoders[cache].values()))
     assert any("partial" in name for name in decoder._graphs)
 

@@ -120,10 +120,6 @@ def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
     )
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"  # half precision has one way only
-
-
 @on_its_device
 def attention_with_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scaling: float
