@@ -24,16 +24,16 @@ CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name 
 
 
 def kernels_take(states: torch.Tensor) -> bool:
-    """Whether dtype and head_dim of [B, H, n, D] are such that the Triton kernels can take them."""
+    """Whether the Triton kernels support the dtype and head_dim of states [B, H, n, D]."""
     head_dim = states.shape[-1]
     return states.dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * states.element_size() % 16 == 0
 
 
 class HHLayer(CacheLayerMixin):
-    """One layer: its slots, allocated at its first forward, and what a forward of several tokens adds to them.
+    """One layer: its slots, allocated at the first forward, and the pending block of a forward of several tokens.
 
-    `block` holds such a forward's keys and values (and then mass, count) until its slimming brings them into the slots.
-    `keys` and `values` are the slots', for code that knows transformers' layers; `lengths` [B] int32 are the rows'.
+    `block` holds that forward's keys and values (later also mass and count) until slimming moves them into the slots.
+    `keys` and `values` alias the slots, as transformers' cache layers expose them; `lengths` [B] int32 are the rows'.
     """
 
     def __init__(self, h2o, layer_idx: int):
@@ -49,14 +49,14 @@ class HHLayer(CacheLayerMixin):
         self.own(Slots(key_states, value_states, self.h2o.capacity, ranked))
 
     def own(self, slots: Slots) -> None:
-        """Hold these slots from here on."""
+        """Use these slots from now on."""
         self.slots, self.keys, self.values = slots, *slots.read()
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.by_kernel = self.slimmer.by_kernel and kernels_take(self.keys) and self.keys.dtype == self.values.dtype
         self.is_initialized = True
 
     def join(self, rows: Rows) -> None:
-        """Take the rows' lengths from their mirror, and allocate now what a CUDA graph must not allocate."""
+        """Read row lengths from the device mirror, and allocate now what must not be allocated in a CUDA graph."""
         self.lengths = rows.mirror(self.device)[0]
         if self.slimmer.by_kernel:
             rows.kept(self.device, self.slots.heads, self.h2o.window_length)
@@ -72,7 +72,7 @@ class HHLayer(CacheLayerMixin):
         if step.decode:
             extended = None
             if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-                # slots carry no gradient, and later steps write to them
+                # slots carry no gradient, and later steps overwrite them
                 extended = self.slots.extended(key_states, value_states, step)
             self.slots.append(key_states, value_states, step)
             return extended or self.slots.read(self.h2o.capacity if step.static else step.width)
@@ -81,7 +81,7 @@ class HHLayer(CacheLayerMixin):
         return keys, values
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:
-        """Add this forward's mass [B, Hkv, step.width]; what is there decays first."""
+        """Add this forward's mass [B, Hkv, step.width] after decaying the stored mass."""
         decay = self.h2o.score_decay
         added = {"mass": mass}
         if self.slots.count is not None:
@@ -99,9 +99,9 @@ class HHLayer(CacheLayerMixin):
                 self.block[name] = total
 
     def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool, static: bool = False) -> None:
-        """Bring slots, or the pending block, into the first heavy + recent slots (boolean mask, or gather).
+        """Slim the slots, or the pending block, into the first heavy + recent slots (by boolean mask, or by gather).
 
-        With `static` the same is enqueued whatever the rows' lengths.
+        With `static`, the same work is enqueued whatever the row lengths.
         """
         block, self.block = self.block, None
         width = self.h2o.capacity if block is None else block["keys"].shape[2]
@@ -110,7 +110,7 @@ class HHLayer(CacheLayerMixin):
         if plan.longest <= plan.window and not static:
             if block is not None:
                 self.slots.fill({name: old[:, :, : plan.longest] for name, old in block.items()}, plan)
-            return  # positions are right: they are counted on past the row's end
+            return  # positions past a row's end are already those of the tokens to come
         kept = None
         if self.slimmer.by_kernel:
             kept = rows.kept(self.device, self.slots.heads, self.h2o.window_length)
@@ -128,7 +128,7 @@ class HHLayer(CacheLayerMixin):
         if self.is_initialized:
             self.slots.clear()
 
-    # The mask sizes and lengths that transformers asks of a layer belong to the whole cache here.
+    # transformers asks each layer for mask sizes and lengths; here only the whole cache knows them.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         raise NotImplementedError("ask the HHCache")
 
@@ -136,7 +136,7 @@ class HHLayer(CacheLayerMixin):
         raise NotImplementedError("ask the HHCache")
 
     def get_max_length(self) -> int:
-        return -1  # tokens never run out of slots
+        return -1  # no maximum
 
 
 class HHCache(Cache):
@@ -144,25 +144,25 @@ class HHCache(Cache):
 
     Invariants, for every layer:
 
-    - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: one slot
-      index means the same token in all four. A row's slots are filled from 0; past its length mass is zero.
+    - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: a slot
+      index refers to the same token in all four. A row fills its slots from 0; mass is zero past its length.
     - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
     - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.
-    - `get_seq_length()` counts the columns seen (as a full cache would hold them), not the slots stored.
-    - Padding is dropped on entry, wherever it stands: a row's slots are what they would be alone. So is what `generate`
-      feeds to a row that has ended while others go on.
-    - The step clock is the number of forwards since the cache was reset; slimming is due after forwards of several
-      tokens and after every `update_interval`-th forward. A forward that takes its columns in chunks is one forward
-      (one tick, one decay of mass), slimmed after each chunk.
-    - The slots are allocated at the first forward of a batch size and stay at their addresses; a decode step makes
-      no host wait for the device.
-    - Rows are independent: one may be replaced right after a slimming (`take_rows`), and goes on as it would alone.
+    - `get_seq_length()` counts the columns seen, as a full cache would store them, not the slots in use.
+    - Padding in any column is dropped on entry, so batching does not change a row's slots. The tokens that `generate`
+      feeds to finished rows are dropped too.
+    - The step clock is the number of forwards since the last reset. Slimming is due after forwards of several tokens
+      and after every `update_interval`-th forward. A forward taken in chunks counts as one (one tick, one decay of
+      mass), but is slimmed after each chunk.
+    - The slots are allocated at the first forward of a batch size and keep their addresses. A decode step never makes
+      the host wait for the device.
+    - Rows are independent: a row can be replaced right after a slimming (`take_rows`) and decodes as if it were alone.
 
     `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`. The
-    attention hands the slimmer that goes with its backend to `update`.
+    attention passes its backend's slimmer to `update`.
 
     Args:
-        h2o: an `H2OConfig`; the cache's own settings, whatever the model's are.
+        h2o: an `H2OConfig`. The cache uses these settings even if the model's differ.
     """
 
     def __init__(self, h2o):
@@ -171,10 +171,10 @@ class HHCache(Cache):
         super().__init__(layers=[])
         self.h2o = h2o
         self.schedule = h2o.schedule
-        self.step: Step | None = None  # the forward under way
+        self.step: Step | None = None  # the forward in progress
         self.clock = 0
         self._columns = 0
-        self._chunked = 0  # columns of a forward in chunks that have been taken, 0 between forwards
+        self._chunked = 0  # columns already processed of a chunked forward, 0 between forwards
         self._rows: Rows | None = None
 
     # One forward
@@ -188,16 +188,16 @@ class HHCache(Cache):
         chunk: tuple[int, int] | None = None,
         real: torch.Tensor | None = None,
     ) -> Step:
-        """Open a forward of [batch_size, columns] tokens; `new[b]` of row b's are real, all unless given.
+        """Open a forward of [batch_size, columns] tokens, of which `new[b]` are real in row b (default: all).
 
-        `real`, bool [batch_size, columns] on the host, says in which columns these stand: the last ones unless given.
+        `real`, bool [batch_size, columns] on the host, marks the columns of real tokens (default: the last `new[b]`).
 
-        Of a forward in chunks, `chunk` says which columns (begin, end) are taken now; the others come before and after,
-        each opened and closed in turn. Where `score_queries` counts the last queries of a prompt, those are the last of
-        a chunk that drops slots, and of the whole prompt: slots cannot be ranked by queries that are still to come.
+        In a chunked forward, `chunk` gives the columns (begin, end) to process now; every chunk is opened and closed in
+        turn. `score_queries` then counts the last queries of each chunk that drops slots, as well as those of the whole
+        prompt: slots cannot be ranked by queries that have not run yet.
 
-        With `static`, a decode step tells the device nothing that changes from step to step, so that a CUDA graph can
-        hold it: what the device counts, it counts in `Rows.count_step` and `slim_all`, which are recorded with it.
+        `static` makes a decode step safe for CUDA graphs: the host sends no value that changes from step to step. The
+        device counts for itself in `Rows.count_step` and `slim_all`, which are recorded with the step.
 
         Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset.
         """
@@ -244,12 +244,12 @@ class HHCache(Cache):
     ):
         """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
 
-        A decode step returns views of the slots, a forward of several tokens the slots followed by the new tokens.
-        Slots carry no gradient: it reaches the new tokens, and those only. `slimmer`, torch's unless given, slims the
-        layer from its first forward on.
+        A decode step returns views of the slots. A forward of several tokens returns the slots followed by the new
+        tokens. Slots carry no gradient; it reaches only the new tokens. `slimmer` (default: torch's) is set at the
+        layer's first forward.
 
-        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache; ValueError for
-            a model of another shape than the one whose tokens it holds.
+        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, the only model that slims the cache; ValueError
+            for a model whose shape differs from that of the tokens in the cache.
         """
         if self.step is None:
             raise RuntimeError(
@@ -264,33 +264,33 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def add_mass(self, mass: torch.Tensor, layer_idx: int) -> None:
-        """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots (after score_decay)."""
+        """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots, after `score_decay`."""
         self.layers[layer_idx].add_mass(mass, self.step)
 
     @torch.no_grad()
     def update_slimmingH(self, layer_idx: int) -> None:
-        """Slim a layer by gathering the kept slots into place; the slots are not reallocated."""
+        """Slim a layer by gathering the kept slots into place, without reallocating them."""
         static = self.step is not None and self.step.static
         self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=False, static=static)
 
     @torch.no_grad()
     def update_slimming(self, layer_idx: int) -> None:
-        """Slim a layer as H2O does, by a boolean mask over the slots and a copy; leaves the same cache."""
+        """Slim a layer as H2O does, by a boolean mask over the slots and a copy. The resulting cache is the same."""
         self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=True)
 
     def slim(self, layer_idx: int) -> None:
-        """The slimming that the settings name."""
+        """Slim a layer in the way that `H2OConfig.slimming` names."""
         (self.update_slimmingH if self.h2o.slimming == "H" else self.update_slimming)(layer_idx)
 
     @torch.no_grad()
     def slim_all(self) -> None:
-        """Slim all layers in a static step, whose layers leave it to the end, and count that on the device."""
+        """Slim all layers at the end of a static step, and update the row lengths on the device."""
         for layer_idx in range(len(self.layers)):
             self.update_slimmingH(layer_idx)
         self._rows.cut_there(self.h2o.window_length)
 
     def end(self, gaps: list[int] | None = None) -> None:
-        """Close the forward after its last layer. `gaps`: positions that each row has left out in it."""
+        """Close the forward after its last layer. `gaps`: positions that each row skipped in it."""
         if self.step.due:
             self._rows.cut(self.h2o.window_length, on_device=not self.step.static)
         self._columns += self.step.columns
@@ -302,12 +302,12 @@ class HHCache(Cache):
 
     @property
     def due(self) -> bool:
-        """Whether slimming follows the next forward, if that is a decode step."""
+        """Whether slimming follows the next forward, if it is a decode step."""
         return self.schedule.is_due(self.clock)
 
     @property
     def can_join(self) -> bool:
-        """Whether the last forward slimmed, or nothing has been seen: where `take_rows` may exchange rows."""
+        """Whether `take_rows` may replace rows: right after a slimming, or before any token has been seen."""
         between = self.step is None and not self._chunked
         return between and (self.clock == 0 or self.schedule.is_due(self.clock - 1))
 
@@ -315,9 +315,9 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def evict_for_space(self, space_needed: int) -> None:
-        """Slim every row to window_length - space_needed slots, taken from its recent part, before a turn of so many.
+        """Make room for a turn of `space_needed` tokens: slim every row to window_length - space_needed slots.
 
-        Raises: ValueError where space_needed is negative, or more than the recent part.
+        The slots are taken from the recent part. Raises: ValueError if space_needed is negative or exceeds that part.
         """
         if not isinstance(space_needed, Integral) or space_needed < 0:
             raise ValueError(f"space_needed={space_needed!r:.60}: must be a whole number of at least 0")
@@ -325,7 +325,7 @@ class HHCache(Cache):
         if space_needed > self.h2o.recent:
             raise ValueError(
                 f"space_needed={space_needed} does not fit into the {self.h2o.recent} recent slots of the window: "
-                "raise window_length, lower num_heavy_hitters, or split the turn"
+                "raise window_length, lower num_heavy_hitters or split the turn"
             )
         if self._rows is None:
             return
@@ -335,7 +335,7 @@ class HHCache(Cache):
         self._rows.cut(self.h2o.heavy + recent)
 
     def reset(self) -> None:
-        """Forget all tokens and counts, and set the clock to 0; the slots stay allocated, for a next use."""
+        """Forget all tokens and counts, and set the clock to 0. The slots stay allocated for reuse."""
         self.step, self.clock, self._columns, self._chunked = None, 0, 0, 0
         if self._rows is not None:
             self._rows.clear()
@@ -343,7 +343,7 @@ class HHCache(Cache):
             layer.reset()
 
     def with_rows(self, batch_size: int) -> HHCache:
-        """Another cache with `batch_size` empty rows and slots as this one's, for `take_rows`."""
+        """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""
         other = HHCache(self.h2o)
         other._rows = Rows(batch_size)
         for layer in self.layers:
@@ -355,19 +355,19 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def take_rows(self, rows: list[int], source: HHCache, source_rows: list[int]) -> None:
-        """Replace `rows` by copies of another cache's rows, which then go on here as they would there.
+        """Replace `rows` with copies of another cache's rows, which then decode here as they would there.
 
-        Raises: ValueError unless both caches have the same settings and have just slimmed: a row's own slimmings then
-        fall on the same of its steps.
+        Raises: ValueError unless both caches have the same settings and have just slimmed, which keeps each row's
+        slimmings on the same steps.
         """
         if self.h2o != source.h2o or len(self.layers) != len(source.layers):
             raise ValueError("take_rows: the caches' settings or layers differ")
         if not (self.can_join and source.can_join):
-            raise ValueError("take_rows: rows change right after a slimming only (where `can_join` holds)")
+            raise ValueError("take_rows: rows can be replaced right after a slimming only (check `can_join`)")
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             mine.slots.take_rows(rows, theirs.slots, source_rows)
         self._rows.take(rows, source._rows, source_rows)
-        self.clock = max(self.clock, 1)  # what a row brings begins with its prefill
+        self.clock = max(self.clock, 1)  # the rows have had their prefill
 
     @torch.no_grad()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -382,7 +382,7 @@ class HHCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Raises NotImplementedError."""
         raise NotImplementedError(
-            "the rows of an HHCache are fixed: reorder_cache exchanges them, reset() makes new ones"
+            "the number of rows of an HHCache is fixed: use reorder_cache to reorder them, or reset() to change it"
         )
 
     batch_repeat_interleave = batch_select_indices
@@ -390,12 +390,12 @@ class HHCache(Cache):
     def crop(self, tokens_to_remove: int = 0) -> None:
         """Raises NotImplementedError."""
         raise NotImplementedError(
-            "an HHCache cannot take tokens back (evicted ones are gone): assisted decoding needs a full cache"
+            "an HHCache cannot be cropped, as evicted tokens are gone: assisted decoding needs a full cache"
         )
 
-    activate_past_recording = crop  # what assisted decoding asks for first
+    activate_past_recording = crop  # assisted decoding calls this first
 
-    # What it holds
+    # State
 
     @property
     def lengths(self) -> list[int]:
@@ -404,7 +404,7 @@ class HHCache(Cache):
 
     @property
     def seen(self) -> list[int]:
-        """Tokens each row has seen, padding not counted."""
+        """Tokens that each row has seen, without padding."""
         return list(self._rows.seen) if self._rows else []
 
     @property
@@ -418,17 +418,17 @@ class HHCache(Cache):
         return sum(layer.slots.nbytes for layer in self.layers if layer.is_initialized)
 
     def positions(self, layer: int) -> torch.Tensor:
-        """Original positions that a layer's slots hold, int32 [B, Hkv, longest row], -1 past a row's length."""
+        """Original positions of a layer's slots, int32 [B, Hkv, longest row], -1 past a row's length."""
         positions = self.layers[layer].slots.positions[:, :, : max(self.lengths)]
         lengths = self._rows.mirror(positions.device)[0, :, None, None]
         return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
 
     def check_past(self, past: torch.Tensor) -> None:
-        """Raise ValueError unless a mask of the columns so far, bool [B, n] on the host, is that of the tokens seen."""
+        """Raise ValueError unless a mask of past columns, bool [B, n] on the host, matches the tokens seen."""
         check_past(past, self._columns, [Padding()] * len(past) if self._rows is None else self._rows.padding)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen, padding included: where a full cache, and so `generate`, would be."""
+        """Columns seen, padding included: the length of a full cache, which `generate` expects."""
         return self._columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
