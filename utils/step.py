@@ -1,4 +1,4 @@
-"""One forward as every layer sees it: which rows bring how many tokens, and what slimming them shares."""
+"""One forward as every layer sees it: how many tokens each row brings, and the slimming plan all layers share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from utils.padding import Padding, runs_without
 class Step:
     """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
 
-    A row's tokens come first and its padding last, so query column i stands at slot start[b] + i and sees the slots up
-    to there. The lists live on the host: shapes and branches follow from them without waiting for the device. A row
-    that brings no token is left as it is, but for slimming.
+    A row's tokens come first and its padding last, so query column i sits at slot start[b] + i and sees all slots up to
+    it. The lists live on the host, so shapes and branches need no wait for the device. Only slimming changes a row that
+    brings no token.
     """
 
     rows: Rows
@@ -28,8 +28,8 @@ class Step:
     due: bool  # slimming follows the attention
     scored: bool  # attention reports the mass of its queries
     first_scored: list[int]  # query columns from here to new[b] add mass
-    decays: bool = True  # mass that is there decays: once a forward, in its first chunk
-    static: bool = False  # a decode step that tells the device nothing that changes from step to step: a CUDA graph's
+    decays: bool = True  # stored mass decays once a forward, in its first chunk
+    static: bool = False  # graph-safe: every per-step value is read on the device
 
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
@@ -39,7 +39,7 @@ class Step:
         self._on: dict[tuple, torch.Tensor] = {}
 
     def starts(self, device: torch.device) -> torch.Tensor:
-        """`start` on `device`, int64 [B]; in a decode step from the lengths that are there already."""
+        """`start` on `device`, int64 [B]. A decode step derives it from the lengths already on the device."""
         if self.decode:
             brought = self.brought(device) if self.partial else 1
             return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - brought)
@@ -53,7 +53,7 @@ class Step:
         return self._once(device, "brought", lambda: torch.tensor(bring, dtype=torch.int32, device=device))
 
     def attended(self, device: torch.device) -> torch.Tensor:
-        """How many slots each row's query of a decode step sees: int32 [B], none where a row brings no token."""
+        """How many slots each row's query sees in a decode step: int32 [B], 0 for rows that bring no token."""
         lengths = self.rows.mirror(device)[0]
         if not self.partial:
             return lengths
@@ -80,13 +80,14 @@ class Step:
             positions = self.rows.mirror(device)[1].long()[:, None] - 1
             return positions + self.rows.gap(device)[:, None] if any(gaps) else positions
         seen, gap, last = torch.tensor([seen, gaps, self.rows.seen], device=device)[..., None]
-        return gap + torch.minimum(seen + column, last - 1)  # padding stands nowhere: frequencies follow the farthest
+        # Clamp padding to the last real token: dynamic RoPE scales with the largest position.
+        return gap + torch.minimum(seen + column, last - 1)
 
     def slot_positions(self, device: torch.device) -> torch.Tensor:
-        """Positions of slots and new columns where slots are the positions (position_rolling): int64 [1, width].
+        """Positions of slots and new columns under position_rolling, where slots are the positions: int64 [1, width].
 
-        Columns past the longest row are padding in every row; they stand at its last slot, for some frequencies follow
-        the farthest position.
+        Columns past the longest row are padding in every row. They are clamped to its last slot, because some RoPE
+        frequencies depend on the largest position.
         """
         longest = max(start + new for start, new in zip(self.start, self.new, strict=True))
         slots = torch.arange(self.width, device=device)
@@ -134,8 +135,8 @@ class Step:
 class Rows:
     """Row lengths and tokens seen, on the host and mirrored at a fixed address on each device that holds a layer.
 
-    During a forward both include its new tokens; they are cut to the window once all layers are slimmed. `padding`
-    says in which columns a row had no token. `gaps` are the positions that a row has left out, for holes in a mask.
+    During a forward both include its new tokens; lengths are cut to the window once all layers are slimmed. `padding`
+    records the columns in which a row had no token. `gaps` counts the positions that a row skipped at holes in a mask.
     """
 
     def __init__(self, batch_size: int):
@@ -144,7 +145,7 @@ class Rows:
         self.evictions = [0] * batch_size
         self.padding = [Padding() for _ in range(batch_size)]
         self.gaps = [0] * batch_size
-        self._bring = [1] * batch_size  # what `brought` says on the device
+        self._bring = [1] * batch_size  # the host's copy of `brought`
         self._brought: dict[torch.device, torch.Tensor] = {}
         self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
@@ -154,12 +155,12 @@ class Rows:
     def mirror(self, device: torch.device) -> torch.Tensor:
         """int32 [2, B] on `device`: lengths and tokens seen."""
         if device not in self._mirrors:
-            with torch.inference_mode(False):  # outlives the mode it is made in
+            with torch.inference_mode(False):  # outlives the caller's inference mode
                 self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
         return self._mirrors[device]
 
     def kept(self, device: torch.device, heads: int, window: int) -> torch.Tensor:
-        """int32 [B, heads, window + 1] on `device`, at a fixed address: what slimming kernels pass on."""
+        """int32 [B, heads, window + 1] on `device`, at a fixed address: passed from one slimming kernel to the next."""
         key = device, heads, window
         if key not in self._kept:
             with torch.inference_mode(False):
@@ -182,19 +183,19 @@ class Rows:
         return self._brought[device]
 
     def bring(self, new: list[int]) -> None:
-        """Say on the device which rows bring a token to the next static steps, before these are replayed."""
+        """Tell the devices which rows bring a token to the next static steps; call it before these are replayed."""
         if new != self._bring:
             self._bring = list(new)
             for there in self._brought.values():
                 there.copy_(torch.tensor(new, dtype=torch.int32))
 
     def pad(self, columns: int, real: torch.Tensor, decode: bool) -> None:
-        """Account for the padding among new columns, the first of which is number `columns`; real: bool [B, n]."""
+        """Record the padding among new columns, counted from column `columns`. real: bool [B, n]."""
         for row, begin, end in runs_without(real):
             self.padding[row].add((columns + begin, columns + end), decode)
 
     def append(self, new: list[int], on_device: bool = True) -> None:
-        """Account for new tokens; on the device as well, unless `count_step` does so there."""
+        """Count new tokens, on the device as well unless `count_step` does that."""
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
         self.seen = [seen + n for seen, n in zip(self.seen, new, strict=True)]
         self._plans.clear()
@@ -206,12 +207,12 @@ class Rows:
             self.upload()
 
     def count_step(self, partial: bool = False) -> None:
-        """On the device: each row has one more token, or with `partial` each that `brought` says."""
+        """Count one more token on the device for each row, or with `partial` only for the rows in `brought`."""
         for device, mirror in self._mirrors.items():
             mirror.add_(self.brought(device) if partial else 1)
 
     def cut(self, window: int, on_device: bool = True) -> None:
-        """Account for a slimming to `window` slots that all layers have done; on the device unless `cut_there` does."""
+        """Cut lengths to `window` after all layers were slimmed, on the device as well unless `cut_there` does that."""
         self.evictions = [n + (length > window) for n, length in zip(self.evictions, self.lengths, strict=True)]
         self.lengths = [min(length, window) for length in self.lengths]
         self._plans.clear()
@@ -219,7 +220,7 @@ class Rows:
             self.cut_there(window)
 
     def cut_there(self, window: int) -> None:
-        """On the device: no row has more than `window` slots."""
+        """Cut the lengths on the device to `window`."""
         for mirror in self._mirrors.values():
             mirror[0].clamp_(max=window)
 
@@ -232,7 +233,7 @@ class Rows:
 
     def reorder(self, order: torch.Tensor) -> None:
         state = list(zip(self.lengths, self.seen, self.evictions, self.gaps, self.padding, strict=True))
-        if any(row != state[0] for row in state):  # alike rows stay so: beams of one length need no wait for the device
+        if any(row != state[0] for row in state):  # reading `order` waits for the device; equal rows do not need it
             columns = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
             self.lengths, self.seen, self.evictions, self.gaps, padding = columns
             self.padding = [of_row.copy() for of_row in padding]
@@ -260,17 +261,17 @@ class Rows:
 
 
 class SlotMasks(NamedTuple):
-    """Which slots are which in a slimming of `slots` columns to the window, and their positions. bool and int32."""
+    """Masks (bool) and positions (int32) of the slots in a slimming of `slots` columns to the window."""
 
     empty: torch.Tensor  # [B, 1, slots]
     recent: torch.Tensor  # [B, 1, slots]
     appended: torch.Tensor  # [B, 1, slots], positions of the tokens since the last slimming
     filled: torch.Tensor  # [B, 1, capacity], afterwards
-    upcoming: torch.Tensor  # [B, 1, capacity], positions counted on past the row's end: appending need not write them
+    upcoming: torch.Tensor  # [B, 1, capacity], positions continued past the row's end, so that appends need not write
 
 
 class SlimmingPlan:
-    """One slimming of `slots` columns to heavy + recent, as far as all layers on a device share it."""
+    """What all layers on a device share in a slimming of `slots` columns to heavy + recent."""
 
     def __init__(self, rows: Rows, device: torch.device, slots: int, capacity: int, heavy: int, recent: int):
         self.slots, self.capacity = slots, capacity
@@ -281,7 +282,7 @@ class SlimmingPlan:
 
     @cached_property
     def masks(self) -> SlotMasks:
-        """Made when torch picks or moves the slots; the kernels do without."""
+        """Built only when torch picks or moves the slots; the kernels do not need them."""
         lengths, seen = self.mirror[:, :, None, None].unbind(0)  # [B, 1, 1]
         slot = torch.arange(max(self.slots, self.capacity), dtype=torch.int32, device=lengths.device)
         age = lengths - slot[: self.slots]  # 1 = the newest slot
