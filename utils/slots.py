@@ -1,4 +1,4 @@
-"""Storage of one layer: where each token's key, value, mass and position lie, and how they move."""
+"""Storage of one layer: where each token's key, value, mass and position are stored, and how they move."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 
 from utils.step import SlimmingPlan, Step
 
-Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # kept slots [B, Hkv, m(, D)] of all, and which they are
+Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (all slots, indices to keep) -> [B, Hkv, m(, D)]
 
 
 class Slots:
-    """The slots of one layer, allocated once and never moved. One slot index means the same token in all tensors.
+    """The slots of one layer, allocated once and never moved. A slot index refers to the same token in all tensors.
 
-    keys, values [B, Hkv, capacity, D]; mass (and count, where it is asked for) [B, Hkv, capacity] float32, zero past a
-    row's length; positions [B, Hkv, capacity] int32, counted on past a row's end: appending need not write them.
+    keys, values [B, Hkv, capacity, D]; mass (and count, if requested) [B, Hkv, capacity] float32, zero past a row's
+    length; positions [B, Hkv, capacity] int32, continued past a row's end so that appends need not write them.
 
     Args:
-        key_states, value_states: [B, Hkv, any, D], of the dtypes and on the device that slots get.
-        capacity: slots of a row and head.
-        ranked: "mass" and "count", as far as slots are ranked by them.
+        key_states, value_states: [B, Hkv, any, D], with the dtypes and device of the slots.
+        capacity: slots per row and KV head.
+        ranked: those of "mass" and "count" that slots are ranked by.
     """
 
-    @torch.inference_mode(False)  # slots outlive the mode they are made in
+    @torch.inference_mode(False)  # slots outlive the caller's inference mode
     def __init__(
         self, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int, ranked: tuple[str, ...] = ()
     ):
@@ -36,12 +36,12 @@ class Slots:
         self.positions = torch.arange(capacity, dtype=torch.int32, device=self.device).expand(slots).contiguous()
 
     def empty_like(self, batch_size: int) -> Slots:
-        """Others of the same kind, for so many rows."""
+        """New empty slots of the same kind for `batch_size` rows."""
         states = (of[:1].expand(batch_size, -1, -1, -1) for of in (self.keys, self.values))
         return Slots(*states, self.capacity, self.ranked)
 
     def suit(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether states are of the dtypes, device, heads and head_dims of these slots."""
+        """Whether states match the dtypes, device, heads and head_dims of these slots."""
         pairs = (self.keys, key_states), (self.values, value_states)
         return all(
             (slots.dtype, slots.device, slots.shape[1], slots.shape[3])
@@ -60,20 +60,20 @@ class Slots:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What moves with a token, by name: mass and count only where slots are ranked by them."""
+        """The tensors that move with a token, by name: mass and count only if slots are ranked by them."""
         return {name: getattr(self, name) for name in ("keys", "values", "positions", *self.ranked)}
 
     # A forward
 
     def read(self, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `width` slots, or of all, as views: [B, Hkv, width, D]."""
+        """Views of the keys and values of the first `width` slots (default: all): [B, Hkv, width, D]."""
         if width is None:
             return self.keys, self.values
         return self.keys[:, :, :width], self.values[:, :, :width]
 
     @torch.no_grad()
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
-        """Write a decode step's keys and values [B, Hkv, 1, D] behind each row that brings a token."""
+        """Append a decode step's keys and values [B, Hkv, 1, D] to each row that brings a token."""
         for slots, new in zip(self.read(), self._cast(key_states, value_states), strict=True):
             if step.partial:
                 bring = [b for b, n in enumerate(step.new) if n]
@@ -88,18 +88,18 @@ class Slots:
     def extended(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of each row's filled slots, then its new tokens: [B, Hkv, step.width, D] beside the slots."""
+        """Copies of each row's filled keys and values followed by its new tokens: [B, Hkv, step.width, D]."""
         key_states, value_states = self._cast(key_states, value_states)
         return _join(self.keys, key_states, step), _join(self.values, value_states, step)
 
     def _cast(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A turn under autocast, or one after it, may compute in another dtype than that of the slots."""
+        """Cast to the slots' dtype, which a forward in or after autocast may not share."""
         return key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
 
     # Slimming
 
     def fill(self, block: dict[str, torch.Tensor], plan: SlimmingPlan) -> None:
-        """Take over a block, [B, Hkv, n(, D)] by name, into the first n slots; nothing past a row's end."""
+        """Copy a block, [B, Hkv, n(, D)] by name, into the first n slots, but nothing past a row's end."""
         for name, kept in block.items():
             slots = getattr(self, name)[:, :, : kept.shape[2]]
             if plan.ragged:
@@ -108,7 +108,7 @@ class Slots:
             slots.copy_(kept)
 
     def compact(self, source: dict[str, torch.Tensor], keep: torch.Tensor, plan: SlimmingPlan, take: Gather) -> None:
-        """Bring the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear what follows them."""
+        """Move the source's slots `keep` [B, Hkv, window] (ascending) to the front, and clear the mass behind them."""
         for name, old in source.items():
             self.fill({name: take(old, keep)}, plan)
         for slots in (self.mass, self.count):
@@ -119,12 +119,12 @@ class Slots:
     # Rows
 
     def reorder(self, order: torch.Tensor) -> None:
-        """Let row b continue row order[b]."""
+        """Make row b a copy of row order[b]."""
         for slots in self.tensors().values():
             slots.copy_(slots.index_select(0, order.to(slots.device)))
 
     def take_rows(self, rows: list[int], source: Slots, source_rows: list[int]) -> None:
-        """Replace rows by copies of another layer's."""
+        """Replace rows with copies of another layer's rows."""
         to, of = (torch.tensor(indices, device=self.device) for indices in (rows, source_rows))
         for name, slots in self.tensors().items():
             slots.index_copy_(0, to, getattr(source, name).index_select(0, of))
@@ -137,7 +137,7 @@ class Slots:
 
 
 def _join(slots: torch.Tensor, new: torch.Tensor, step: Step) -> torch.Tensor:
-    """Each row's filled slots, then its new tokens: [B, Hkv, step.width, D]."""
+    """Each row's filled slots followed by its new tokens: [B, Hkv, step.width, D]."""
     if step.max_start == 0:
         return new
     if step.min_start == step.max_start:
@@ -153,12 +153,12 @@ def gather(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     if old.ndim == 3:
         return old.gather(2, keep)
     dtype = old.dtype
-    if old.shape[-1] * old.itemsize % 8 == 0:  # move 8 bytes with each index, not 2
+    if old.shape[-1] * old.itemsize % 8 == 0:  # move 8 bytes per index, not 2
         old = old.view(torch.int64)
     return old.gather(2, keep[..., None].expand(*keep.shape, old.shape[-1])).view(dtype)
 
 
 def gather_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The same as H2O does it: a boolean mask over the slots, and a copy of what it leaves."""
+    """The kept slots as H2O takes them: by a boolean mask over the slots and a copy."""
     mask = torch.zeros(old.shape[:3], dtype=torch.bool, device=old.device).scatter(2, keep.long(), True)
     return old[mask].view(*keep.shape, *old.shape[3:])
