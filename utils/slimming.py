@@ -1,4 +1,4 @@
-"""Slimming one layer: picking the slots that stay, by a policy, and bringing them to the front."""
+"""Slimming one layer: a policy picks the slots to keep, which then move to the front."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from utils.step import SlimmingPlan
 
 
 class Slimming:
-    """One slimming of one layer: its slots, or a pending block, as the policy's candidates, and where the kept go.
+    """One slimming of one layer: the policy's candidates (its slots, or a pending block), and their destination.
 
     Args:
-        slots: of the layer.
-        block: keys and values, mass and count [B, Hkv, width(, D)] of slots and new tokens that are not in the slots
-            yet; None where the slots themselves are slimmed.
-        plan: of all layers on the device.
-        policy: that ranks.
-        layer_idx, seed: what random ranks depend on.
-        kept: int32 [B, Hkv, window_length + 1], `Rows.kept`, where the slimmer is made of kernels.
+        slots: the layer's slots, the destination.
+        block: keys, values, mass and count [B, Hkv, width(, D)] of the slots followed by new tokens that are not in
+            the slots yet; None to slim the slots themselves.
+        plan: shared by all layers on the device.
+        policy: ranks the candidates.
+        layer_idx, seed: inputs of random ranks.
+        kept: int32 [B, Hkv, window_length + 1], `Rows.kept`, if the slimmer uses kernels.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Slimming:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """int32 [B, Hkv, width]; a block's are joined when they are asked for: the kernels do without."""
+        """int32 [B, Hkv, width]. A block's are built on demand, because the kernels do not need them."""
         if "positions" in self._source:
             return self._source["positions"]
         slots, width = self.slots.positions, self.plan.slots
@@ -51,40 +51,40 @@ class Slimming:
         return torch.cat([slots[:, :, :filled], new], dim=-1)
 
     def scores(self) -> torch.Tensor:
-        """float32 [B, Hkv, width], the greatest are kept."""
+        """float32 [B, Hkv, width]; the greatest are kept."""
         return self.policy.score(self)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that moves with a token, by name."""
+        """All tensors that move with a token, by name."""
         return self._source | {"positions": self.positions}
 
 
 class TorchSlimmer:
-    """Slimming in torch. The kernels' has the same two methods."""
+    """Slimming in torch. The Triton slimmer has the same two methods."""
 
-    by_kernel = False  # whether kernels slim, which pass `Rows.kept` on
+    by_kernel = False  # whether kernels slim and need `Rows.kept`
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
-        """The slots that stay, ascending: int64 or int32 [B, Hkv, window]. Nothing moves."""
+        """The slots to keep, ascending: int64 or int32 [B, Hkv, window]. Moves nothing."""
         masks = slimming.plan.masks
         return select_slots(slimming.scores(), masks.empty, masks.recent, slimming.plan.window)
 
     def slim(self, slimming: Slimming) -> None:
-        """Bring the slots that stay to the front."""
+        """Move the slots to keep to the front."""
         slimming.slots.compact(slimming.tensors(), self.pick(slimming), slimming.plan, gather)
 
 
 def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor, window: int) -> torch.Tensor:
-    """The slots to keep: all recent ones and, of the older ones, those with the greatest score, `window` together.
+    """The slots to keep, `window` in total: all recent ones, then the older ones with the greatest score.
 
     Args:
         score: [B, Hkv, slots], finite, float.
-        empty, recent: bool [B, 1, slots]; recent slots are kept whatever their score, empty ones only where a row is
-            shorter than the window, to fill it up.
-        window: slots to keep; all `slots` when there are no more.
+        empty, recent: bool [B, 1, slots]. Recent slots are kept whatever their score; empty slots are kept only to
+            fill up rows shorter than the window.
+        window: slots to keep; if there are fewer, all are kept.
 
-    Returns: int64 [B, Hkv, min(window, slots)], ascending. Of equal scores the older slot is kept. A row that is not
-    longer than the window keeps every slot where it is.
+    Returns: int64 [B, Hkv, min(window, slots)], ascending. Ties keep the older slot. A row no longer than the window
+    keeps every slot in place.
     """
     score = score.masked_fill(recent, torch.inf).masked_fill(empty, -torch.inf)
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :window].sort(dim=-1).values
