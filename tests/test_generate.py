@@ -1071,7 +1071,7 @@ def test_settings_given_as_a_dict(gqa):
     """A dict that is kept as it is, and fails in the first forward; a field that does not exist, or no settings."""
     model = H2OLlamaForCausalLM(gqa.stock.config, h2o={"window_length": 8, "update_interval": 2})
     assert model.h2o == H2OConfig(window_length=8, update_interval=2)
-    for wrong, said in (({"window": 8}, "'window' is no field"), (8, "must be an H2OConfig"), ("H", "must be")):
+    for wrong, said in (({"window": 8}, "'window' is not a field"), (8, "must be an H2OConfig"), ("H", "must be")):
         with pytest.raises(ValueError, match=said):
             model.h2o = wrong
         with pytest.raises(ValueError, match=said):

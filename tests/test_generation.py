@@ -752,7 +752,7 @@ def test_a_compiled_step_asks_whether_layers_are_still_the_merged_ones(captured)
 ], ids=str)  # fmt: skip
 def test_compile_needs_captured_kernels(flags):
     """A flag that is taken and does nothing."""
-    with pytest.raises(ValueError, match="compile=True compiles captured steps"):
+    with pytest.raises(ValueError, match="compile=True compiles captured Triton steps"):
         H2OConfig(compile=True, **flags)
     assert H2OConfig(compile=True).compile and H2OConfig(compile=True, backend="triton").compile
     with pytest.raises(ValueError, match="compile=1"):

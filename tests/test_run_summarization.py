@@ -268,7 +268,7 @@ def test_compile_without_its_kernels(refused, no_model):
         outcome = refused(
             make_requests(1),
             *["--enable_h2o_generation", "--compile", *flags.split()],
-            words="--compile compiles captured steps of kernels: it needs --capture, --slimming H and --backend auto",
+            words="--compile compiles captured Triton steps: it needs --capture, --slimming H and --backend auto",
         )
         assert "=" not in outcome.stderr[0] and "'" not in outcome.stderr[0]
 
@@ -411,7 +411,7 @@ BAD_FLAGS = {
     "--score best": "--score",
     "--slimming h": "--slimming",
     "--backend fast": "--backend",
-    "--backend flash_attn": "set --no-score_every_step, which leaves them to the steps that slim",
+    "--backend flash_attn": "set --no-score_every_step, so that only steps that slim need them",
     "--backend flash_attn --no-score_every_step": "--backend flash_attn needs a CUDA device",
     "--score_norm max": "--score_norm",
     "--group_reduce last": "--group_reduce",
