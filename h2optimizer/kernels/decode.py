@@ -1,10 +1,10 @@
-"""A decode step over the slots: rotate and append in one kernel, then attention with the mass update in the same pass.
+"""A decode step over the slots: one kernel rotates and appends, the next computes attention and mass in one pass.
 
-The query heads of a KV head go together, so keys and values are read once. A program that has a row's KV head to itself
-keeps the logits in registers and finishes alone; where that would leave the device idle, or the slots are too many for
-it, several programs share the slots, leave logits and partial sums in memory, and a second kernel combines them (as
-FlashDecoding splits the keys: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Lengths are
-read on the device and grids follow from shapes alone, so that a CUDA graph can hold the launches.
+The query heads of a KV head are processed together, so keys and values are read once. Normally one program handles a
+row's KV head and keeps its logits in registers. If that would leave the device idle, or there are too many slots,
+several programs split the slots and write logits and partial sums to memory, and a second kernel combines them (as in
+FlashDecoding: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The launches are graph-safe:
+lengths are read on the device, and grids depend on shapes alone.
 """
 
 import functools
@@ -16,8 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
 
-MOST_KEPT = 136  # logits that a thread can hold in registers, beside half-precision tiles, without spilling
-COMBINED = 2048  # logits that a program of the second kernel turns into mass
+MOST_KEPT = 136  # most logits that a thread can keep in registers beside half-precision tiles without spilling
+COMBINED = 2048  # logits that each program of the second kernel turns into mass
 
 
 @triton.jit
@@ -38,10 +38,10 @@ def _rotate_head(head, target, offset, inside, cos, sin, HALF: tl.constexpr):
 def _append_kernel(query, key, value, cos, sin, rotated, keys, values, lengths, stride_qb, stride_qh, stride_kb,
                    stride_kh, stride_vb, stride_vh, stride_b, stride_h, stride_n, stride_rope, HEADS: tl.constexpr,
                    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROLLING: tl.constexpr):  # fmt: skip
-    """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
+    """One row's KV head: rotate its query heads, then append its value and its key (rotated unless ROLLING)."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(lengths + b) - 1
-    if slot < 0:  # a row without a token of its own
+    if slot < 0:  # the row brings no token
         return
     offset = tl.arange(0, BD // 2)
     inside = offset < D // 2
@@ -71,7 +71,7 @@ def _load_rows(states, stride, slot, end, offset_d, width: tl.constexpr):
 @triton.jit
 def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end, D: tl.constexpr, BH: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
-    """q·k [heads, BN] of keys that are rotated here by slot index, in float32, both halves of a head at once."""
+    """q·k [heads, BN] in float32, with keys rotated here by slot index, both halves of a head at once."""
     half = tl.arange(0, BH)
     low = _load_rows(key, stride, slot, end, half, D // 2)
     high = _load_rows(key + D // 2, stride, slot, end, half, D // 2)
@@ -88,7 +88,7 @@ def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end
 
 @triton.jit
 def _add_received(mass, count, received, slot, length, decay, COUNT: tl.constexpr):
-    """mass = mass * decay + received in place, and as much for the number of queries that could see the slot."""
+    """In place: mass = mass * decay + received, and count = count * decay + 1 for the query that sees the slot."""
     filled = slot < length
     old = tl.load(mass + slot, mask=filled, other=0.0)
     tl.store(mass + slot, old * decay + received, mask=filled)
@@ -100,7 +100,7 @@ def _add_received(mass, count, received, slot, length, decay, COUNT: tl.constexp
 @triton.jit
 def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COUNTED: tl.constexpr,
               COUNT: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """The mass of logits that were kept in registers, [TILES, G, BN], with the heads' log-sum-exps [G]."""
+    """Add the mass of logits kept in registers, [TILES, G, BN], given the heads' log-sum-exps [G]."""
     p = tl.exp2(logits - lse[None, :, None])
     p = tl.where((tl.arange(0, G) < COUNTED)[None, :, None], p, 0.0)
     slot = first_slot + tl.arange(0, TILES)[:, None] * BN + offset_n[None, :]
@@ -116,7 +116,7 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
                    ROPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One row's KV head, or one of SPLIT shares of its slots."""
     if OVERLAP:
-        gdc_launch_dependents()  # the next kernel may take its place and wait there
+        gdc_launch_dependents()  # the next kernel may start now and wait in gdc_wait
     head, share = tl.program_id(0), tl.program_id(1)
     b, h = head // HEADS, head % HEADS
     length = tl.load(lengths + b)
@@ -182,11 +182,11 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
 def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, decay, HEADS: tl.constexpr,
                     GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr,
                     SPLIT: tl.constexpr, BR: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """The first GROUP programs of a KV head combine one query head's output each, the others BR slots' mass each."""
+    """Per KV head, the first GROUP programs combine one query head's output each, the others the mass of BR slots."""
     head, block = tl.program_id(0), tl.program_id(1)
     share = tl.arange(0, SPLIT)
     if OVERLAP:
-        gdc_wait()  # for all that the other kernel writes
+        gdc_wait()  # until everything the first kernel writes is visible
     if block < GROUP:
         part = (head * SPLIT + share) * GROUP + block
         top, total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
@@ -220,7 +220,7 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
-    """Whether the second kernel can be launched while the first one runs (programmatic dependent launch)."""
+    """Whether the second kernel can launch while the first one runs (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -236,13 +236,13 @@ def append(
     lengths: torch.Tensor,
     rolling: bool,
 ) -> torch.Tensor:
-    """Rotate a decode step's queries and keys, the same arithmetic as apply_rotary_pos_emb, and append to the slots.
+    """Rotate a decode step's queries and keys in the arithmetic of apply_rotary_pos_emb, and append to the slots.
 
     Args:
-        query, key, value: [B, Hq or Hkv, 1, D], not rotated; D contiguous and even.
+        query, key, value: [B, Hq or Hkv, 1, D], unrotated; D contiguous and even.
         cos, sin: [1 or B, D] at the rows' positions, the same in both halves of D; with `rolling` [slots, D] by slot.
-        keys, values: [B, Hkv, slots, D], same dtype and strides: slot lengths[b] - 1 of row b is written.
-        lengths: int32 [B], the new slot included; 0 where a row has no token to append.
+        keys, values: [B, Hkv, slots, D], same dtype and strides; slot lengths[b] - 1 of row b is written.
+        lengths: int32 [B], including the new slot; 0 for a row with no token to append.
         rolling: append the keys unrotated, and rotate the queries by their slot.
 
     Returns: the queries, rotated, [B, Hq, 1, D].
@@ -257,7 +257,7 @@ def append(
         query, key, value, cos, sin, rotated, keys, values, lengths, *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], *keys.stride()[:3], stride_rope, HEADS=heads, GROUP=q_heads // heads, D=dim,
         BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling, num_warps=1 if dim <= 128 else 2,
-        enable_fp_fusion=False,  # a product and a sum as one would round once where torch rounds twice
+        enable_fp_fusion=False,  # a fused multiply-add would round once where torch rounds twice
     )  # fmt: skip
     return rotated
 
@@ -281,15 +281,15 @@ def decode_attention(
     Args:
         query: [B, Hq, 1, D], float32, float16 or bfloat16, rotated; D at most 256.
         keys, values: [B, Hkv, slots, D], same dtype and strides, D contiguous; nothing past a row's length is used.
-        lengths: int32 [B]: filled slots of each row, the query's own included; 0 where a row has no query: its mass
-            stays as it is, its output is zero.
+        lengths: int32 [B], filled slots of each row including the query's own; 0 for a row without a query, whose mass
+            is unchanged and whose output is zero.
         scaling: of q·k.
         mass: float32 [B, Hkv, slots], contiguous: mass = mass * decay + probability, summed over a group's query heads.
-        count: as mass: count = count * decay + 1.
+        count: shaped like mass: count = count * decay + 1.
         first_head: take mass from the first query head of each group only.
-        rope: cos and sin [longest row or more, D] by slot index, the same in both halves of D, to rotate the keys with.
+        rope: cos and sin [longest row or more, D] by slot index, the same in both halves of D, to rotate the keys.
 
-    Returns: [B, Hq, 1, D]. Where two kernels are needed, what passes between them is allocated at each call.
+    Returns: [B, Hq, 1, D]. If two kernels are needed, the buffers between them are allocated in each call.
     """
     batch, q_heads, _, dim = query.shape
     heads, slots = keys.shape[1:3]
@@ -298,10 +298,10 @@ def decode_attention(
     group_width, programs = triton.next_power_of_2(group), batch * heads
     split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
     split = min(split, triton.next_power_of_2(triton.cdiv(slots, 64) + 1) // 2)
-    of_a_thread = triton.cdiv(slots * group_width, 32 * 4)  # logits, when four warps keep them
+    of_a_thread = triton.cdiv(slots * group_width, 32 * 4)  # logits per thread with four warps
     keeping = split == 1 and mass is not None and of_a_thread <= MOST_KEPT and query.element_size() == 2
     alone = split == 1 and (mass is None or keeping)
-    small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps: more programs at once
+    small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps suffice, so more programs run at once
     tile = 32 if small or rope is not None else 64  # tiles of cosines and sines take shared memory too
     tile = max(16, min(tile, 16384 // (width * query.element_size())))
     tiles = triton.cdiv(slots, tile)
@@ -311,7 +311,7 @@ def decode_attention(
     assert keys.stride() == values.stride() and keys.stride(3) == 1 and query.stride(3) == 1
 
     output = query.new_empty(batch, q_heads, 1, dim)
-    logits = sums = partial = output  # not used
+    logits = sums = partial = output  # unused unless replaced below
     if not alone:
         parts = (batch, heads, split, group)
         sums = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
@@ -353,13 +353,13 @@ def run_decode_step(
     first_head: bool,
     rolling: bool,
 ) -> torch.Tensor:
-    """`append`, then `decode_attention`, on what the projections give.
+    """`append`, then `decode_attention`, on the outputs of the projections.
 
     Args:
-        projected: query, key and value [B, 1, heads * D], or one [B, 1, all of them].
+        projected: query, key and value [B, 1, heads * D], or one merged [B, 1, all heads * D].
         cos, sin: [1 or B, 1, D] at the rows' positions, or [1, slots, D] when rolling.
-        mass, count: added to where they are given.
-        The others are those of the two.
+        mass, count: updated in place if given.
+        The others are as in these two functions.
 
     Returns: [B, 1, Hq * D].
     """
@@ -376,7 +376,7 @@ def run_decode_step(
     return output.view(batch, 1, -1)
 
 
-# the same as one operator, which torch.compile takes as it is
+# The same as a custom operator, which torch.compile does not look into.
 decode_step = torch.library.custom_op(
     "h2optimizer::decode_step", run_decode_step, mutates_args=("keys", "values", "mass", "count")
 )
