@@ -1,9 +1,9 @@
-"""Slimming in two launches: `select` picks the slots that stay, `compact` moves their keys and values.
+"""Slimming in two launches: `select` picks the slots to keep, `compact` moves their keys and values.
 
-Neither waits for the device nor reads a length on the host, and after a decode step their arguments and grids are the
-same every time: a CUDA graph can hold them. `kept` int32 [B, Hkv, window_length + 1] passes from one to the other: the
-slots to keep, ascending, and in the last column how many of them stay where they are. `mirror` int32 [2, B] holds each
-row's length and the tokens that it has seen.
+Neither waits for the device or reads a length on the host, and after a decode step their arguments and grids never
+change, so both are graph-safe. `select` passes `kept` int32 [B, Hkv, window_length + 1] to `compact`: the slots to
+keep, ascending, and in the last column the number of them that stay in place. `mirror` int32 [2, B] holds each row's
+length and tokens seen.
 """
 
 import functools
@@ -15,10 +15,10 @@ import triton.language as tl
 from h2optimizer.kernels.common import on_its_device
 
 RANKS = ("mass", "mean", "random", "oldest", "order")
-MAX_SLOTS = 4096  # of a source that `select` can rank: one tile, in registers
-PROGRAMS = 512  # that `compact` splits heads for, about four for each multiprocessor of a large GPU
-LEAST_BYTES = 32  # of a row that one program moves: a sector of memory
-TILE_BYTES = 8192  # of a tile, for 4 warps; where programs are few, tiles of four times that for 8
+MAX_SLOTS = 4096  # most slots that `select` can rank: one tile in registers
+PROGRAMS = 512  # `compact` splits heads to reach this many, about four per multiprocessor of a large GPU
+LEAST_BYTES = 32  # least bytes of a slot that one program moves: a memory sector
+TILE_BYTES = 8192  # bytes of a tile with 4 warps; with few programs, four times that with 8 warps
 
 
 @on_its_device
@@ -38,26 +38,26 @@ def select(
     move: bool = True,
     order: torch.Tensor | None = None,
 ) -> None:
-    """Write to `kept` the `recent` newest slots of each row and, of the older ones, the `heavy` that rank first.
+    """Write to `kept` each row's `recent` newest slots and, of the older ones, the `heavy` best-ranked.
 
-    A row that is no longer than heavy + recent keeps its slots where they are. With `move`, positions, mass and count
-    of the kept slots come to the front; past them mass and count become zero, and positions those of the next tokens.
+    A row no longer than heavy + recent keeps its slots in place. With `move`, the positions, mass and count of kept
+    slots move to the front. Behind them, mass and count become zero and positions become those of the next tokens.
 
     Args:
-        positions: int32 [B, Hkv, capacity]; a position past the row's end is that of the token to come.
-        mass, count: float32 [B, Hkv, capacity], None where nothing is ranked by them, be it by the caller.
+        positions: int32 [B, Hkv, capacity]; past a row's end, the positions of the tokens to come.
+        mass, count: float32 [B, Hkv, capacity]; None if neither `rank` nor the caller's policy uses them.
         source_mass, source_count: float32 [B, Hkv, width], contiguous; may be `mass` and `count` themselves.
-        width: slots that the source holds; neither that nor the capacity is more than MAX_SLOTS.
-        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Of
-            equal slots the older is kept, NaN ranks above everything.
-        salt: any integer, of which the low 32 bits count.
-        order: float32 [B, Hkv, width], contiguous: the scores that rank "order" goes by, the greatest kept. None
-            otherwise.
+        width: slots of the source; at most MAX_SLOTS, like the capacity.
+        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Ties
+            keep the older slot; NaN ranks above everything.
+        salt: any integer; only its low 32 bits are used.
+        order: float32 [B, Hkv, width], contiguous: the scores for rank "order", of which the greatest are kept; None
+            for any other rank.
 
-    Raises: ValueError for an unknown rank, or scores without rank "order", or that rank without scores.
+    Raises: ValueError for an unknown rank, for scores without rank "order", or for that rank without scores.
     """
     if rank not in RANKS or (rank == "order") != (order is not None):
-        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
+        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}; pass `order` with rank 'order' only")
     batch, heads, capacity = positions.shape
     tile = triton.next_power_of_2(max(width, capacity))
     _select[(batch * heads,)](
@@ -69,7 +69,7 @@ def select(
 
 
 def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
-    """Write slots [B, Hkv, window] that torch has picked to `kept`, for `compact`."""
+    """Write slots [B, Hkv, window] picked by torch to `kept`, for `compact`."""
     window = keep.shape[2]
     kept[..., :window] = keep
     kept[..., -1] = (keep == torch.arange(window, device=keep.device)).sum(dim=-1)
@@ -85,11 +85,11 @@ def compact(
     kept: torch.Tensor,
     window: int,
 ) -> None:
-    """Bring the kept slots of the source, at most `window` a row, to the front of keys and values.
+    """Move the source's kept slots, at most `window` a row, to the front of keys and values.
 
     Args:
-        keys, values: [B, Hkv, capacity, D], contiguous, any dtype; 16-byte accesses where D is a multiple of 8.
-        source_keys, source_values: [B, Hkv, width, D] with contiguous heads; keys and values themselves, or
+        keys, values: [B, Hkv, capacity, D], contiguous, any dtype; 16-byte accesses if D is a multiple of 8.
+        source_keys, source_values: [B, Hkv, width, D] with D contiguous; either keys and values themselves, or
             tensors that share no memory with them.
     """
     batch, heads, capacity, head_dim = keys.shape
@@ -103,7 +103,7 @@ def compact(
 
 @functools.lru_cache
 def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, int, int]:
-    """Elements of the head and slots in a tile, and warps: whole heads, unless programs are too few to fill a GPU."""
+    """Head elements and slots per tile, and warps: whole heads unless that gives too few programs to fill a GPU."""
     chunk = triton.next_power_of_2(head_dim)
     while rows * 2 * triton.cdiv(head_dim, chunk) < PROGRAMS and chunk * itemsize > LEAST_BYTES:
         chunk //= 2
@@ -126,7 +126,7 @@ def _select(
     slot = tl.arange(0, TILE)
     filled = slot < length
     row, source = row.to(tl.int64) * capacity, row.to(tl.int64) * width
-    # Tokens past the capacity are all new, their positions follow from their slots.
+    # Tokens past the capacity are all new, so their positions follow from their slots.
     position = tl.load(positions + row + slot, mask=slot < capacity, other=0)
     position = tl.where(slot < capacity, position, seen - length + slot)
     if MASS:
@@ -158,7 +158,7 @@ def _select(
     tl.store(kept + kept_stride - 1, tl.sum((keep & (to == slot)).to(tl.int32)))
     if MOVE:
         tail = (slot >= kept_slots) & (slot < capacity)
-        tl.debug_barrier()  # every thread has its part of the row in registers: the row may be overwritten
+        tl.debug_barrier()  # every thread has read its part of the row, which may now be overwritten
         _put(positions + row, position, to, keep, slot, seen - kept_slots + slot, tail)
         if MASS:
             _put(mass + row, slot_mass, to, keep, slot, 0.0, tail)
@@ -168,7 +168,7 @@ def _select(
 
 @triton.jit
 def _order(score):
-    """int32 that compare as float32 scores do, with -0.0 equal to 0.0 and every NaN above everything."""
+    """int32 that compare like the float32 scores, with -0.0 equal to 0.0 and every NaN above everything."""
     bits = score.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     order = tl.where(bits < 0, -magnitude, magnitude)
@@ -177,7 +177,7 @@ def _order(score):
 
 @triton.jit
 def _hash(position, head, salt):
-    """int32 below 2**24, a fixed pseudo-random number for each token and head: the cache's `random_priority`."""
+    """int32 below 2**24, a fixed pseudo-random number per token and head: `random_priority` of utils/policies.py."""
     x = position.to(tl.uint32) * 0x9E3779B1 + (head.to(tl.uint32) * 0xC2B2AE3D + salt.to(tl.uint32))
     x = (x ^ (x >> 16)) * 0x45D9F3B
     x = (x ^ (x >> 16)) * 0x45D9F3B
@@ -186,9 +186,9 @@ def _hash(position, head, salt):
 
 @triton.jit
 def _greatest(order, n):
-    """The n >= 1 greatest of at least n int32 above -2**31, of equal ones those that come first: bool."""
-    # Bit by bit from the sign on, the greatest threshold that n reach: the n-th greatest itself. One that exactly n
-    # reach does as well, and is found after about half the bits unless the n-th has ties.
+    """Mask of the n >= 1 greatest of at least n int32 above -2**31; ties go to those that come first."""
+    # Find, bit by bit from the sign down, the greatest threshold that at least n values reach: the n-th greatest. Any
+    # threshold that exactly n values reach also works, and unless the n-th has ties, half the bits suffice to find one.
     reach = tl.sum((order >= 0).to(tl.int32))
     threshold = tl.where(reach >= n, 0, -0x80000000)
     reach = tl.where(reach >= n, reach, 0x7FFFFFFF)
@@ -205,7 +205,7 @@ def _greatest(order, n):
 
 @triton.jit
 def _put(row, value, to, keep, slot, tail_value, tail):
-    """Scatter the kept slots' values to the front of a row and fill up its tail."""
+    """Scatter the kept slots' values to the front of a row, and fill its tail."""
     tl.store(row + to, value, mask=keep)
     tl.store(row + slot, tail_value, mask=tail)
 
@@ -223,7 +223,7 @@ def _compact(
     kept += row.to(tl.int64) * kept_stride
     first = 0
     if IN_PLACE:
-        first = tl.load(kept + kept_stride - 1)  # slots before that stay where they are
+        first = tl.load(kept + kept_stride - 1)  # slots before this one stay in place
         key_slot, value_slot = D, D
     offset = row.to(tl.int64) * capacity * D
     source_keys += batch_row * key_row + head * key_head
@@ -240,10 +240,10 @@ def _move(
     slots, source, stride, kept, first, end, column,
     D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Slots [first, end) of a chunk of the head, a tile at a time with the next one on its way.
+    """Move slots [first, end) of a chunk of the head, tile by tile, prefetching the next tile.
 
-    In place that is safe: slots come from themselves or from later ones, so that storing a tile overwrites no source of
-    a later tile, and its own sources are in registers, all threads', before it is stored.
+    This is safe in place. Every slot's source is itself or a later slot, so storing a tile overwrites no source of a
+    later tile. A tile's own sources are in registers on all threads before it is stored.
     """
     slot = first + tl.arange(0, SLOTS)
     d = column + tl.arange(0, CHUNK)
@@ -267,6 +267,6 @@ def _index(kept, slot, end):
 
 @triton.jit
 def _gather(source, index, stride, d, D: tl.constexpr):
-    """[SLOTS, CHUNK] of the source, nothing where the index is -1."""
+    """Load [SLOTS, CHUNK] of the source, masked out where the index is -1."""
     mask = (index >= 0)[:, None] & (d < D)[None, :]
     return tl.load(source + index.to(tl.int64)[:, None] * stride + d[None, :], mask=mask)
