@@ -1,4 +1,4 @@
-"""Who slims: torch, or Triton kernels where these decode as well."""
+"""Chooses what slims: torch, or Triton kernels if these decode as well."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from utils.slots import gather
 
 
 def slimmer_of(backend: str) -> TorchSlimmer:
-    """What slims beside a backend, given as `resolve_backend` names it."""
+    """The slimmer for a backend, as named by `resolve_backend`."""
     return KernelSlimmer() if backend in KERNEL_BACKENDS else TorchSlimmer()
 
 
 class KernelSlimmer(TorchSlimmer):
-    """Slimming in two launches. Torch picks where a row is too wide for the kernel that ranks."""
+    """Slimming in two launches. Torch picks the slots if a row is too wide for the kernel that ranks."""
 
     by_kernel = True
 
@@ -37,7 +37,7 @@ class KernelSlimmer(TorchSlimmer):
             keep = super().pick(slimming)
             kernels.hand_over(keep, kept)
         kernels.compact(*slots.read(), slimming.keys, slimming.values, plan.mirror, kept, plan.window)
-        if not ranks:  # else the rest has moved when its slots were picked
+        if not ranks:  # otherwise `_select` has moved the rest already
             rest = {name: old for name, old in slimming.tensors().items() if name not in ("keys", "values")}
             slots.compact(rest, keep, plan, gather)
 
@@ -49,7 +49,7 @@ def _ranks(slimming: Slimming) -> bool:
 
 
 def _select(slimming: Slimming, move: bool) -> None:
-    """Write the slots that stay to `kept`; with `move` bring positions, mass and count to the front at once."""
+    """Write the slots to keep to `kept`; with `move`, also move positions, mass and count to the front."""
     from h2optimizer.kernels import slimming as kernels
 
     slots, plan, policy = slimming.slots, slimming.plan, slimming.policy
