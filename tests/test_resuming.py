@@ -237,9 +237,9 @@ EDITS = {
     "index true": (lambda result: result.update(index=True), "its index is True"),
     "another request": (lambda result: result.update(index=1), "is not request 1"),
     "edited request": (lambda result: result["request"].update(article="another"), "is not request 0"),
-    "no scores": (lambda result: result.pop("rouge"), "a part of it is missing"),
-    "no count": (lambda result: result.update(tokens_generated=None), "a part of it is missing"),
-    "no cache": (lambda result: result.update(cache={}), "a part of it is missing"),
+    "no scores": (lambda result: result.pop("rouge"), "it is incomplete"),
+    "no count": (lambda result: result.update(tokens_generated=None), "it is incomplete"),
+    "no cache": (lambda result: result.update(cache={}), "it is incomplete"),
 }
 
 
