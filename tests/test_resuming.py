@@ -54,7 +54,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path
     resumed = run(requests, *flags)
     assert [result["request"] for result in resumed.results] == requests
     assert_same_results(resumed, uninterrupted)
-    assert "6 of 10 results are there already" in resumed.stderr
+    assert "6 of 10 results exist already" in resumed.stderr
     kept = sorted((json.loads(line) for line in left.splitlines()[:-1]), key=lambda result: result["index"])
     again = {result["index"]: result for result in resumed.results}
     assert [again[result["index"]] for result in kept] == kept, "what was there was written anew"
@@ -101,7 +101,7 @@ def test_second_run_over_a_finished_one(run, request):
     request.getfixturevalue("no_model")
     before = first.files
     second = run(requests, *H2O, "--batch_size", "2")
-    assert second.stdout == first.stdout and second.stderr == ["3 of 3 results are there already"]
+    assert second.stdout == first.stdout and second.stderr == ["3 of 3 results exist already"]
     assert first.files == before
 
 
