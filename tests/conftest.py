@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:  # it is made for Linux only
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from oracle import Oracle
 from utils.cache import HHCache
 from utils.step import Rows, Step
@@ -115,6 +115,13 @@ def generate(model, rows: list[list[int]], new_tokens: int, **settings):
 def new_tokens(result, rows: list[list[int]]) -> list[list[int]]:
     """Of each row, what `generate` said after the left-padded prompts."""
     return result.sequences[:, max(map(len, rows)) :].tolist()
+
+
+def count_captured(monkeypatch) -> list:
+    """A list that grows by one with each `generate` that decodes by captured steps."""
+    taken, original = [], generation.sample
+    monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
+    return taken
 
 
 @torch.no_grad()

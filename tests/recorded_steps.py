@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from conftest import GROUPS, assert_close, assert_invariants, left_pad, make_llamas, prompt
+from conftest import GROUPS, assert_close, assert_invariants, count_captured, left_pad, make_llamas, prompt
 from h2optimizer import H2OConfig, generation
 from utils.cache import HHCache
 
@@ -32,9 +32,7 @@ def captured(monkeypatch, request):
     """The steps of a graph, run; a list that grows by one with each generate that took them."""
     if "interpreted" not in request.fixturenames:
         kernel_doubles.install(monkeypatch)
-    taken, original = [], generation.sample
-    monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
-    return taken
+    return count_captured(monkeypatch)
 
 
 @pytest.fixture

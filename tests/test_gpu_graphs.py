@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gpu_models
-from conftest import assert_invariants, forward, left_pad, make_llamas, new_cache, prompt
+from conftest import assert_invariants, count_captured, forward, left_pad, make_llamas, new_cache, prompt
 from gpu_models import SYNC_FLAGS
 from h2optimizer import H2OConfig, generation
 from h2optimizer.batching import Batcher, Sequence
@@ -37,9 +37,7 @@ def fresh(gqa_on_gpu, half_on_gpu):
 @pytest.fixture
 def captured(monkeypatch, fresh):
     """A list that grows by one with each generate that decodes from graphs."""
-    taken, original = [], generation.sample
-    monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
-    return taken
+    return count_captured(monkeypatch)
 
 
 def kept_decoder(model):
