@@ -21,11 +21,12 @@ if importlib.util.find_spec("triton") is None:  # it is made for Linux only
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from oracle import Oracle
 from utils.cache import HHCache
 from utils.step import Rows, Step
 
+pytest.register_assert_rewrite("gpu_models", "recorded_steps")  # their asserts say what was compared, too
 torch.set_num_threads(1)
 
 VOCAB = 128
@@ -94,6 +95,12 @@ def new_oracle(llamas: Llamas, *, slimming=None, backend=None, **flags) -> Oracl
     return Oracle(llamas.stock, **flags)
 
 
+def with_flags(llamas: Llamas, **flags) -> H2OLlamaForCausalLM:
+    """The H2O model, with these flags from here on."""
+    llamas.h2o.h2o = H2OConfig(**flags)
+    return llamas.h2o
+
+
 def generate(model, rows: list[list[int]], new_tokens: int, **settings):
     """model.generate on left-padded rows; returns its outputs, logits included."""
     return model.generate(
@@ -103,6 +110,18 @@ def generate(model, rows: list[list[int]], new_tokens: int, **settings):
         return_dict_in_generate=True,
         **{"do_sample": False, **settings},
     )
+
+
+def new_tokens(result, rows: list[list[int]]) -> list[list[int]]:
+    """Of each row, what `generate` said after the left-padded prompts."""
+    return result.sequences[:, max(map(len, rows)) :].tolist()
+
+
+def count_captured(monkeypatch) -> list:
+    """A list that grows by one with each `generate` that decodes by captured steps."""
+    taken, original = [], generation.sample
+    monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
+    return taken
 
 
 @torch.no_grad()
@@ -208,6 +227,30 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
             newest = list(range(seen - min(recent, length), seen))
             assert held[:, length - len(newest) :].tolist() == [newest] * kv_heads, "a recent token is gone"
             assert not layer.slots.mass[b, :, length:].any(), "mass past the row's length"
+
+
+def assert_follows_oracle(result, row, oracle, block):
+    """The logits of each step are the oracle's on the tokens that were emitted; feeds all of them but the last."""
+    logits = torch.stack(result.logits)[:, row]
+    tokens = result.sequences[row, result.sequences.shape[1] - len(logits) :].tolist()
+    for step, token in enumerate(tokens):
+        expected = oracle.forward(block)[-1]
+        assert_close(logits[step], expected, what=f"logits of row {row}, step {step}")
+        block = [token]
+    return tokens
+
+
+def conversation(llamas, caches, flags, blocks):
+    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them."""
+    oracle = new_oracle(llamas, **flags)
+    for block in blocks:
+        expected = oracle.forward(block)
+        for cache in caches:
+            (logits,) = forward(llamas.h2o, [block], cache)
+            assert_close(logits, expected, what=f"{cache.h2o.backend}, forward {oracle.clock}")
+            assert_row_is_oracles(cache, 0, oracle)
+            assert_invariants(cache)
+    return oracle
 
 
 def slot_tensors(cache: HHCache) -> dict[tuple[int, str], torch.Tensor]:

@@ -1,14 +1,15 @@
 """The decode, slimming and MLP kernels in plain torch, for tests of what goes on around them: the interpreter takes
 tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and write in
-place."""
+place. Slimming is torch's own; that the kernels leave the same cache is for test_slimming.py."""
 
 import torch
 
 from h2optimizer import attention
 from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
-from h2optimizer.kernels import decode, mlp, slimming
-from utils.slimming import select_slots
+from h2optimizer.kernels import decode, mlp
+from h2optimizer.slimming import KernelSlimmer
+from utils.slimming import TorchSlimmer
 
 
 def append(query, key, value, cos, sin, keys, values, lengths, rolling):
@@ -37,43 +38,6 @@ def decode_attention(
     return (probs @ values).view(query.shape)
 
 
-def select(
-    positions, mass, count, source_mass, source_count, width, mirror, kept, heavy, recent, rank, salt=0, move=True,
-    order=None,
-):  # fmt: skip
-    lengths, seen = mirror.long()[:, :, None, None].unbind(0)  # [B, 1, 1]
-    capacity, window, slot = positions.shape[2], heavy + recent, torch.arange(max(width, positions.shape[2]))
-    age = lengths - slot[:width]
-    score = -slot[:width].float().expand(*positions.shape[:2], -1) if rank == "oldest" else source_mass
-    score = score / source_count.clamp(min=1e-30) if rank == "mean" else score
-    score = order if rank == "order" else score
-    keep = select_slots(score, age <= 0, (age > 0) & (age <= recent), window)
-    keep = torch.where(torch.arange(keep.shape[2]) < lengths, keep, torch.arange(keep.shape[2]))
-    slimming.hand_over(torch.nn.functional.pad(keep, (0, window - keep.shape[2])), kept)
-    if not move:
-        return
-    left = lengths.clamp(max=window)
-    filled = slot[:capacity] < left
-    old = torch.nn.functional.pad(positions, (0, len(slot) - capacity))
-    old = torch.where(slot < capacity, old, seen - lengths + slot)
-    for slots, source, tail in (
-        (positions, old[..., :width], seen - left + slot[:capacity]),
-        (mass, source_mass, 0.0),
-        (count, source_count, 0.0),
-    ):
-        if slots is not None:
-            moved = torch.nn.functional.pad(source.gather(2, keep), (0, capacity - keep.shape[2]))
-            slots.copy_(torch.where(filled, moved.to(slots.dtype), tail))
-
-
-def compact(keys, values, source_keys, source_values, mirror, kept, window):
-    left = mirror[0].clamp(max=window)[:, None, None, None]
-    for slots, source in ((keys, source_keys), (values, source_values)):
-        n = min(window, source.shape[2])
-        at = kept[..., :n].long().clamp(max=source.shape[2] - 1)[..., None].expand(*kept.shape[:2], n, slots.shape[3])
-        slots[:, :, :n] = torch.where(torch.arange(n)[:, None] < left, source.gather(2, at), slots[:, :, :n])
-
-
 @torch.no_grad()  # a kernel has no gradients
 def run_silu_and_multiply(gate_up):
     assert gate_up.is_contiguous()
@@ -83,8 +47,10 @@ def run_silu_and_multiply(gate_up):
 
 def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
-    doubles = {decode: (append, decode_attention), slimming: (select, compact), mlp: (run_silu_and_multiply,)}
+    doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,)}
     for module, functions in doubles.items():
         for double in functions:
             monkeypatch.setattr(module, double.__name__, double)
+    for method in ("pick", "slim"):
+        monkeypatch.setattr(KernelSlimmer, method, getattr(TorchSlimmer, method))
     monkeypatch.setitem(ATTENTION_BACKENDS, "triton", attention.sdpa_attention)

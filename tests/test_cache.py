@@ -380,6 +380,28 @@ def test_reordered_rows_continue_as_the_rows_they_were(gqa, flags, lengths):
                 assert torch.equal(layer.slots.count, expected.layers[layer_idx].slots.count)
 
 
+NO_ORDERS = {
+    "list": [1, 0],
+    "numpy": np.array([1, 0]),
+    "float32": torch.tensor([1.0, 0.0]),
+    "bool": torch.ones(2).bool(),
+}
+
+
+@pytest.mark.parametrize("order", NO_ORDERS.values(), ids=NO_ORDERS)
+def test_an_order_of_rows_that_is_no_long_tensor_is_refused(gqa, order):
+    """An AttributeError from within, or a mask of rows taken for their numbers. The cache holds what it held."""
+    rows = [prompt(11), prompt(4)]
+    cache, untouched = new_cache(window_length=8), new_cache(window_length=8)
+    for each in (cache, untouched):
+        forward(gqa.h2o, rows, each)
+    with pytest.raises(TypeError, match="must be a LongTensor of row numbers, not "):
+        cache.reorder_cache(order)
+    assert cache.lengths == untouched.lengths
+    for where, tensor in slot_tensors(untouched).items():
+        assert torch.equal(slot_tensors(cache)[where], tensor), where
+
+
 @pytest.mark.parametrize("rolling", [False, True])
 def test_heavy_hitters_keep_the_keys_they_came_with(gqa, rolling):
     """A cached key that is rotated again in place: the rounding would add up in heavy hitters."""

@@ -371,7 +371,13 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Let row b continue row beam_idx[b], [B] int64, in place. Raises ValueError for another number of rows."""
+        """Let row b continue row beam_idx[b], [B] int64, in place.
+
+        Raises: TypeError for anything but a tensor of whole numbers; ValueError for another number of rows.
+        """
+        if not isinstance(beam_idx, torch.Tensor) or beam_idx.dtype not in (torch.int64, torch.int32):
+            given = beam_idx.dtype if isinstance(beam_idx, torch.Tensor) else type(beam_idx).__name__
+            raise TypeError(f"beam_idx: must be a LongTensor of row numbers, not {given}")
         if beam_idx.shape != (len(self.lengths),):
             raise ValueError(f"beam_idx {tuple(beam_idx.shape)}: this HHCache holds {len(self.lengths)} rows")
         for layer in self.layers:
