@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     step: Step  # says which slots each query sees
     scaling: float  # of q·k
     group_reduce: str = "sum"  # H2OConfig's
-    slots: HHLayer | None = None  # the cache layer of key and value
+    layer: HHLayer | None = None  # the cache layer of key and value
     rope: Rope | None = None  # cosines and sines [width, D] by slot index, if keys are cached unrotated
 
     @property
@@ -120,8 +120,8 @@ def flash_attention(inputs: Inputs) -> Attended:
         return _kernel_decode(inputs)
     inputs = inputs.rotated()
     query, key, value = inputs.states
-    if step.decode and inputs.slots is not None:  # all slots: shapes recorded in a graph must not change between steps
-        key, value = inputs.slots.slots.read()
+    if step.decode and inputs.layer is not None:  # all slots: shapes recorded in a graph must not change between steps
+        key, value = inputs.layer.slots.read()
     flash, (q, k, v) = find_flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
     lse = None
     if step.max_start == 0:
@@ -216,31 +216,32 @@ def _kernel_decode(inputs: Inputs) -> Attended:
     return output, mass
 
 
-def decodes_by_kernel(slots: HHLayer, step: Step) -> bool:
+def decodes_by_kernel(layer: HHLayer, step: Step) -> bool:
     """Whether `kernel_decode_step` replaces `HHCache.update` and a backend in this forward."""
-    by_flash_attn = slots.h2o.backend == "flash_attn"
-    needed = step.scored or step.partial or slots.h2o.position_rolling or not by_flash_attn
-    return step.decode and slots.by_kernel and needed
+    by_flash_attn = layer.h2o.backend == "flash_attn" and layer.slots.offsets is None
+    needed = step.scored or step.partial or layer.h2o.position_rolling or not by_flash_attn
+    return step.decode and layer.by_kernel and needed
 
 
 def kernel_decode_step(
-    projected: list[torch.Tensor], rope: Rope, slots: HHLayer, step: Step, scaling: float
+    projected: list[torch.Tensor], rope: Rope, layer: HHLayer, step: Step, scaling: float
 ) -> torch.Tensor:
-    """A whole decode step on `slots` by kernels: rotate, append, attend and, on scored steps, add mass.
+    """A whole decode step on a layer's slots by kernels: rotate, append, attend and, on scored steps, add mass.
 
     Args: projected: query, key and value [B, 1, heads * D], unrotated, or one merged tensor; rope: cosines and sines
     [1 or B, n, D], at the rows' positions (n = 1), or for all slots when rolling. Returns: [B, 1, Hq * D].
     """
     from h2optimizer.kernels import decode
 
-    h2o, stored = slots.h2o, slots.slots
-    lengths = step.attended(slots.device) if step.partial else slots.lengths
+    h2o, slots, lengths = layer.h2o, layer.slots, layer.lengths
+    if step.partial:
+        lengths = layer.seen_by(step).attended(layer.device).view(len(lengths), -1).expand_as(lengths)
     # as a custom operator only under torch.compile: operator dispatch costs the host 20 us
     run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
     return run(
-        projected, *rope, *stored.read(), stored.mass if step.scored else None,
-        stored.count if step.scored else None, lengths, scaling, float(h2o.score_decay),
-        h2o.group_reduce == "first", h2o.position_rolling,
+        projected, *rope, slots.keys, slots.values, slots.mass if step.scored else None,
+        slots.count if step.scored else None, slots.norms, lengths, slots.offsets, slots.capacities, scaling,
+        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling,
     )  # fmt: skip
 
 

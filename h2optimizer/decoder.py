@@ -174,7 +174,7 @@ class Decoder:
         step = cache.step
         step.rows.count_step(step.partial)
         if cache.h2o.position_rolling:
-            position_ids = torch.arange(cache.h2o.capacity, device=self.token.device)[None]
+            position_ids = torch.arange(cache.longest, device=self.token.device)[None]
         else:
             position_ids = step.positions(self.token.device)
         forward = decode_logits if step.partial else self._forward  # partial steps are not worth a second compilation

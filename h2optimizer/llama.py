@@ -5,6 +5,7 @@ Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama i
 """
 
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 import torch
 from transformers import LlamaForCausalLM
@@ -19,9 +20,12 @@ from h2optimizer.fused import FusedMLP, FusedRMSNorm, MergedLinear
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.slimming import slimmer_of
 from h2optimizer.weights import ChecksItsWeights
+from utils.budgets import HeadBudgets
 from utils.cache import CACHE_ARGUMENT, HHCache
+from utils.heads import HeadWindows, as_share, check_table
 from utils.policies import POLICIES, RECENT_ONLY, Policy
 from utils.schedule import Schedule
+from utils.step import to_rows
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,12 @@ class H2OConfig:
     """Settings of the heavy-hitter cache. Raises ValueError, with a remedy, for combinations that cannot work."""
 
     window_length: int = 256  # slots that a row keeps after slimming: heavy hitters + recent
-    num_heavy_hitters: int = -1  # heavy hitters among them; -1 = half (streaming_llm: 4), 0 = local attention
+    num_heavy_hitters: int | str = -1  # heavy hitters among them, or their share ("31/32"); -1 = half, 0 = none
+    head_budgets: str | tuple = "even"  # a window for each head: a plan (scripts/calibrate.py), or [layers][KV heads]
     update_interval: int = 16  # slimming is due on every N-th forward; 1 = H2O
     slimming: str = "H"  # "H": gather into place (update_slimmingH); "mask": boolean mask and copy (update_slimming)
     backend: str = "auto"  # "eager" (reference), "sdpa", "triton", "flash_attn"; auto = triton on CUDA, else sdpa
-    score: str = "mass"  # "mass" (H2O), "sink" (oldest slots), "streaming_llm" (4 oldest), "random" (by score_seed)
+    score: str = "mass"  # "mass" (H2O), "value_mass", "sink" (oldest), "streaming_llm" (4 oldest), "random"
     score_seed: int = 0  # seed of score="random"
     score_every_step: bool = True  # add mass on steps without slimming too; False = plain attention on those steps
     score_decay: float = 1.0  # factor on stored mass before each forward adds to it; 0.0 = last forward only
@@ -70,6 +75,8 @@ class H2OConfig:
             number = getattr(self, name)
             if name in ("score_queries", "prefill_chunk") and number is None:
                 continue
+            if name == "num_heavy_hitters" and self._share is not None:
+                continue
             if type(number) is not int or number < least:
                 raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
         if self.capacity >= 2**31:  # positions are int32
@@ -80,7 +87,8 @@ class H2OConfig:
             )
         if self.score_seed >= 2**32:
             raise ValueError(f"score_seed={self.score_seed}: must be below 2**32")
-        if self.num_heavy_hitters >= self.window_length:
+        self._resolve_budgets()
+        if self._share is None and self.num_heavy_hitters >= self.window_length:
             raise ValueError(
                 f"num_heavy_hitters={self.num_heavy_hitters}: must be less than window_length={self.window_length}, "
                 "because the newest slot is always kept"
@@ -105,13 +113,52 @@ class H2OConfig:
                 "or backend='triton'"
             )
 
+    def _resolve_budgets(self) -> None:
+        """Turn a plan into its table for this window, and check the table."""
+        budgets = self.head_budgets
+        if budgets == "even":
+            return
+        if isinstance(budgets, str):
+            budgets = HeadBudgets.load(budgets).windows(self.window_length)
+        try:
+            object.__setattr__(self, "head_budgets", check_table(budgets, self.window_length))
+        except ValueError as error:
+            raise ValueError(f"head_budgets: {error}") from None
+        if self.slimming == "mask":
+            raise ValueError("slimming='mask' needs heads of one window: leave out head_budgets, or set slimming='H'")
+
+    @property
+    def _share(self) -> Fraction | None:
+        """`num_heavy_hitters` where it is a share of the window."""
+        try:
+            return as_share(self.num_heavy_hitters)
+        except ValueError as error:
+            raise ValueError(f"num_heavy_hitters={error}") from None
+
+    def heavy_of(self, window: int) -> int:
+        """Heavy hitters of a head with this window, or the sinks or random slots that replace them."""
+        most, share, policy = window - 1, self._share, POLICIES[self.score]
+        if share is not None:
+            return min(int(share * window), most)
+        if self.num_heavy_hitters == -1:
+            return window // 2 if policy.heavy is None else min(policy.heavy, most)
+        if policy.keeps_oldest:
+            return min(self.num_heavy_hitters, most)
+        return min(self.num_heavy_hitters * window // self.window_length, most)
+
     @property
     def heavy(self) -> int:
         """Heavy hitters in the window, or the sinks or random slots that replace them."""
-        if self.num_heavy_hitters != -1:
-            return self.num_heavy_hitters
         heavy = POLICIES[self.score].heavy
-        return self.window_length // 2 if heavy is None else heavy
+        if self.num_heavy_hitters == -1 and heavy is not None:
+            return heavy
+        return self.heavy_of(self.window_length)
+
+    @property
+    def head_windows(self) -> HeadWindows:
+        """How many slots each KV head keeps."""
+        windows = self.window_length if self.head_budgets == "even" else self.head_budgets
+        return HeadWindows.of(windows, self.heavy_of)
 
     @property
     def recent(self) -> int:
@@ -167,11 +214,11 @@ class H2OAttention:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
         projected = self.project(hidden_states, step)
-        slots = cache.layers[self.layer_idx] if step.decode else None
-        by_kernel = slots is not None and decodes_by_kernel(slots, step) and projected[0].dtype == slots.keys.dtype
+        layer = cache.layers[self.layer_idx] if step.decode else None
+        by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.keys.dtype
         if by_kernel and not any(states.requires_grad for states in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
-            attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
+            attn_output = kernel_decode_step(projected, position_embeddings, layer, step, self.scaling)
         else:
             attn_output = self._attend(projected, position_embeddings, cache)
         if not step.static and step.due:
@@ -199,18 +246,21 @@ class H2OAttention:
         backend = resolve_backend(h2o.backend, query_states.device.type)
         keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
         keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
-        slots, key_rope = cache.layers[self.layer_idx], None
+        layer, key_rope = cache.layers[self.layer_idx], None
+        seen = layer.seen_by(step)  # H2O: a head with a window of its own is a row of its own
+        query_states = to_rows(query_states, seen)
         if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
+            cos, sin = (table[:, : keys.shape[2]] for table in (cos, sin))
             key_rope = (cos[0], sin[0])
-            query_states = rotate(query_states, *(_at_queries(table, step)[:, None] for table in (cos, sin)))
+            query_states = rotate(query_states, *(_at_queries(table, seen)[:, None] for table in (cos, sin)))
 
         # H2O: attention reports the mass that each slot received; slimming follows when due
         attn_output, mass = ATTENTION_BACKENDS[backend](
-            Inputs(query_states, keys, values, step, self.scaling, h2o.group_reduce, slots, key_rope)
+            Inputs(query_states, keys, values, seen, self.scaling, h2o.group_reduce, layer, key_rope)
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        attn_output = attn_output.transpose(1, 2).flatten(2).contiguous()
+        attn_output = to_rows(attn_output, step).transpose(1, 2).flatten(2).contiguous()
         if step.padded:  # H2O: padding attends to nothing, so it depends on no token to its right
             attn_output = attn_output.masked_fill(step.padding(attn_output.device)[..., None], 0.0)
         return attn_output
@@ -267,6 +317,12 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             h2o = H2OConfig(**h2o)
         if not isinstance(h2o, H2OConfig):
             raise ValueError(f"h2o={h2o!r:.60}: must be an H2OConfig, or a dict of its fields")
+        shape = self.config.num_hidden_layers, self.config.num_key_value_heads
+        if h2o.head_budgets != "even" and h2o.head_windows.index.shape != shape:
+            raise ValueError(
+                f"head_budgets: for {' x '.join(map(str, h2o.head_windows.index.shape))} layers and KV heads, the model "
+                f"has {' x '.join(map(str, shape))}: measure it with scripts/calibrate.py"
+            )
         self._h2o = h2o
 
     def merge_projections(self) -> None:

@@ -13,10 +13,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from utils.heads import HeadWindows, LayerRows
 from utils.padding import Padding, check_past
 from utils.slimming import Slimming, TorchSlimmer
-from utils.slots import Slots, gather_by_mask
-from utils.step import Rows, Step
+from utils.slots import HeadSlots, Slots, gather_by_mask, norms_of
+from utils.step import Rows, Step, plan_of, to_rows
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What transformers' models call their cache, as argument and as output: `cache` from 5.24 on.
@@ -42,80 +43,108 @@ class HHLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.slimmer = TorchSlimmer()
         self.block: dict[str, torch.Tensor] | None = None
+        self._seen: tuple[Step, Step] | None = None  # a forward, and `seen_by` of it
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        ranked = ("mass", "count") if self.h2o.score_norm == "mean" else ("mass",)
-        ranked *= self.h2o.needs_mass
-        self.own(Slots(key_states, value_states, self.h2o.capacity, ranked))
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: Rows) -> None:
+        h2o, policy = self.h2o, self.h2o.policy
+        needs = {"mass": policy.by_mass, "count": policy.by_mass and h2o.score_norm == "mean", "norms": policy.by_value}
+        ranked = tuple(name for name, needed in needs.items() if needed)
+        if rows.windows.even:
+            slots = Slots(key_states, value_states, h2o.capacity, ranked)
+        else:
+            windows = rows.windows.of_heads(self.layer_idx, key_states.shape[1])
+            slots = HeadSlots(key_states, value_states, [window + h2o.update_interval for window in windows], ranked)
+        self.own(slots)
+        self.join(rows)
 
     def own(self, slots: Slots) -> None:
         """Use these slots from now on."""
-        self.slots, self.keys, self.values = slots, *slots.read()
+        self.slots, self.keys, self.values = slots, slots.keys, slots.values
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.by_kernel = self.slimmer.by_kernel and kernels_take(self.keys) and self.keys.dtype == self.values.dtype
+        if slots.offsets is not None:  # torch does not slim these without waiting for the device
+            self.by_kernel &= slots.capacity <= self.slimmer.most_slots
         self.is_initialized = True
 
     def join(self, rows: Rows) -> None:
         """Read row lengths from the device mirror, and allocate now what must not be allocated in a CUDA graph."""
-        self.lengths = rows.mirror(self.device)[0]
-        if self.slimmer.by_kernel:
-            rows.kept(self.device, self.slots.heads, self.h2o.window_length)
+        self.rows = rows if rows.windows.even else LayerRows(rows, self.layer_idx, self.slots.heads, self.device)
+        lengths = self.rows.mirror(self.device)[0]
+        self.lengths = (
+            lengths[:, None].expand(-1, self.slots.heads) if self.rows is rows else lengths.view(-1, self.slots.heads)
+        )
+        self.kept = self.rows.kept(self.slots) if self.slimmer.by_kernel else None
+
+    def seen_by(self, step: Step) -> Step:
+        """The forward as this layer's slots see it: where heads have windows of their own, a row is a head of a row.
+
+        A prompt in an empty cache is the same for all heads.
+        """
+        if not isinstance(self.rows, LayerRows) or (step.max_start == 0 and not step.decode):
+            return step
+        if self._seen is None or self._seen[0] is not step:
+            self._seen = step, step.of_heads(self.rows)
+        return self._seen[1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, slimmer: TorchSlimmer):
         if not self.is_initialized or (step.max_start == 0 and not self.slots.suit(key_states, value_states)):
             self.slimmer = slimmer
-            self.lazy_initialization(key_states, value_states)
-            self.join(step.rows)
-        held = self.slots.heads, self.keys.shape[3]
+            self.lazy_initialization(key_states, value_states, step.rows)
+        held = self.slots.heads, self.slots.head_dim
         if held != (new := (key_states.shape[1], key_states.shape[3])):
             raise ValueError(f"this HHCache holds {held} KV heads and head_dim, the model has {new}: reset() it first")
+        step = self.seen_by(step)
+        key_states, value_states = (to_rows(states, step) for states in (key_states, value_states))
         if step.decode:
             extended = None
             if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
                 # slots carry no gradient, and later steps overwrite them
                 extended = self.slots.extended(key_states, value_states, step)
             self.slots.append(key_states, value_states, step)
-            return extended or self.slots.read(self.h2o.capacity if step.static else step.width)
+            return extended or self.slots.read(self.slots.capacity if step.static else step.width)
         keys, values = self.slots.extended(key_states, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
         return keys, values
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:
-        """Add this forward's mass [B, Hkv, step.width] after decaying the stored mass."""
-        decay = self.h2o.score_decay
+        """Add this forward's mass, in the shape of what `update` returned without D, after decaying the stored mass."""
+        decay, step = self.h2o.score_decay, self.seen_by(step)
         added = {"mass": mass}
         if self.slots.count is not None:
             added["count"] = step.scored_queries(mass.device)[:, None].expand_as(mass)
         for name, addition in added.items():
-            slots = getattr(self.slots, name)
+            slots = self.slots.load(name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays:
                 old.mul_(torch.where(step.brought(old.device) > 0, decay, 1.0)[:, None, None] if step.padded else decay)
             if step.decode:
                 old.add_(addition)
+                self.slots.store(name, slots)
             else:
                 total = addition.clone() if name == "count" else addition
                 total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
-    def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool, static: bool = False) -> None:
-        """Slim the slots, or the pending block, into the first heavy + recent slots (by boolean mask, or by gather).
+    def slim(self, windows: HeadWindows, by_mask: bool, static: bool = False) -> None:
+        """Slim the slots, or the pending block, to `windows` (by boolean mask, or by gather).
 
         With `static`, the same work is enqueued whatever the row lengths.
         """
         block, self.block = self.block, None
-        width = self.h2o.capacity if block is None else block["keys"].shape[2]
-        plan = rows.plan(self.device, width, self.h2o.capacity, heavy, recent)
-        plan.ragged |= static
-        if plan.longest <= plan.window and not static:
+        if block is not None:
+            block = {name: to_rows(old, len(self.rows.mirror(self.device)[0])) for name, old in block.items()}
+            if self.slots.norms is not None:
+                block["norms"] = norms_of(block["values"])
+        capacity = self.slots.capacity
+        plan = plan_of(self.rows, self.device, capacity if block is None else block["keys"].shape[2], capacity, windows)
+        if static:
+            plan.ragged = True
+        elif not plan.drops:
             if block is not None:
                 self.slots.fill({name: old[:, :, : plan.longest] for name, old in block.items()}, plan)
             return  # positions past a row's end are already those of the tokens to come
-        kept = None
-        if self.slimmer.by_kernel:
-            kept = rows.kept(self.device, self.slots.heads, self.h2o.window_length)
-        slimming = Slimming(self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, kept)
-        if by_mask:
+        slimming = Slimming(self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, self.kept)
+        if by_mask and plan.even:
             self.slots.compact(slimming.tensors(), self.slimmer.pick(slimming), plan, gather_by_mask)
         else:
             self.slimmer.slim(slimming)
@@ -170,7 +199,7 @@ class HHCache(Cache):
             raise ValueError(f"HHCache: give an H2OConfig, not a {type(h2o).__name__}")
         super().__init__(layers=[])
         self.h2o = h2o
-        self.schedule = h2o.schedule
+        self.schedule, self.windows = h2o.schedule, h2o.head_windows
         self.step: Step | None = None  # the forward in progress
         self.clock = 0
         self._columns = 0
@@ -205,7 +234,7 @@ class HHCache(Cache):
         if self.step is not None or begin != self._chunked:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers = Rows(batch_size), []
+            self._rows, self.layers = Rows(batch_size, self.windows), []
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
@@ -222,16 +251,21 @@ class HHCache(Cache):
             rows.bring(new)
         later = [max(0, n - end) for n in new]
         new = [min(max(0, n - begin), end - begin) for n in new]
-        first_scored = [0] * batch_size
-        if self.clock == 0 and h2o.score_queries is not None:
-            for b, length in enumerate(rows.lengths):
-                last = new[b] + (later[b] if length + new[b] <= h2o.window_length else 0) - h2o.score_queries
-                first_scored[b] = min(max(0, last), new[b])
+        first_scored = self._first_scored(new, later)
         scored = h2o.needs_mass and (h2o.score_every_step or due) and (decode or first_scored != new)
         self._chunked = end % columns
         self.step = Step(rows, rows.lengths, new, end - begin, decode, due, scored, first_scored, begin == 0, static)
         rows.append(new, on_device=not static)
         return self.step
+
+    def _first_scored(self, new: list[int], later: list[int]) -> list[int]:
+        """The first query of each row that adds mass, of `new` ones now; `later` ones of the same forward follow."""
+        queries = self.h2o.score_queries
+        if self.clock > 0 or queries is None:
+            return [0] * len(new)
+        drops = [length + n > self.windows.smallest for length, n in zip(self._rows.lengths, new, strict=True)]
+        last = [n if drop else n + more for n, more, drop in zip(new, later, drops, strict=True)]
+        return [min(max(0, end - queries), n) for end, n in zip(last, new, strict=True)]
 
     def update(
         self,
@@ -271,12 +305,12 @@ class HHCache(Cache):
     def update_slimmingH(self, layer_idx: int) -> None:
         """Slim a layer by gathering the kept slots into place, without reallocating them."""
         static = self.step is not None and self.step.static
-        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=False, static=static)
+        self.layers[layer_idx].slim(self.windows, by_mask=False, static=static)
 
     @torch.no_grad()
     def update_slimming(self, layer_idx: int) -> None:
         """Slim a layer as H2O does, by a boolean mask over the slots and a copy. The resulting cache is the same."""
-        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=True)
+        self.layers[layer_idx].slim(self.windows, by_mask=True)
 
     def slim(self, layer_idx: int) -> None:
         """Slim a layer in the way that `H2OConfig.slimming` names."""
@@ -287,12 +321,12 @@ class HHCache(Cache):
         """Slim all layers at the end of a static step, and update the row lengths on the device."""
         for layer_idx in range(len(self.layers)):
             self.update_slimmingH(layer_idx)
-        self._rows.cut_there(self.h2o.window_length)
+        self._rows.cut_there(self.windows)
 
     def end(self, gaps: list[int] | None = None) -> None:
         """Close the forward after its last layer. `gaps`: positions that each row skipped in it."""
         if self.step.due:
-            self._rows.cut(self.h2o.window_length, on_device=not self.step.static)
+            self._rows.cut(self.windows, on_device=not self.step.static)
         self._columns += self.step.columns
         self.clock += self._chunked == 0
         if gaps is not None and not self._chunked:
@@ -329,10 +363,10 @@ class HHCache(Cache):
             )
         if self._rows is None:
             return
-        recent = self.h2o.recent - space_needed
+        windows = self.windows.sparing(space_needed)
         for layer in self.layers:
-            layer.slim(self._rows, self.h2o.heavy, recent, by_mask=False)
-        self._rows.cut(self.h2o.heavy + recent)
+            layer.slim(windows, by_mask=False)
+        self._rows.cut(windows)
 
     def reset(self) -> None:
         """Forget all tokens and counts, and set the clock to 0. The slots stay allocated for reuse."""
@@ -345,7 +379,7 @@ class HHCache(Cache):
     def with_rows(self, batch_size: int) -> HHCache:
         """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""
         other = HHCache(self.h2o)
-        other._rows = Rows(batch_size)
+        other._rows = Rows(batch_size, self.windows)
         for layer in self.layers:
             other.layers.append(HHLayer(self.h2o, layer.layer_idx))
             other.layers[-1].slimmer = layer.slimmer
@@ -414,6 +448,11 @@ class HHCache(Cache):
         return list(self._rows.seen) if self._rows else []
 
     @property
+    def longest(self) -> int:
+        """Slots allocated for a head, or for the one with the largest window."""
+        return self.windows.largest + self.h2o.update_interval
+
+    @property
     def evictions(self) -> list[int]:
         """Slimmings that dropped slots, for each row."""
         return list(self._rows.evictions) if self._rows else []
@@ -425,9 +464,10 @@ class HHCache(Cache):
 
     def positions(self, layer: int) -> torch.Tensor:
         """Original positions of a layer's slots, int32 [B, Hkv, longest row], -1 past a row's length."""
-        positions = self.layers[layer].slots.positions[:, :, : max(self.lengths)]
-        lengths = self._rows.mirror(positions.device)[0, :, None, None]
-        return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
+        of, batch = self.layers[layer], len(self.lengths)
+        positions = of.slots.load("positions").view(batch, of.slots.heads, -1)[:, :, : max(self.lengths)]
+        slot = torch.arange(positions.shape[-1], device=positions.device)
+        return positions.masked_fill(slot >= of.lengths[..., None], -1)
 
     def check_past(self, past: torch.Tensor) -> None:
         """Raise ValueError unless a mask of past columns, bool [B, n] on the host, matches the tokens seen."""

@@ -18,6 +18,8 @@ class Candidates(Protocol):
     positions: torch.Tensor  # int32 [B, Hkv, slots], original positions of the tokens
     mass: torch.Tensor | None  # float32 [B, Hkv, slots], if the policy is `by_mass`
     count: torch.Tensor | None  # float32 [B, Hkv, slots]: queries that could see the slot, if score_norm is "mean"
+    norms: torch.Tensor | None  # float32 [B, Hkv, slots]: L2 norms of the values, if the policy is `by_value`
+    keys: torch.Tensor  # [B, Hkv, slots, D], not rotated under position_rolling
     values: torch.Tensor  # [B, Hkv, slots, D]
     layer_idx: int
     seed: int  # H2OConfig.score_seed
@@ -34,9 +36,11 @@ class Policy:
     score: Callable[[Candidates], torch.Tensor]
     meaning: str = ""  # shown beside the name in --help
     by_mass: bool = False  # needs attention mass, which decode steps then accumulate
+    by_value: bool = False  # needs the norms of the values, which are stored when a token is appended
     seeded: bool = False  # depends on score_seed
     heavy: int | None = None  # slots kept by score if num_heavy_hitters is -1; None = half of the window
-    # The slimming kernel's name for this score if it has its own implementation; None = it ranks by `score`.
+    # The slimming kernel's name for this score if it has its own implementation; None = it ranks by `score`. "mass" is
+    # divided by the queries and multiplied by the norms if these are stored.
     rank: str | None = None
 
     @property
@@ -52,6 +56,11 @@ def mass(slots: Candidates) -> torch.Tensor:
     return slots.mass / slots.count.clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def value_mass(slots: Candidates) -> torch.Tensor:
+    """Attention mass times the L2 norm of the value: about how much of the attention's output the slot has made up."""
+    return mass(slots) * slots.norms
+
+
 def oldest(slots: Candidates) -> torch.Tensor:
     """Negated slot index: slots are in token order."""
     shape = slots.positions.shape
@@ -65,6 +74,9 @@ def random(slots: Candidates) -> torch.Tensor:
 STREAMING_LLM = Policy("StreamingLLM", oldest, "the 4 oldest", heavy=4, rank="oldest")  # as in arXiv 2309.17453
 POLICIES = {
     "mass": Policy("H2O", mass, "H2O", by_mass=True, rank="mass"),
+    "value_mass": Policy(
+        "value mass", value_mass, "mass x norm of the value", by_mass=True, by_value=True, rank="mass"
+    ),
     "sink": Policy("sinks", oldest, "half of the window: the oldest", rank="oldest"),
     "streaming_llm": STREAMING_LLM,
     "random": Policy("random + recent", random, seeded=True, rank="random"),

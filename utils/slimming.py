@@ -36,16 +36,46 @@ class Slimming:
     ):
         self.slots, self.plan, self.policy, self.layer_idx, self.seed = slots, plan, policy, layer_idx, seed
         self.kept = kept
-        self._source = slots.tensors() if block is None else block
-        self.keys, self.values = self._source["keys"], self._source["values"]
-        self.mass, self.count = self._source.get("mass"), self._source.get("count")
+        self.block = block
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        """A tensor of the slots as they are stored, or of the block, [B, Hkv, width(, D)]; None where nothing ranks by it."""
+        if self.block is None:
+            return self.slots.stored().get(name)
+        of = self.block.get(name)
+        rows = len(self.slots.keys)  # of the batch, where the plan's are heads
+        return of if of is None or len(of) == rows else of.view(rows, -1, *of.shape[2:])
+
+    @cached_property
+    def _source(self) -> dict[str, torch.Tensor]:
+        return self.slots.tensors() if self.block is None else self.block
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._source["keys"]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._source["values"]
+
+    @property
+    def mass(self) -> torch.Tensor | None:
+        return self._source.get("mass")
+
+    @property
+    def count(self) -> torch.Tensor | None:
+        return self._source.get("count")
+
+    @property
+    def norms(self) -> torch.Tensor | None:
+        return self._source.get("norms")
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """int32 [B, Hkv, width]. A block's are built on demand, because the kernels do not need them."""
         if "positions" in self._source:
             return self._source["positions"]
-        slots, width = self.slots.positions, self.plan.slots
+        slots, width = self.slots.load("positions"), self.plan.slots
         filled = min(slots.shape[2], width)
         new = self.plan.masks.appended[..., filled:width].expand(*slots.shape[:2], -1)
         return torch.cat([slots[:, :, :filled], new], dim=-1)
@@ -62,29 +92,44 @@ class Slimming:
 class TorchSlimmer:
     """Slimming in torch. The Triton slimmer has the same two methods."""
 
+    most_slots = 0  # that kernels can pick from
     by_kernel = False  # whether kernels slim and need `Rows.kept`
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
         """The slots to keep, ascending: int64 or int32 [B, Hkv, window]. Moves nothing."""
         masks = slimming.plan.masks
-        return select_slots(slimming.scores(), masks.empty, masks.recent, slimming.plan.window)
+        plan = slimming.plan
+        windows = None if plan.even else plan.of_rows(plan.windows)
+        return select_slots(slimming.scores(), masks.empty, masks.recent, plan.window, windows)
 
     def slim(self, slimming: Slimming) -> None:
         """Move the slots to keep to the front."""
         slimming.slots.compact(slimming.tensors(), self.pick(slimming), slimming.plan, gather)
 
 
-def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor, window: int) -> torch.Tensor:
-    """The slots to keep, `window` in total: all recent ones, then the older ones with the greatest score.
+def select_slots(
+    score: torch.Tensor,
+    empty: torch.Tensor,
+    recent: torch.Tensor,
+    window: int,
+    windows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The slots to keep: all recent ones and, of the older ones, those with the greatest score, `window` together.
 
     Args:
         score: [B, Hkv, slots], finite, float.
-        empty, recent: bool [B, 1, slots]. Recent slots are kept whatever their score; empty slots are kept only to
-            fill up rows shorter than the window.
-        window: slots to keep; if there are fewer, all are kept.
+        empty, recent: bool [B, 1, slots]; recent slots are kept whatever their score, empty ones only where a row is
+            shorter than the window, to fill it up.
+        window: slots to keep; all `slots` when there are no more.
+        windows: int [B, 1, 1], the rows' own windows where they differ; `window` is the largest. A shorter row ends
+            with the last slot, repeated.
 
-    Returns: int64 [B, Hkv, min(window, slots)], ascending. Ties keep the older slot. A row no longer than the window
-    keeps every slot in place.
+    Returns: int64 [B, Hkv, min(window, slots)], ascending. Of equal scores the older slot is kept. A row that is not
+    longer than the window keeps every slot where it is.
     """
     score = score.masked_fill(recent, torch.inf).masked_fill(empty, -torch.inf)
-    return score.sort(dim=-1, descending=True, stable=True).indices[..., :window].sort(dim=-1).values
+    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :window]
+    if windows is not None:
+        rank = torch.arange(best.shape[-1], device=best.device)
+        best = best.masked_fill(rank >= windows, score.shape[-1] - 1)
+    return best.sort(dim=-1).values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from utils.heads import HeadRows, HeadWindows, LayerRows
 from utils.padding import Padding, runs_without
 
 
@@ -20,7 +22,7 @@ class Step:
     brings no token.
     """
 
-    rows: Rows
+    rows: Rows | LayerRows
     start: list[int]
     new: list[int]
     columns: int
@@ -37,6 +39,12 @@ class Step:
         self.padded = min(self.new) < self.columns
         self.partial = self.decode and self.padded
         self._on: dict[tuple, torch.Tensor] = {}
+
+    def of_heads(self, rows: LayerRows) -> Step:
+        """The same forward as the heads of a layer see it, each with windows of its own: a row is a head of a row."""
+        new = rows.repeat(self.new)
+        start = [length - n for length, n in zip(rows.lengths, new, strict=True)]
+        return replace(self, rows=rows, start=start, new=new, first_scored=rows.repeat(self.first_scored))
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """`start` on `device`, int64 [B]. A decode step derives it from the lengths already on the device."""
@@ -137,9 +145,11 @@ class Rows:
 
     During a forward both include its new tokens; lengths are cut to the window once all layers are slimmed. `padding`
     records the columns in which a row had no token. `gaps` counts the positions that a row skipped at holes in a mask.
+    Where heads have windows of their own, `lengths` are those of the fullest head, and `heads` counts for each.
     """
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, windows: HeadWindows):
+        self.windows = windows
         self.lengths = [0] * batch_size
         self.seen = [0] * batch_size
         self.evictions = [0] * batch_size
@@ -150,7 +160,8 @@ class Rows:
         self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
         self._kept: dict[tuple, torch.Tensor] = {}
-        self._plans: dict[tuple, SlimmingPlan] = {}
+        self.plans: dict[tuple, SlimmingPlan] = {}
+        self.heads = None if windows.even else HeadRows(self, windows)
 
     def mirror(self, device: torch.device) -> torch.Tensor:
         """int32 [2, B] on `device`: lengths and tokens seen."""
@@ -159,12 +170,15 @@ class Rows:
                 self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
         return self._mirrors[device]
 
-    def kept(self, device: torch.device, heads: int, window: int) -> torch.Tensor:
-        """int32 [B, heads, window + 1] on `device`, at a fixed address: passed from one slimming kernel to the next."""
-        key = device, heads, window
+    def kept(self, slots) -> torch.Tensor:
+        """int32 [B, KV heads, window + 1], at a fixed address: passed from one slimming kernel to the next."""
+        return self.passed_on(slots.device, (len(self.lengths), slots.heads, self.windows.largest + 1))
+
+    def passed_on(self, device: torch.device, shape: tuple[int, ...]) -> torch.Tensor:
+        """int32 of this shape, the same for all layers."""
+        key = device, shape
         if key not in self._kept:
             with torch.inference_mode(False):
-                shape = (len(self.lengths), heads, window + 1)
                 self._kept[key] = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._kept[key]
 
@@ -198,7 +212,9 @@ class Rows:
         """Count new tokens, on the device as well unless `count_step` does that."""
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
         self.seen = [seen + n for seen, n in zip(self.seen, new, strict=True)]
-        self._plans.clear()
+        self.plans.clear()
+        if self.heads is not None:
+            self.heads.append(new)
         if not on_device:
             return
         if set(new) == {1}:
@@ -210,25 +226,33 @@ class Rows:
         """Count one more token on the device for each row, or with `partial` only for the rows in `brought`."""
         for device, mirror in self._mirrors.items():
             mirror.add_(self.brought(device) if partial else 1)
+        if self.heads is not None:
+            self.heads.count_step(self.brought if partial else None)
 
-    def cut(self, window: int, on_device: bool = True) -> None:
-        """Cut lengths to `window` after all layers were slimmed, on the device as well unless `cut_there` does that."""
-        self.evictions = [n + (length > window) for n, length in zip(self.evictions, self.lengths, strict=True)]
-        self.lengths = [min(length, window) for length in self.lengths]
-        self._plans.clear()
+    def cut(self, windows: HeadWindows, on_device: bool = True) -> None:
+        """Cut lengths to `windows` after all layers were slimmed, on the device as well unless `cut_there` does that."""
+        longest = windows.largest
+        longer = [length > longest for length in self.lengths] if self.heads is None else self.heads.cut(windows)
+        self.evictions = [n + cut for n, cut in zip(self.evictions, longer, strict=True)]
+        self.lengths = [min(length, longest) for length in self.lengths]
+        self.plans.clear()
         if on_device:
-            self.cut_there(window)
+            self.cut_there(windows)
 
-    def cut_there(self, window: int) -> None:
-        """Cut the lengths on the device to `window`."""
+    def cut_there(self, windows: HeadWindows) -> None:
+        """Cut the lengths on the device to `windows`."""
         for mirror in self._mirrors.values():
-            mirror[0].clamp_(max=window)
+            mirror[0].clamp_(max=windows.largest)
+        if self.heads is not None:
+            self.heads.cut_there(windows)
 
     def clear(self) -> None:
+        if self.heads is not None:
+            self.heads.held[:] = 0
         self.lengths, self.seen, self.evictions = ([0] * len(self.lengths) for _ in range(3))
         self.padding = [Padding() for _ in self.lengths]
         self.gaps = [0] * len(self.lengths)
-        self._plans.clear()
+        self.plans.clear()
         self.upload()
 
     def reorder(self, order: torch.Tensor) -> None:
@@ -237,6 +261,8 @@ class Rows:
             columns = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
             self.lengths, self.seen, self.evictions, self.gaps, padding = columns
             self.padding = [of_row.copy() for of_row in padding]
+            if self.heads is not None:
+                self.heads.held = self.heads.held[order.tolist()]
             self.upload()
 
     def take(self, rows: list[int], source: Rows, source_rows: list[int]) -> None:
@@ -244,7 +270,9 @@ class Rows:
             self.lengths[row], self.seen[row] = source.lengths[of], source.seen[of]
             self.evictions[row], self.gaps[row] = source.evictions[of], source.gaps[of]
             self.padding[row] = source.padding[of].copy()
-        self._plans.clear()
+        if self.heads is not None:
+            self.heads.held[rows] = source.heads.held[source_rows]
+        self.plans.clear()
         self.upload()
 
     def upload(self) -> None:
@@ -252,12 +280,27 @@ class Rows:
             mirror.copy_(torch.tensor([self.lengths, self.seen], dtype=torch.int32), non_blocking=True)
         for gap in self._gaps.values():
             gap.copy_(torch.tensor(self.gaps, dtype=torch.int32), non_blocking=True)
+        if self.heads is not None:
+            self.heads.upload()
 
-    def plan(self, *key) -> SlimmingPlan:
-        """The `SlimmingPlan` for (device, slots, capacity, heavy, recent), made once for all layers."""
-        if key not in self._plans:
-            self._plans[key] = SlimmingPlan(self, *key)
-        return self._plans[key]
+    def split(self, windows: HeadWindows) -> np.ndarray:
+        """Slots kept by score, and newest ones, the same for all heads: int [2, 1]."""
+        return np.stack([windows.heavy, windows.recent])
+
+
+def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:
+    """The `SlimmingPlan` for (device, slots, capacity, windows), made once for all layers if they share the rows."""
+    if isinstance(rows, LayerRows):
+        return SlimmingPlan(rows, *key)
+    if key not in rows.plans:
+        rows.plans[key] = SlimmingPlan(rows, *key)
+    return rows.plans[key]
+
+
+def to_rows(states: torch.Tensor, step: Step | int) -> torch.Tensor:
+    """States [B, H, n(, D)] for the rows of a step, or so many: [rows, H / heads, n(, D)] if heads are rows."""
+    rows = step if isinstance(step, int) else len(step.new)
+    return states if len(states) == rows else states.reshape(rows, -1, *states.shape[2:])
 
 
 class SlotMasks(NamedTuple):
@@ -271,14 +314,38 @@ class SlotMasks(NamedTuple):
 
 
 class SlimmingPlan:
-    """What all layers on a device share in a slimming of `slots` columns to heavy + recent."""
+    """What a slimming of `slots` columns to `windows` needs to know; all layers on a device share it if heads are alike.
 
-    def __init__(self, rows: Rows, device: torch.device, slots: int, capacity: int, heavy: int, recent: int):
-        self.slots, self.capacity = slots, capacity
-        self.heavy, self.recent, self.window = heavy, recent, heavy + recent
-        self.longest = max(rows.lengths)
-        self.ragged = min(rows.lengths) < min(self.longest, self.window)  # a row leaves slots empty that others fill
+    `window` is that of the heads, or the largest of their windows. Where these differ, a row here is a head of a row.
+    """
+
+    def __init__(self, rows: Rows | LayerRows, device: torch.device, slots: int, capacity: int, windows: HeadWindows):
+        self.rows, self.slots, self.capacity, self.even = rows, slots, capacity, windows.even
+        self.windows_of = windows
+        self.heavy, self.recent = rows.split(windows)  # int [1], or [KV heads]
+        self.windows = self.heavy + self.recent
+        self.window = int(self.windows.max())
         self.mirror = rows.mirror(device)
+
+    @cached_property
+    def split_there(self) -> torch.Tensor:
+        """Heavy and recent slots of the heads on the device: int32 [2, KV heads]."""
+        return self.rows.split_there(self.windows_of, self.mirror.device)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.rows.lengths)
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether a slot is dropped."""
+        lengths = np.array(self.rows.lengths).reshape(-1, len(self.windows))
+        return bool((lengths > self.windows).any())
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether a row leaves slots empty that others fill."""
+        return not self.even or min(self.rows.lengths) < min(self.longest, self.window)
 
     @cached_property
     def masks(self) -> SlotMasks:
@@ -286,11 +353,18 @@ class SlimmingPlan:
         lengths, seen = self.mirror[:, :, None, None].unbind(0)  # [B, 1, 1]
         slot = torch.arange(max(self.slots, self.capacity), dtype=torch.int32, device=lengths.device)
         age = lengths - slot[: self.slots]  # 1 = the newest slot
-        kept = lengths.clamp(max=self.window)
+        kept = lengths.clamp(max=self.of_rows(self.windows))
         return SlotMasks(
             empty=age <= 0,
-            recent=(age > 0) & (age <= self.recent),
+            recent=(age > 0) & (age <= self.of_rows(self.recent)),
             appended=(seen - lengths + slot).to(torch.int32),
             filled=slot[: self.capacity] < kept,
             upcoming=(seen - kept + slot[: self.capacity]).to(torch.int32),
         )
+
+    def of_rows(self, numbers: np.ndarray) -> int | torch.Tensor:
+        """The rows' numbers: the one that all heads have, or int32 [B, 1, 1] on the device."""
+        if self.even:
+            return int(numbers[0])
+        there = torch.from_numpy(numbers.astype(np.int32)).to(self.mirror.device)
+        return there.repeat(self.mirror.shape[1] // len(there))[:, None, None]

@@ -7,6 +7,7 @@ length and tokens seen.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,10 +16,18 @@ import triton.language as tl
 from h2optimizer.kernels.common import on_its_device
 
 RANKS = ("mass", "mean", "random", "oldest", "order")
-MAX_SLOTS = 4096  # most slots that `select` can rank: one tile in registers
+MAX_SLOTS = 8192  # most slots that `select` can rank: one tile in registers
 PROGRAMS = 512  # `compact` splits heads to reach this many, about four per multiprocessor of a large GPU
 LEAST_BYTES = 32  # least bytes of a slot that one program moves: a memory sector
 TILE_BYTES = 8192  # bytes of a tile with 4 warps; with few programs, four times that with 8 warps
+
+
+class Heads(NamedTuple):
+    """Heads of a layer with windows of their own, whose slots lie one after the other."""
+
+    offsets: torch.Tensor  # int32 [Hkv + 1]: where each head's slots begin
+    split: torch.Tensor  # int32 [2, Hkv]: heavy and recent slots
+    longest: int  # capacity of a head
 
 
 @on_its_device
@@ -36,7 +45,10 @@ def select(
     rank: str,
     salt: int = 0,
     move: bool = True,
-    order: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    norms: torch.Tensor | None = None,
+    source_norms: torch.Tensor | None = None,
+    heads: Heads | None = None,
 ) -> None:
     """Write to `kept` each row's `recent` newest slots and, of the older ones, the `heavy` best-ranked.
 
@@ -51,25 +63,30 @@ def select(
         rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Ties
             keep the older slot; NaN ranks above everything.
         salt: any integer; only its low 32 bits are used.
-        order: float32 [B, Hkv, width], contiguous: the scores for rank "order", of which the greatest are kept; None
-            for any other rank.
+        scores: float32 [B, Hkv, width], contiguous, that rank "order" goes by, the greatest kept. None otherwise.
+        norms, source_norms: as mass: rank "mass" or "mean" is multiplied by them. None where nothing ranks by them.
+        heads: if heads have windows of their own. Then positions, mass, count, norms and `kept` are [B, all slots],
+            `mirror` has a column for each head of each row, and heavy and recent are not read.
 
-    Raises: ValueError for an unknown rank, for scores without rank "order", or for that rank without scores.
+    Raises: ValueError for an unknown rank, or scores without rank "order", or that rank without scores.
     """
-    if rank not in RANKS or (rank == "order") != (order is not None):
-        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}; pass `order` with rank 'order' only")
-    batch, heads, capacity = positions.shape
-    tile = triton.next_power_of_2(max(width, capacity))
-    _select[(batch * heads,)](
-        positions, mass, count, source_mass, source_count, order, mirror, kept,
-        batch, heads, width, capacity, kept.shape[2], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
-        RANK=rank, MASS=mass is not None, COUNT=count is not None, MOVE=move, TILE=tile,
-        num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+    if rank not in RANKS or (rank == "order") != (scores is not None):
+        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
+    batch, capacity = len(positions), positions.shape[-1]
+    count_heads, longest = (positions.shape[1], capacity) if heads is None else (len(heads.offsets) - 1, heads.longest)
+    tile = triton.next_power_of_2(max(width, longest))
+    _select[(batch * count_heads,)](
+        positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept,
+        None if heads is None else heads.offsets, None if heads is None else heads.split,
+        batch, count_heads, width, capacity, kept.shape[-1], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
+        RANK=rank, MASS=mass is not None, COUNT=count is not None, NORMS=norms is not None, MOVE=move, TILE=tile,
+        IN_PLACE=source_mass is mass, RAGGED=heads is not None, num_warps=min(16, max(1, tile // 256)), num_stages=1,
+        maxnreg=128,
     )  # fmt: skip
 
 
 def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
-    """Write slots [B, Hkv, window] picked by torch to `kept`, for `compact`."""
+    """Write slots [B, Hkv, window] that torch has picked to `kept`, for `compact`."""
     window = keep.shape[2]
     kept[..., :window] = keep
     kept[..., -1] = (keep == torch.arange(window, device=keep.device)).sum(dim=-1)
@@ -84,26 +101,33 @@ def compact(
     mirror: torch.Tensor,
     kept: torch.Tensor,
     window: int,
+    heads: Heads | None = None,
 ) -> None:
-    """Move the source's kept slots, at most `window` a row, to the front of keys and values.
+    """Move the kept slots of the source, at most `window` per row, to the front of keys and values.
 
     Args:
-        keys, values: [B, Hkv, capacity, D], contiguous, any dtype; 16-byte accesses if D is a multiple of 8.
-        source_keys, source_values: [B, Hkv, width, D] with D contiguous; either keys and values themselves, or
+        keys, values: [B, Hkv, capacity, D], or [B, all slots, D] with `heads`; contiguous, any dtype; 16-byte accesses
+            where D is a multiple of 8.
+        source_keys, source_values: [B, Hkv, width, D] with contiguous heads; keys and values themselves, or
             tensors that share no memory with them.
+        heads: as in `select`; `window` is then the largest.
     """
-    batch, heads, capacity, head_dim = keys.shape
-    chunk, slots, warps = _tiling(batch * heads, head_dim, keys.itemsize, window)
-    _compact[(batch * heads * 2 * triton.cdiv(head_dim, chunk),)](
-        keys, values, source_keys, source_values, mirror, kept, heads, capacity, kept.shape[2], window,
-        *source_keys.stride()[:3], *source_values.stride()[:3],
-        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=source_keys is keys, num_warps=warps, num_stages=1,
+    batch, capacity, head_dim = len(keys), keys.shape[-2], keys.shape[-1]
+    count_heads = keys.shape[1] if heads is None else len(heads.offsets) - 1
+    chunk, slots, warps = _tiling(batch * count_heads, head_dim, keys.itemsize, window)
+    in_place = source_keys is keys
+    strides = (0,) * 6 if in_place else (*source_keys.stride()[:3], *source_values.stride()[:3])
+    _compact[(batch * count_heads * 2 * triton.cdiv(head_dim, chunk),)](
+        keys, values, source_keys, source_values, mirror, kept, None if heads is None else heads.offsets,
+        None if heads is None else heads.split, count_heads, capacity, kept.shape[-1], window, *strides,
+        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=in_place, RAGGED=heads is not None, num_warps=warps,
+        num_stages=1,
     )  # fmt: skip
 
 
 @functools.lru_cache
 def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, int, int]:
-    """Head elements and slots per tile, and warps: whole heads unless that gives too few programs to fill a GPU."""
+    """Elements of the head and slots in a tile, and warps: whole heads, unless programs are too few to fill a GPU."""
     chunk = triton.next_power_of_2(head_dim)
     while rows * 2 * triton.cdiv(head_dim, chunk) < PROGRAMS and chunk * itemsize > LEAST_BYTES:
         chunk //= 2
@@ -112,27 +136,52 @@ def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, 
     return chunk, min(slots, triton.next_power_of_2(max(1, window))), 8 if few else 4
 
 
+@triton.jit
+def _of_head(mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride,
+             RAGGED: tl.constexpr):  # fmt: skip
+    """A row's KV head: its length, tokens seen, heavy and recent slots, first slot of all, capacity, and where `kept` is."""
+    if RAGGED:
+        length, seen = tl.load(mirror + row), tl.load(mirror + batch * heads + row)
+        heavy, recent = tl.load(split + head), tl.load(split + heads + head)
+        begin = tl.load(offsets + head)
+        first = batch_row.to(tl.int64) * capacity + begin
+        at_kept = first
+        capacity = tl.load(offsets + head + 1) - begin
+        kept_stride = heavy + recent + 1
+    else:
+        length, seen = tl.load(mirror + batch_row), tl.load(mirror + batch + batch_row)
+        first = row.to(tl.int64) * capacity
+        at_kept = row.to(tl.int64) * kept_stride
+    return length, seen, heavy, recent, first, capacity, at_kept, kept_stride
+
+
 @triton.jit(do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"])
 def _select(
-    positions, mass, count, source_mass, source_count, scores, mirror, kept,
+    positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept, offsets, split,
     batch, heads, width, capacity, kept_stride, heavy, recent, salt,
-    RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, MOVE: tl.constexpr, TILE: tl.constexpr,
+    RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, NORMS: tl.constexpr, MOVE: tl.constexpr,
+    TILE: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch_row, head = row // heads, row % heads
-    kept += row.to(tl.int64) * kept_stride
-    length, seen = tl.load(mirror + batch_row), tl.load(mirror + batch + batch_row)
+    length, seen, heavy, recent, first, capacity, at_kept, kept_stride = _of_head(
+        mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride, RAGGED
+    )
+    kept += at_kept
     window = heavy + recent
     slot = tl.arange(0, TILE)
     filled = slot < length
-    row, source = row.to(tl.int64) * capacity, row.to(tl.int64) * width
+    row = row.to(tl.int64)
+    source = first if IN_PLACE else row * width
     # Tokens past the capacity are all new, so their positions follow from their slots.
-    position = tl.load(positions + row + slot, mask=slot < capacity, other=0)
+    position = tl.load(positions + first + slot, mask=slot < capacity, other=0)
     position = tl.where(slot < capacity, position, seen - length + slot)
     if MASS:
         slot_mass = tl.load(source_mass + source + slot, mask=filled, other=0.0)
     if COUNT:
         slot_count = tl.load(source_count + source + slot, mask=filled, other=0.0)
+    if NORMS:
+        slot_norm = tl.load(source_norms + source + slot, mask=filled, other=0.0)
 
     keep = filled
     if length > window:
@@ -143,12 +192,15 @@ def _select(
             if RANK == "random":
                 order = _hash(position, head, salt)
             elif RANK == "order":
-                order = _order(tl.load(scores + source + slot, mask=filled, other=0.0))
-            elif RANK == "mean":
-                order = _order(tl.div_rn(slot_mass, tl.maximum(slot_count, 1.1754943508222875e-38)))
+                order = _order(tl.load(scores + row * width + slot, mask=filled, other=0.0))
             else:
-                order = _order(slot_mass)
+                score = slot_mass
+                if RANK == "mean":
+                    score = tl.div_rn(score, tl.maximum(slot_count, 1.1754943508222875e-38))
+                order = _order(score * slot_norm if NORMS else score)
             best = _greatest(tl.where(older, order, -0x80000000), heavy)
+            if RAGGED:
+                best = best & (heavy > 0)
         keep = best | (filled & (slot >= length - recent))
 
     kept_slots = tl.minimum(length, window)
@@ -159,11 +211,13 @@ def _select(
     if MOVE:
         tail = (slot >= kept_slots) & (slot < capacity)
         tl.debug_barrier()  # every thread has read its part of the row, which may now be overwritten
-        _put(positions + row, position, to, keep, slot, seen - kept_slots + slot, tail)
+        _put(positions + first, position, to, keep, slot, seen - kept_slots + slot, tail)
         if MASS:
-            _put(mass + row, slot_mass, to, keep, slot, 0.0, tail)
+            _put(mass + first, slot_mass, to, keep, slot, 0.0, tail)
         if COUNT:
-            _put(count + row, slot_count, to, keep, slot, 0.0, tail)
+            _put(count + first, slot_count, to, keep, slot, 0.0, tail)
+        if NORMS:
+            _put(norms + first, slot_norm, to, keep, slot, 0.0, tail)
 
 
 @triton.jit
@@ -212,22 +266,28 @@ def _put(row, value, to, keep, slot, tail_value, tail):
 
 @triton.jit(do_not_specialize=["heads", "capacity", "kept_stride", "window"])
 def _compact(
-    keys, values, source_keys, source_values, mirror, kept, heads, capacity, kept_stride, window,
+    keys, values, source_keys, source_values, mirror, kept, offsets, split, heads, capacity, kept_stride, window,
     key_row, key_head, key_slot, value_row, value_head, value_slot,
-    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (D + CHUNK - 1) // CHUNK
     row, part = tl.program_id(0) // (2 * chunks), tl.program_id(0) % (2 * chunks)
-    batch_row, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    end = tl.minimum(tl.load(mirror + batch_row), window)
-    kept += row.to(tl.int64) * kept_stride
+    batch_row, head = row // heads, row % heads
+    length, _, heavy, recent, slot, capacity, at_kept, kept_stride = _of_head(
+        mirror, offsets, split, batch_row, head, row, 0, heads, 0, window, capacity, kept_stride, RAGGED
+    )
+    end = tl.minimum(length, heavy + recent)
+    kept += at_kept
     first = 0
+    offset = slot * D
     if IN_PLACE:
-        first = tl.load(kept + kept_stride - 1)  # slots before this one stay in place
+        first = tl.load(kept + kept_stride - 1)  # slots before that stay where they are
         key_slot, value_slot = D, D
-    offset = row.to(tl.int64) * capacity * D
-    source_keys += batch_row * key_row + head * key_head
-    source_values += batch_row * value_row + head * value_head
+        source_keys += offset
+        source_values += offset
+    else:
+        source_keys += batch_row.to(tl.int64) * key_row + head.to(tl.int64) * key_head
+        source_values += batch_row.to(tl.int64) * value_row + head.to(tl.int64) * value_head
     if part < chunks:
         _move(keys + offset, source_keys, key_slot, kept, first, end, part * CHUNK, D, CHUNK, SLOTS, IN_PLACE)
     else:
