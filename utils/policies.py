@@ -65,7 +65,7 @@ def random(slots: Candidates) -> torch.Tensor:
 STREAMING_LLM = Policy("StreamingLLM", oldest, "the 4 oldest", heavy=4, rank="oldest")  # as in arXiv 2309.17453
 POLICIES = {
     "mass": Policy("H2O", mass, "H2O", by_mass=True, rank="mass"),
-    "sink": Policy("sinks", oldest, "half of the window: the oldest", rank="oldest"),
+    "sink": Policy("sinks", oldest, "the oldest slots, half of the window", rank="oldest"),
     "streaming_llm": STREAMING_LLM,
     "random": Policy("random + recent", random, seeded=True, rank="random"),
 }
