@@ -320,8 +320,8 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         shape = self.config.num_hidden_layers, self.config.num_key_value_heads
         if h2o.head_budgets != "even" and h2o.head_windows.index.shape != shape:
             raise ValueError(
-                f"head_budgets: for {' x '.join(map(str, h2o.head_windows.index.shape))} layers and KV heads, the model "
-                f"has {' x '.join(map(str, shape))}: measure it with scripts/calibrate.py"
+                f"head_budgets: for {' x '.join(map(str, h2o.head_windows.index.shape))} layers and KV heads, the "
+                f"model has {' x '.join(map(str, shape))}: measure it with scripts/calibrate.py"
             )
         self._h2o = h2o
 

@@ -61,7 +61,7 @@ from utils.rouge import ROUGE_TYPES
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
 WORDS = {"true": True, "false": False, "none": None, "all": None}
-TIMINGS = 10  # most calls, times --repeats: more are timed while a few tokens take less than the clock's noise
+TIMINGS = 10  # most timed calls per --repeats; calls are added while a few tokens take less than the clock's noise
 FORM = 2  # version of a cell's line; cells of another version are measured again
 
 
@@ -93,11 +93,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--retention_request",
         type=count_or_zero,
-        help="index of the request whose tokens are followed (the one with the longest text)",
+        help="index of the request whose tokens are tracked (the one with the longest text)",
     )
     add("--grid", type=Path, help="a YAML file with the grid, instead of the flags below")
     grid = parser.add_argument_group(
-        "grid", "one or more values for each field of H2OConfig; the default is that of H2OConfig"
+        "grid", "one or more values for each field of H2OConfig (default: H2OConfig's own)"
     )
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
@@ -131,7 +131,7 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
     cells, faults = {}, []
     for grid in grids(args):
         if unknown := [name for name in grid if name not in DEFAULTS]:
-            raise InputError(f"{where}H2OConfig has no field {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+            raise InputError(f"{where}H2OConfig has no field {unknown[0]!r}; its fields are {', '.join(DEFAULTS)}")
         # policies first, then windows, then intervals
         names = sorted(grid, key=lambda name: (name == "window_length") + 2 * (name == "update_interval"))
         for values in itertools.product(*(grid[name] for name in names)):
@@ -142,12 +142,12 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
             except (ValueError, InputError) as error:
                 said = str(error).removeprefix("--")
                 cell = ", ".join(f"{name}={of}" for name, of in settings.items())
-                named = len(settings) == 1 and said.startswith(*settings)  # it says so itself
+                named = len(settings) == 1 and said.startswith(*settings)  # the message names the setting already
                 faults.append(said if named else f"{cell}: {said}")
             else:
                 cells[canonical(h2o, device)] = None
     if not cells:
-        raise InputError(f"{where}{faults[0] if faults else 'no values given; nothing to measure'}")
+        raise InputError(f"{where}{faults[0] if faults else 'no values given, so there is nothing to measure'}")
     for fault in dict.fromkeys(faults):
         cli.say(f"left out: {fault}")
     return list(cells)
@@ -196,7 +196,7 @@ class Lab:
         self.timed = torch.tensor(rows, device=model.device)
 
     def measure(self, h2o: H2OConfig | None, texts: list[list[int]] | None) -> dict:
-        """One cell's figures. `h2o` None is the full cache, whose `texts` the others are compared on."""
+        """One cell's figures. `h2o` is None for the full cache; the others are compared on its `texts`."""
         model = self.stock
         if h2o is not None:
             model, model.h2o = self.model, h2o
@@ -382,9 +382,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint with plain weights")
         prompts = tokenize(requests, tokenizer, model, args.model_name)
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o=None)
-        with torch.cuda.device(
-            device if device.type == "cuda" else -1
-        ):  # the device whose clock and memory are read; -1: no GPU
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # the device to time and measure; -1: no GPU
             sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
     full = file.entries[names[0]]
     try:
@@ -398,18 +396,18 @@ def run(args: argparse.Namespace) -> int:
 
 def print_units(full: dict, requests: int) -> None:
     """Explain the table's figures. `full`: the full cache's row."""
-    over = f"{requests} requests" if requests > 1 else "one request, which has none"
+    over = f"{requests} requests" if requests > 1 else "one request: no interval"
     print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}].")
     if 1 < requests < FEW:
         print(f"With fewer than {FEW} requests these intervals are too narrow.")
     calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"
-    print(f"{calls} of {full['batch']} prompts of {full['prompt_tokens']} tokens: first ms: their prefill; ms/step:")
-    print(f"a step that gives each a token; tokens/s: all {full['batch']} together, without prefill.")
+    print(f"{calls} with {full['batch']} prompts of {full['prompt_tokens']} tokens. first ms: their prefill. ms/step:")
+    print(f"a step that gives each prompt a token. tokens/s: all {full['batch']} together, without prefill.")
     print("KL: nats per token. KV MiB: per request.")
 
 
 def cell_name(setup: dict, h2o: H2OConfig | None) -> str:
-    """A hash of all that a cell's figures depend on."""
+    """A hash of everything a cell's figures depend on."""
     settings = None if h2o is None else dataclasses.asdict(h2o)
     return hashlib.sha256(json.dumps([setup, settings]).encode()).hexdigest()[:16]
 

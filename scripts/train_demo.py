@@ -147,7 +147,7 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 def train(model: LlamaForCausalLM, batches: Batches, args: argparse.Namespace, device: torch.device) -> list[tuple]:
     """Train to args.steps or args.minutes, whichever comes first; the learning rate falls to 0 by then.
 
-    Returns: (step, minutes, tokens, loss, summary loss, share of summary tokens that are right) every so many steps.
+    Returns: (step, minutes, tokens, loss, summary loss, share of correct summary tokens) every `log_every` steps.
     """
     cuda = device.type == "cuda"
     options = {"prefetch_factor": 4, "pin_memory": cuda} if args.workers else {}
@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see utils/cli.py."""
     return cli.run(
-        lambda: run(parse_args(argv)), "training begins anew with the next command", "give smaller --batch_tokens"
+        lambda: run(parse_args(argv)), "run the same command again to start over", "give smaller --batch_tokens"
     )
 
 

@@ -386,7 +386,7 @@ def test_spread_of_times_is_recorded_and_shown(sweep, ablate, monkeypatch):
     assert "Median [lowest, highest] of 3 calls of 3 prompts" in outcome.units and "5 requests" in outcome.units
     monkeypatch.setattr(ablate, "prefill_and_whole_ms", lambda generate, tokens: (10.0, 12.0))
     once = sweep("--window_length", "8", "--sample_num", "1")
-    assert "One call" in once.units and "one request, which has none" in once.units
+    assert "One call" in once.units and "one request: no interval" in once.units
 
 
 def test_number_written_otherwise_is_the_same_cell(ablate):

@@ -297,7 +297,7 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
     sweep = plot.load(path, name)
     assert len(sweep.rows) == len(cells) - 1 and sweep.setup["batch_size"] == 16
     assert plot.main(["--input-path", str(path), "--setup", "nothing"]) == 2
-    assert "--setup nothing means 0 of" in capsys.readouterr().err
+    assert "--setup nothing matches 0 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines, flags, said", [
@@ -308,7 +308,7 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
     (lambda cells: [cells[0], cells[1] | {"h2o": {"window": 3}}], (), "cannot be read"),
     (lambda cells: [cells[0], cells[1] | {"rouge": {"rouge1": []}}], (), "line 2 (rouge2 is missing)"),
     (lambda cells: cells, ("--cells", "nothing"), "--cells nothing: means no cell"),
-    (lambda cells: cells, ("--setup", "nothing"), "--setup nothing means 0 of"),
+    (lambda cells: cells, ("--setup", "nothing"), "--setup nothing matches 0 of"),
     (lambda cells: cells, ("--output-path", "cells.jsonl/below"), "cannot be written"),
     (lambda cells: cells, ("--output-path", "cells.jsonl"), "is not a folder"),
     (lambda cells: cells, ("--input-path", "gone.jsonl"), "gone.jsonl: cannot be read"),

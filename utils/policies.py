@@ -74,10 +74,8 @@ def random(slots: Candidates) -> torch.Tensor:
 STREAMING_LLM = Policy("StreamingLLM", oldest, "the 4 oldest", heavy=4, rank="oldest")  # as in arXiv 2309.17453
 POLICIES = {
     "mass": Policy("H2O", mass, "H2O", by_mass=True, rank="mass"),
-    "value_mass": Policy(
-        "value mass", value_mass, "mass x norm of the value", by_mass=True, by_value=True, rank="mass"
-    ),
-    "sink": Policy("sinks", oldest, "half of the window: the oldest", rank="oldest"),
+    "value_mass": Policy("value mass", value_mass, "times the value's norm", by_mass=True, by_value=True, rank="mass"),
+    "sink": Policy("sinks", oldest, "the oldest slots, half of the window", rank="oldest"),
     "streaming_llm": STREAMING_LLM,
     "random": Policy("random + recent", random, seeded=True, rank="random"),
 }

@@ -39,7 +39,7 @@ class Slimming:
         self.block = block
 
     def stored(self, name: str) -> torch.Tensor | None:
-        """A tensor of the slots as they are stored, or of the block, [B, Hkv, width(, D)]; None where nothing ranks by it."""
+        """A tensor of the slots as stored, or of the block, [B, Hkv, width(, D)]; None where nothing ranks by it."""
         if self.block is None:
             return self.slots.stored().get(name)
         of = self.block.get(name)

@@ -139,7 +139,7 @@ def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, 
 @triton.jit
 def _of_head(mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride,
              RAGGED: tl.constexpr):  # fmt: skip
-    """A row's KV head: its length, tokens seen, heavy and recent slots, first slot of all, capacity, and where `kept` is."""
+    """A row's KV head: length, tokens seen, heavy and recent slots, first slot, capacity, and its part of `kept`."""
     if RAGGED:
         length, seen = tl.load(mirror + row), tl.load(mirror + batch * heads + row)
         heavy, recent = tl.load(split + head), tl.load(split + heads + head)
