@@ -20,6 +20,7 @@ from conftest import (
     new_oracle,
     new_tokens,
     prompt,
+    uneven,
     with_flags,
 )
 from h2optimizer import H2OLlamaForCausalLM
@@ -55,6 +56,17 @@ VARIANTS = {
     "rolling chunks": {"prefill_chunk": 3, "position_rolling": True, "score_norm": "mean"},
     "chunks of last queries": {"prefill_chunk": 5, "score_queries": 2, "score_decay": 0.5, "slimming": "mask"},
     "chunks of one": {"prefill_chunk": 1, "update_interval": 2},
+    "value mass": {"score": "value_mass"},
+    "value mass of some": {"score": "value_mass", "score_norm": "mean", "score_decay": 0.5, "slimming": "mask"},
+    "a share": {"num_heavy_hitters": "5/8"},
+    "uneven": {"head_budgets": uneven},
+    "uneven H2O": {"head_budgets": uneven, "update_interval": 1, "score": "value_mass", "num_heavy_hitters": "3/4"},
+    "uneven mean": {"head_budgets": uneven, "score_norm": "mean", "score_decay": 0.5, "num_heavy_hitters": 3},
+    "uneven chunks": {"head_budgets": uneven, "prefill_chunk": 4, "score_decay": 0.5, "score_queries": 2},
+    "uneven rolling": {"head_budgets": uneven, "position_rolling": True, "update_interval": 2},
+    "uneven rolling chunks": {"head_budgets": uneven, "position_rolling": True, "prefill_chunk": 3},
+    "uneven sinks": {"head_budgets": uneven, "score": "streaming_llm"},
+    "uneven random": {"head_budgets": uneven, "score": "random", "score_seed": 3},
 }
 
 
@@ -62,6 +74,8 @@ VARIANTS = {
 def test_every_flag_is_the_oracles(llamas, variant):
     """A flag that does something else than it says, in prompt, decode steps, a second turn or the steps after it."""
     flags = {"window_length": 8, "update_interval": 3, **variant}
+    if "head_budgets" in flags:
+        flags["head_budgets"] = uneven(llamas, flags["window_length"])
     decode = [[token] for token in prompt(20, 1)]
     blocks = [prompt(13), *decode[:8], prompt(5, 2), *decode[8:15]]
     caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]

@@ -78,7 +78,7 @@ def pick(device, rank, score_of, heads, heavy, recent, width, lengths, mass, cou
     kept = torch.full((batch, heads, window + 3), -9, dtype=torch.int32, device=device)
     salt = random_salt(3, 11)
     slimming.select(
-        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move, order=order
+        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move, scores=order
     )  # fmt: skip
     for b, length in enumerate(lengths):
         for head in range(heads):

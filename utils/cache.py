@@ -122,7 +122,8 @@ class HHLayer(CacheLayerMixin):
                 self.slots.store(name, slots)
             else:
                 total = addition.clone() if name == "count" else addition
-                total[:, :, : step.max_start].add_(old)
+                if step.max_start:
+                    total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
     def slim(self, windows: HeadWindows, by_mask: bool, static: bool = False) -> None:

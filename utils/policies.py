@@ -13,7 +13,11 @@ import torch
 
 
 class Candidates(Protocol):
-    """Slots of one layer to rank. Columns past a row's length may hold anything, even NaN; they are never kept."""
+    """Slots of one layer to rank. Columns past a row's length may hold anything, even NaN; they are never kept.
+
+    If heads have windows of their own, [B, Hkv, …] is [B * Hkv, 1, …]: a row is a head of a row. A score is recorded in a
+    CUDA graph: it must not wait for the device, nor depend on what changes on the host.
+    """
 
     positions: torch.Tensor  # int32 [B, Hkv, slots], original positions of the tokens
     mass: torch.Tensor | None  # float32 [B, Hkv, slots], if the policy is `by_mass`
@@ -21,6 +25,7 @@ class Candidates(Protocol):
     norms: torch.Tensor | None  # float32 [B, Hkv, slots]: L2 norms of the values, if the policy is `by_value`
     keys: torch.Tensor  # [B, Hkv, slots, D], not rotated under position_rolling
     values: torch.Tensor  # [B, Hkv, slots, D]
+    heads: int  # KV heads of the layer
     layer_idx: int
     seed: int  # H2OConfig.score_seed
 
@@ -68,7 +73,8 @@ def oldest(slots: Candidates) -> torch.Tensor:
 
 
 def random(slots: Candidates) -> torch.Tensor:
-    return random_priority(slots.positions, slots.layer_idx, slots.seed)
+    positions = slots.positions.reshape(-1, slots.heads, slots.positions.shape[-1])
+    return random_priority(positions, slots.layer_idx, slots.seed).view(slots.positions.shape)
 
 
 STREAMING_LLM = Policy("StreamingLLM", oldest, "the 4 oldest", heavy=4, rank="oldest")  # as in arXiv 2309.17453

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from utils.policies import Policy
@@ -35,8 +36,7 @@ class Slimming:
         kept: torch.Tensor | None = None,
     ):
         self.slots, self.plan, self.policy, self.layer_idx, self.seed = slots, plan, policy, layer_idx, seed
-        self.kept = kept
-        self.block = block
+        self.kept, self.block, self.heads = kept, block, slots.heads
 
     def stored(self, name: str) -> torch.Tensor | None:
         """A tensor of the slots as stored, or of the block, [B, Hkv, width(, D)]; None where nothing ranks by it."""
@@ -77,6 +77,9 @@ class Slimming:
             return self._source["positions"]
         slots, width = self.slots.load("positions"), self.plan.slots
         filled = min(slots.shape[2], width)
+        if self.slots.capacities:  # a short head has no position for each of the block's columns
+            past = torch.arange(filled, device=slots.device) >= self.plan.of_rows(np.array(self.slots.capacities))
+            slots = torch.where(past, self.plan.masks.appended[..., :filled], slots[:, :, :filled])
         new = self.plan.masks.appended[..., filled:width].expand(*slots.shape[:2], -1)
         return torch.cat([slots[:, :, :filled], new], dim=-1)
 

@@ -138,7 +138,7 @@ class Slots:
             self.store(name, whole)
 
     def compact(self, source: dict[str, torch.Tensor], keep: torch.Tensor, plan: SlimmingPlan, take: Gather) -> None:
-        """Move the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear the slots after them."""
+        """Move the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear those after them."""
         for name, old in source.items():
             self.fill({name: take(old, keep)}, plan)
         for name in ("mass", "count"):

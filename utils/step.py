@@ -230,7 +230,7 @@ class Rows:
             self.heads.count_step(self.brought if partial else None)
 
     def cut(self, windows: HeadWindows, on_device: bool = True) -> None:
-        """Cut lengths to `windows` after all layers were slimmed, on the device as well unless `cut_there` does that."""
+        """Cut lengths to `windows` after all layers were slimmed, on the device too unless `cut_there` does that."""
         longest = windows.largest
         longer = [length > longest for length in self.lengths] if self.heads is None else self.heads.cut(windows)
         self.evictions = [n + cut for n, cut in zip(self.evictions, longer, strict=True)]
@@ -314,7 +314,7 @@ class SlotMasks(NamedTuple):
 
 
 class SlimmingPlan:
-    """What a slimming of `slots` columns to `windows` needs to know; all layers on a device share it if heads are alike.
+    """What a slimming of `slots` columns to `windows` needs to know. Layers on a device share it if heads are alike.
 
     `window` is that of the heads, or the largest of their windows. Where these differ, a row here is a head of a row.
     """
