@@ -96,7 +96,7 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
         name = RECENT
     elif (policy := POLICIES[score]).keeps_oldest:
         sinks = policy.heavy if heavy == -1 and policy.heavy is not None else heavy
-        name = "half sinks" if sinks == -1 else f"{sinks} sinks"
+        name = "sink + recent" if sinks == -1 else f"{sinks} sinks"
         name = f"{STREAMING_LLM.label} ({name})" if sinks == STREAMING_LLM.heavy else name
     else:
         name = policy.label + (f", {heavy} heavy" if heavy != -1 else "")
