@@ -206,7 +206,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def evaluate(
     folder: Path, requests: list[Request], device: torch.device, batch_size: int = 50
 ) -> tuple[float, list[str]]:
-    """Greedy full-cache ROUGE-2 of the checkpoint as saved, points of 100, computed in float32; and the summaries."""
+    """Greedy full-cache ROUGE-2 of the checkpoint as saved, 0 to 100, computed in float32; and the summaries."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     summaries = []
@@ -232,7 +232,7 @@ invented; no test name occurs in training.
 
 | | |
 |---|---|
-| greedy ROUGE-2 F, points of 100, full cache, {requests} test requests, bfloat16 weights in float32 | {rouge:.2f} |
+| greedy ROUGE-2 F-measure, 0 to 100, full cache, {requests} test requests, bfloat16 weights in float32 | {rouge:.2f} |
 | architecture | {layers} layers, hidden {hidden}, {heads} query and {kv_heads} KV heads of 64, vocabulary {vocab} |
 | training | {steps} steps, {tokens:.0f}M tokens (padding included), {minutes:.1f} minutes |
 | settings | seed {seed}, {batch_tokens} tokens a step, AdamW, peak rate {lr}, summary weight {summary_weight} |
