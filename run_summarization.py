@@ -65,20 +65,21 @@ from utils.rouge import ROUGE_TYPES
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (default: the bundled ones)")
     add(
         "--output-path",
         type=output_file,
         default=Path("out/summaries.jsonl"),
-        help="results; metrics beside it (%(default)s)",
+        help="jsonl of results; the metrics are written beside it (default: %(default)s)",
     )
     add_model_flags(parser)
-    add("--sample_num", type=count, help="use only this many requests, from the top of the file")
+    add("--sample_num", type=count, help="use only this many requests, from the top of the file (default: all)")
     add(
         "--batch_size",
         type=count_or_auto,
         default=1,
-        help="sequences decoded together (%(default)s), halved when memory runs out; auto: as many as fit into memory",
+        help="sequences decoded together, halved when memory runs out; auto: as many as fit into the free memory "
+        "(default: %(default)s)",
     )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
     add(
@@ -87,9 +88,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="wrap each request in the tokenizer's chat template, for instruct models; "
         "the tokenizer's own end-of-sequence token then also ends a text",
     )
-    add("--seed", type=seed, default=42, help="seed of sampling (%(default)s)")
-    add("--overwrite", action="store_true", help="start over instead of resuming the results at --output-path")
-    add("--skip_bad_requests", action="store_true", help="skip and count lines that are not requests")
+    add("--seed", type=seed, default=42, help="seed for sampling (default: %(default)s)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="delete the results at --output-path and start again (default: resume them)",
+    )
+    add(
+        "--skip_bad_requests",
+        action="store_true",
+        help="skip and count lines that are not requests (default: refuse the file)",
+    )
     add_loading_flags(parser)
     add_cache_flags(parser)
     return parser.parse_args(argv)
@@ -113,7 +122,7 @@ def print_table(metrics: dict) -> None:
         print(f"{label:<22}{shown:>8}{note and f' {note}'}")
 
     interval = f"[95 % interval over {requests} requests]" if requests > 1 else "(one request has no interval)"
-    print(f"ROUGE, points of 100 (F-measure; the files hold fractions of 1)   {interval}")
+    print(f"ROUGE, 0 to 100 (F-measure; the files hold 0 to 1)   {interval}")
     for name in ROUGE_TYPES:
         mean, low, high = (100 * metrics["rouge"][name][key] for key in ("mean", "low", "high"))
         label = f"ROUGE-{name.removeprefix('rouge')}"

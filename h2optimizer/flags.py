@@ -12,7 +12,7 @@ import torch
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import QUANTIZERS
-from utils.cli import InputError, count_or_all, seed
+from utils.cli import InputError, count_or_all, number_or_share, seed
 from utils.policies import POLICIES, named_policies
 from utils.processes import Processes
 
@@ -30,14 +30,18 @@ FLAG_OF_FIELD = {
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `select_device` and `load_model` read."""
     add = parser.add_argument
-    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub (bundled)")
+    add(
+        "--model-name",
+        default=str(DEMO_MODEL),
+        help="a Llama checkpoint: a folder, or a name on the Hugging Face hub (default: the bundled model)",
+    )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="auto: the checkpoint's, or float32 on a CPU",
+        help="dtype of weights and cache; auto: float32 on a CPU, elsewhere the checkpoint's (default: %(default)s)",
     )
-    add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda if available")
+    add("--device", default="auto", help="cuda, cuda:1, cpu, …; auto: cuda if there is one (default: %(default)s)")
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,21 +50,28 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--tensor_parallel",
         action="store_true",
-        help="split the model across the processes that torchrun started",
+        help="split the model among the processes that torchrun starts (default: each process holds all of it)",
     )
     add(
         "--device_map",
         choices=("auto",),
-        help="auto: one process spreads the layers over all GPUs and CPU memory",
+        help="auto: a single process spreads the layers over all GPUs, and over CPU memory if they do not fit "
+        "(default: one device)",
     )
-    add("--quantize", choices=QUANTIZERS, help="quantise weights to 8 or 4 bits while loading, with this library")
+    add(
+        "--quantize",
+        choices=QUANTIZERS,
+        help="let this library quantise the weights to 8 or 4 bits while they are loaded (default: not quantised)",
+    )
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `h2o_config` reads."""
     h2o = parser.add_argument_group(
         "heavy-hitter cache",
-        "defaults are those in h2optimizer/llama.py",
+        "Settings of the heavy-hitter cache, which need --enable_h2o_generation. Their defaults are those of H2OConfig "
+        "in h2optimizer/llama.py. A slot is the place of one token in the cache; slimming drops slots; a slot's mass "
+        "is the attention probability that its token has received.",
         argument_default=argparse.SUPPRESS,  # None is a value
     )
     add = h2o.add_argument
@@ -68,36 +79,99 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         "--enable_h2o_generation",
         action="store_true",
         default=False,
-        help="use this cache (default: stock Llama's full cache)",
+        help="use the heavy-hitter cache (default: stock Llama with a full cache)",
     )
     add(
         "--num_heavy_hitter_tokens",
-        type=int,
-        help="heavy hitters in the window; -1: half of it (streaming_llm: 4), 0: local attention",
+        type=number_or_share,
+        help="slots of the window for heavy hitters, or their share of it, such as 31/32; the others hold the newest "
+        f"tokens. -1: half of the window (streaming_llm: 4); 0: newest tokens only {default_of('num_heavy_hitters')}",
     )
-    add("--num_window_length", type=int, help="slots kept: heavy hitters + recent")
-    add("--enable_position_rolling", action=argparse.BooleanOptionalAction, help="rotate keys by slot index")
-    add("--update_interval", type=int, help="slim on every N-th step; 1: H2O")
-    add("--slimming", choices=("H", "mask"), help="H: gather into place; mask: boolean mask and copy")
-    add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention backend; auto: triton on CUDA, else sdpa")
+    add(
+        "--head_budgets",
+        help="even: all KV heads keep as many slots; or a plan that scripts/calibrate.py has measured, a JSON file: "
+        f"each keeps its own number, on average those of the window {default_of('head_budgets')}",
+    )
+    add("--num_window_length", type=int, help=f"slots kept after slimming {default_of('window_length')}")
+    add(
+        "--enable_position_rolling",
+        action=argparse.BooleanOptionalAction,
+        help="take positions from slots instead of the text, so that they never exceed the cache's size "
+        f"{default_of('position_rolling')}",
+    )
+    add(
+        "--update_interval",
+        type=int,
+        help=f"decode steps from one slimming to the next {default_of('update_interval')}",
+    )
+    add(
+        "--slimming",
+        choices=("H", "mask"),
+        help=f"H: move slots in place; mask: boolean mask and copy, as in H2O {default_of('slimming')}",
+    )
+    add(
+        "--backend",
+        choices=("auto", *ATTENTION_BACKENDS),
+        help="what computes attention; auto: triton on NVIDIA GPUs of compute capability 8 or more, else sdpa "
+        f"{default_of('backend')}",
+    )
     add(
         "--score",
         choices=tuple(POLICIES),
-        help=f"which slots to keep besides the newest: {named_policies()}",
+        help=f"what ranks the slots older than the newest: {named_policies()} {default_of('score')}",
     )
-    add("--score_seed", type=seed, help="seed of --score random")
-    add("--score_every_step", action=argparse.BooleanOptionalAction, help="add mass on steps without slimming too")
-    add("--score_decay", type=float, help="factor on stored mass before each addition")
-    add("--score_norm", choices=("sum", "mean"), help="mean: mass per query that could see the slot")
-    add("--score_queries", type=count_or_all, help="take prefill mass from the last k queries, or all")
-    add("--prefill_chunk", type=count_or_all, help="prompt tokens between slimmings; all: exact prefill")
+    add("--score_seed", type=seed, help=f"seed for --score random {default_of('score_seed')}")
+    add(
+        "--score_every_step",
+        action=argparse.BooleanOptionalAction,
+        help=f"add to mass on every decode step; if not, only on those that slim {default_of('score_every_step')}",
+    )
+    add(
+        "--score_decay",
+        type=float,
+        help="multiply mass by this before each forward adds to it; 0: only the last forward counts "
+        f"{default_of('score_decay')}",
+    )
+    add(
+        "--score_norm",
+        choices=("sum", "mean"),
+        help="sum: rank by mass; mean: by mass divided by the number of queries that could add to it "
+        f"{default_of('score_norm')}",
+    )
+    add(
+        "--score_queries",
+        type=count_or_all,
+        help=f"take prefill mass from the prompt's last k tokens only, or from all {default_of('score_queries')}",
+    )
+    add(
+        "--prefill_chunk",
+        type=count_or_all,
+        help=f"slim after every so many prompt tokens; all: after the whole prompt {default_of('prefill_chunk')}",
+    )
     add(
         "--capture",
         action=argparse.BooleanOptionalAction,
-        help="decode with CUDA graphs if kernels slim",
+        help=f"record decode steps as CUDA graphs, with backends triton and flash_attn {default_of('capture')}",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile these graphs too; 45 s per batch size")
-    add("--group_reduce", choices=("sum", "first"), help="mass of a KV head; first: from its first query head only")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also compile the recorded steps, with backend triton: takes about 45 s per batch size "
+        f"{default_of('compile')}",
+    )
+    add(
+        "--group_reduce",
+        choices=("sum", "first"),
+        help="query heads of a KV head that mass is taken from; sum: all of them; first: the first one "
+        f"{default_of('group_reduce')}",
+    )
+
+
+def default_of(name: str) -> str:
+    """How --help shows the default of a field of H2OConfig."""
+    (value,) = (field.default for field in dataclasses.fields(H2OConfig) if field.name == name)
+    words = {None: "all", True: "yes", False: "no"}
+    return f"(default: {words[value] if value is None or isinstance(value, bool) else value})"
 
 
 def h2o_config(args: argparse.Namespace) -> H2OConfig | None:

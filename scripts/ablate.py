@@ -78,30 +78,40 @@ def value(text: str) -> bool | int | float | str | None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
-    add("--output-path", type=output_file, default=Path("out/ablation.jsonl"), help="jsonl of cells (%(default)s)")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (default: the bundled ones)")
+    add(
+        "--output-path",
+        type=output_file,
+        default=Path("out/ablation.jsonl"),
+        help="jsonl of cells, one per setting of the cache (default: %(default)s)",
+    )
     add_model_flags(parser)
-    add("--sample_num", type=count, help="use only this many requests, from the top of the file")
+    add("--sample_num", type=count, help="use only this many requests, from the top of the file (default: all)")
     add(
         "--batch_size",
         type=count,
         default=8,
-        help="sequences decoded together, and prompts of a timed call (%(default)s)",
+        help="sequences decoded together, and prompts of a timed call (default: %(default)s)",
     )
-    add("--timed_tokens", type=count, default=65, help="tokens of a timed call, including prefill's (%(default)s)")
-    add("--repeats", type=count, default=3, help="timed calls; the median is reported (%(default)s)")
+    add(
+        "--timed_tokens",
+        type=count,
+        default=65,
+        help="tokens of a timed call, the first included (default: %(default)s)",
+    )
+    add("--repeats", type=count, default=3, help="timed calls; the median is reported (default: %(default)s)")
     add(
         "--retention_request",
         type=count_or_zero,
-        help="index of the request whose tokens are tracked (the one with the longest text)",
+        help="index of the request whose tokens are followed (default: the one with the longest text)",
     )
-    add("--grid", type=Path, help="a YAML file with the grid, instead of the flags below")
+    add("--grid", type=Path, help="a YAML file with the grid (default: the flags below)")
     grid = parser.add_argument_group(
-        "grid", "one or more values for each field of H2OConfig (default: H2OConfig's own)"
+        "grid", "One or more values for each field of H2OConfig. run_summarization.py --help explains the fields."
     )
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
-        grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
+        grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE", help=f"default: {DEFAULTS[name]}")
     return parser.parse_args(argv)
 
 
@@ -165,14 +175,13 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
     if device.type != "cuda":
         idle.add("capture")
     settings = {"score_decay": float(h2o.score_decay)} | {name: DEFAULTS[name] for name in idle}
-    sinks = h2o.heavy and h2o.policy.keeps_oldest
-    if h2o.heavy == h2o.window_length // 2:
+    default = h2o.policy.heavy or h2o.window_length // 2
+    if h2o.heavy and h2o.policy.keeps_oldest:
+        sinks = {h2o.window_length // 2: "sink", STREAMING_LLM.heavy: "streaming_llm"}
+        settings["score"] = sinks.get(h2o.heavy, "sink")
+        settings["num_heavy_hitters"] = -1 if h2o.heavy in sinks else h2o.heavy
+    elif h2o.heavy == default:
         settings["num_heavy_hitters"] = -1
-        settings |= {"score": "sink"} if sinks else {}
-    elif sinks and h2o.heavy == STREAMING_LLM.heavy:
-        settings |= {"score": "streaming_llm", "num_heavy_hitters": -1}
-    elif sinks:
-        settings["score"] = "sink"
     return dataclasses.replace(h2o, **settings)
 
 
@@ -396,8 +405,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_units(full: dict, requests: int) -> None:
     """Explain the table's figures. `full`: the full cache's row."""
-    over = f"{requests} requests" if requests > 1 else "one request: no interval"
-    print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}].")
+    over = f"{requests} requests" if requests > 1 else "one request, which has none"
+    print(f"\nROUGE-2, difference from the full cache, 0 to 100, [95 % interval over {over}].")
     if 1 < requests < FEW:
         print(f"With fewer than {FEW} requests these intervals are too narrow.")
     calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"

@@ -213,22 +213,47 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; only its config is read"
     )
-    model.add_argument("--shape", choices=SHAPES, help="or a model shape (8b: Llama-3-8B)")
+    model.add_argument("--shape", choices=SHAPES, help="or the shape of a model; 8b: Llama-3-8B (default: 8b)")
     add = parser.add_argument
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: the config's")
-    add("--weight_bits", type=int, choices=(8, 4), help="bits of the layers' projections; the cache is not quantised")
-    add("--context", type=count, default=32768, help="tokens of each prompt (%(default)s)")
-    add("--batch", type=count, default=1, help="sequences decoded together (%(default)s)")
-    add("--new_tokens", type=count, default=64, help="tokens to generate, including prefill's (%(default)s)")
-    add("--window_length", type=count, default=1024, help="slots kept after slimming (%(default)s)")
-    add("--update_interval", type=count, default=16, help="steps between slimmings (%(default)s)")
-    add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (H200)")
-    add("--gpus", type=count, default=1, help="number of GPUs, with --tensor_parallel (%(default)s)")
-    add("--bandwidth", type=positive, help="memory bandwidth in TB/s, from the datasheet, instead of the card's")
-    add("--memory", type=positive, help="memory in GiB, instead of the card's")
-    add("--tflops", type=positive, help="dense bf16 TFLOP/s, instead of the card's; ignored if neither is given")
-    add("--share", type=positive, default=COPY_SHARE, help="share of the bandwidth that can be reached (%(default)s)")
-    add("--gain", type=positive, default=0.1, help="eviction pays if steps become shorter by this share (%(default)s)")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="dtype of weights and cache; auto: the config's (default: %(default)s)",
+    )
+    add(
+        "--weight_bits",
+        type=int,
+        choices=(8, 4),
+        help="bits per weight of the layers' projections (default: those of --dtype)",
+    )
+    add("--context", type=count, default=32768, help="tokens of each prompt (default: %(default)s)")
+    add("--batch", type=count, default=1, help="sequences decoded together (default: %(default)s)")
+    add("--new_tokens", type=count, default=64, help="tokens to generate, the first included (default: %(default)s)")
+    add("--window_length", type=count, default=1024, help="tokens that the cache keeps (default: %(default)s)")
+    add("--update_interval", type=count, default=16, help="steps from one eviction to the next (default: %(default)s)")
+    add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (default: H200)")
+    add(
+        "--gpus",
+        type=count,
+        default=1,
+        help="number of GPUs that the model is split among, as with --tensor_parallel (default: %(default)s)",
+    )
+    add("--bandwidth", type=positive, help="memory bandwidth in TB/s (default: that of --gpu, from its datasheet)")
+    add("--memory", type=positive, help="memory in GiB (default: that of --gpu)")
+    add("--tflops", type=positive, help="dense bf16 TFLOP/s (default: those of --gpu; without --gpu, no limit)")
+    add(
+        "--share",
+        type=positive,
+        default=COPY_SHARE,
+        help="share of the bandwidth that can be reached (default: %(default)s)",
+    )
+    add(
+        "--gain",
+        type=positive,
+        default=0.1,
+        help="eviction pays if steps become shorter by this share (default: %(default)s)",
+    )
     add("--json", action="store_true", help="print one JSON object instead of text and table")
     args = parser.parse_args(argv)
     args.shape = args.shape or "8b"  # no default: argparse would not see both flags in --shape 8b --model-name …

@@ -329,17 +329,29 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--query_heads", type=count, help="query heads")
-    parser.add_argument("--kv_heads", type=count, help="KV heads")
-    parser.add_argument("--head_dim", type=count, help="head dimension")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of the states")
-    parser.add_argument("--prefill", type=sizes("length"), help="prompt lengths, comma-separated; '': none")
+    parser.add_argument("--query_heads", type=count, help="number of query heads (default: %(default)s)")
+    parser.add_argument("--kv_heads", type=count, help="number of KV heads (default: %(default)s)")
+    parser.add_argument("--head_dim", type=count, help="head dimension (default: %(default)s)")
     parser.add_argument(
-        "--decode", type=sizes("batch", "slots"), help="batch x slots, for example 1x1024,32x1024; '': none"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of queries, keys and values (default: %(default)s)",
     )
-    parser.add_argument("--slimming", type=sizes("batch"), help="batch sizes to slim, comma-separated; '': none")
-    parser.add_argument("--window_length", type=count, help="slots kept by slimming")
-    parser.add_argument("--repeats", type=count, help="turns per system; the median is reported")
+    parser.add_argument(
+        "--prefill", type=sizes("length"), help="prompt lengths, comma-separated; '': none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--decode",
+        type=sizes("batch", "slots"),
+        help="batch x slots of the cache, comma-separated; '': none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--slimming", type=sizes("batch"), help="batch sizes to slim, comma-separated; '': none (default: %(default)s)"
+    )
+    parser.add_argument("--window_length", type=count, help="slots kept by slimming (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=count, help="turns of each system; the median is reported (default: %(default)s)"
+    )
     parser.set_defaults(**DEFAULTS[device])
     args = parser.parse_args(argv)
     if args.query_heads % args.kv_heads:

@@ -473,39 +473,73 @@ def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
-    parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
-    parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
-    parser.add_argument("--prefill_chunk", type=count, help="prompt tokens between H2O's slimmings (exact prefill)")
-    parser.add_argument("--position_rolling", action="store_true", help="rotate H2O's keys by slot index")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape (default: %(default)s)")
+    parser.add_argument(
+        "--window_length", type=count, default=1024, help="slots kept after slimming (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--update_interval", type=count, default=16, help="steps from one slimming to the next (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefill_chunk", type=count, help="prompt tokens from one slimming to the next (default: all)"
+    )
+    parser.add_argument(
+        "--position_rolling", action="store_true", help="take the positions of H2O's keys from their slots"
+    )
     parser.add_argument(
         "--prompts", type=sizes("length", "batch"), default="2048x1,2048x16,8192x1,32768x1",
-        help="generate part: prompt length x batch, comma-separated; '': none",
+        help="generate part: prompt length x batch, comma-separated; '': none (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--alone", type=count, help="also prefill one prompt of this length with H2O only")
     parser.add_argument(
-        "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O backends to run besides auto"
+        "--alone", type=count, help="also prefill one prompt of this length with H2O only (default: none)"
     )
-    parser.add_argument("--systems", nargs="+", help="generate part: run only these systems, named as in the table")
+    parser.add_argument(
+        "--backends",
+        nargs="*",
+        choices=BACKENDS,
+        default=BACKENDS,
+        help="H2O backends to run besides auto (default: all)",
+    )
+    parser.add_argument(
+        "--systems", nargs="+", help="generate part: run only these systems, named as in the table (default: all)"
+    )
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave out stock's static cache")
     parser.add_argument(
         "--compile", action="store_true", help="also run with compile=True; takes half a minute per size"
     )
     parser.add_argument("--prefill_only", action="store_true", help="skip decode; also run with score_queries=64")
     parser.add_argument(
-        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated (none)"
+        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated (default: none)"
     )
-    parser.add_argument("--batches", type=counts, default="1,256", help="decode part: batch sizes besides the largest")
-    parser.add_argument("--max_batch", type=count, default=1024, help="decode part: the most rows to try")
+    parser.add_argument(
+        "--batches",
+        type=counts,
+        default="1,256",
+        help="decode part: batch sizes besides the largest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_batch",
+        type=count,
+        default=1024,
+        help="decode part: the largest batch size to try (default: %(default)s)",
+    )
     parser.add_argument(
         "--first", type=sizes("length", "batch"), default="",
-        help="first part: prompt length x batch, comma-separated (none)",
+        help="first part: prompt length x batch, comma-separated (default: none)",
     )  # fmt: skip
-    parser.add_argument("--new_tokens", type=count, default=65, help="tokens per call of generate, including prefill's")
     parser.add_argument(
-        "--bandwidth", type=positive, default=4.27, help="TB/s for the floor (a device copy on an H200)"
+        "--new_tokens",
+        type=count,
+        default=65,
+        help="tokens of a call of generate, the first included (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=count, default=3, help="runs; the median is reported")
+    parser.add_argument(
+        "--bandwidth",
+        type=positive,
+        default=4.27,
+        help="TB/s for floor_ms (default: %(default)s, a device copy on an H200)",
+    )
+    parser.add_argument("--repeats", type=count, default=3, help="runs; the median is reported (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         fields = ("window_length", "update_interval", "prefill_chunk", "position_rolling")

@@ -237,18 +237,44 @@ def soak(args, model) -> dict:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
-    parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
-    parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
-    parser.add_argument("--requests", type=count, help="number of requests (512; with --soak 2000)")
-    parser.add_argument("--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt")
-    parser.add_argument("--new_tokens", type=count, default=64, help="tokens to generate; with --soak, at most")
-    parser.add_argument("--mixed", action="store_true", help="vary prompts from half to full length")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape (default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=count_or_auto, default="auto", help="rows of the batcher; auto: as many as memory holds"
+        "--window_length", type=count, default=1024, help="slots kept after slimming (default: %(default)s)"
     )
-    parser.add_argument("--stock_requests", type=count_or_zero, default=16, help="sample for one by one; 0: skip")
-    parser.add_argument("--stock_batch", type=count_or_zero, default=16, help="batch size of stock Llama; 0: skip")
+    parser.add_argument(
+        "--update_interval", type=count, default=16, help="steps from one slimming to the next (default: %(default)s)"
+    )
+    parser.add_argument("--requests", type=count, help="number of requests (default: 512; with --soak 2000)")
+    parser.add_argument(
+        "--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new_tokens",
+        type=count,
+        default=64,
+        help="tokens to generate; with --soak, at most so many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mixed", action="store_true", help="vary prompts from half to full length (default: all of full length)"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=count_or_auto,
+        default="auto",
+        help="requests decoded together; auto: as many as memory holds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stock_requests",
+        type=count_or_zero,
+        default=16,
+        help="requests that stock Llama runs one by one; 0: skip (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stock_batch",
+        type=count_or_zero,
+        default=16,
+        help="batch size of stock Llama; 0: skip (default: %(default)s)",
+    )
     parser.add_argument("--compile", action="store_true", help="also run the batcher with compile=True")
     parser.add_argument(
         "--soak", action="store_true", help="look for lost requests and leaked memory instead; works with --compile"

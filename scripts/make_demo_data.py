@@ -558,9 +558,19 @@ def make_request(rng: random.Random, pool: Pool, shots: int) -> dict:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output-path", type=output_file, default=ROOT / "data/summarization/demo.jsonl", help="jsonl of requests")
-    add("--requests", type=count, default=200, help="number of requests")
-    add("--seed", type=seed, default=3, help="seed of the requests; it does not change which names are for tests")
+    add(
+        "--output-path",
+        type=output_file,
+        default=ROOT / "data/summarization/demo.jsonl",
+        help="jsonl of requests to write (default: the bundled file)",
+    )
+    add("--requests", type=count, default=200, help="number of requests (default: %(default)s)")
+    add(
+        "--seed",
+        type=seed,
+        default=3,
+        help="seed for the requests; it does not change which names are for tests (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

@@ -349,7 +349,7 @@ def test_grid_as_yaml(ablate, tmp_path, grid, cells):
 
 @pytest.mark.parametrize(("flags", "name"), [
     ({}, "H2O"), ({"num_heavy_hitters": 5}, "H2O, 5 heavy"), ({"num_heavy_hitters": 0}, "recent only"),
-    ({"score": "sink"}, "half sinks"), ({"score": "sink", "num_heavy_hitters": 4}, "StreamingLLM (4 sinks)"),
+    ({"score": "sink"}, "sink + recent"), ({"score": "sink", "num_heavy_hitters": 4}, "StreamingLLM (4 sinks)"),
     ({"score": "streaming_llm"}, "StreamingLLM (4 sinks)"), ({"score": "sink", "num_heavy_hitters": 9}, "9 sinks"),
     ({"score": "streaming_llm", "num_heavy_hitters": 9}, "9 sinks"), ({"score": "random"}, "random + recent"),
 ], ids=str)  # fmt: skip

@@ -42,7 +42,7 @@ def means(row, name, scale=1.0):
 def test_quality_shows_the_figures(sweep, cells):
     """Values of another cell, measure or scale; half an interval; a band that is not the full cache's."""
     axes = plot.draw_quality(sweep).axes
-    assert [ax.get_ylabel() for ax in axes] == ["ROUGE-2 F, points", "top-1 agreement, %", "KL, nats a token"]
+    assert [ax.get_ylabel() for ax in axes] == ["ROUGE-2 F, points", "top-1 agreement, %", "KL, nats per token"]
     rows = {row["label"]: row for row in (figures(cell, cells[0], {}) | {"label": cell["cell"]} for cell in cells[1:])}
     for ax, (name, scale) in zip(axes, (("rouge2", 1), ("top1", 100), ("kl", 1)), strict=True):
         drawn = []

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # utils does not import h2optimizer
 
 FULL, RECENT = "full cache", RECENT_ONLY.label
 # Fields that a policy's name covers; others that differ from their defaults are appended to it.
-NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters")
+NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters", "head_budgets")
 
 
 def pack(array: np.ndarray) -> dict:
@@ -96,11 +96,13 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
         name = RECENT
     elif (policy := POLICIES[score]).keeps_oldest:
         sinks = policy.heavy if heavy == -1 and policy.heavy is not None else heavy
-        name = "half sinks" if sinks == -1 else f"{sinks} sinks"
+        name = "sink + recent" if sinks == -1 else f"{sinks} sinks"
         name = f"{STREAMING_LLM.label} ({name})" if sinks == STREAMING_LLM.heavy else name
     else:
         name = policy.label + (f", {heavy} heavy" if heavy != -1 else "")
     others = [f"{key}={value}" for key, value in h2o.items() if key not in NAMED and value != defaults.get(key)]
+    if h2o.get("head_budgets", "even") != "even":
+        others.append("measured budgets")
     return ", ".join([name, *others])
 
 

@@ -138,6 +138,14 @@ def count_or_all(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{error}, or all") from None
 
 
+def number_or_share(text: str) -> int | str:
+    """An argparse type: a whole number, or a share such as 31/32."""
+    try:
+        return int(text)
+    except ValueError:
+        return text  # H2OConfig says what is wrong with it
+
+
 def counts(text: str) -> list[int]:
     """An argparse type: 1,256 is [1, 256]; "" is []."""
     return [count(part) for part in text.split(",")] if text else []
