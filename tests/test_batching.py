@@ -221,7 +221,8 @@ def test_statistics_are_a_real_caches(model, flags):
 
 @pytest.mark.parametrize("kind", ["h2o", "stock"])
 def test_several_sequences_of_one_prompt(gqa, kind):
-    """A prompt that is prefilled for each of its sequences, or whose sequences are all alike."""
+    """A prompt that is prefilled for each of its sequences, or whose sequences are all alike, or another prompt's where
+    the two alternate."""
     model = getattr(gqa, kind)
     gqa.h2o.h2o = settings()
     texts, columns = [prompt(9), prompt(14)], []
@@ -230,15 +231,15 @@ def test_several_sequences_of_one_prompt(gqa, kind):
     )
     try:
         results = []
-        for rows in (1, 4, 6):
+        for rows, order in ((1, None), (4, None), (6, None), (6, [0, 3, 1, 4, 2, 5])):
             columns.clear()
             wanted = [Sequence(texts[i // 3], 9, 1.5, 1.0, (i % 3,)) for i in range(6)]
-            results.append([facts(sequence)[:2] for sequence in batch(model, rows, wanted, eos=set())])
+            results.append([facts(sequence)[:2] for sequence in batch(model, rows, wanted, order, eos=set())])
             if rows == 6:
                 assert columns == [(2, 14)], "each prompt once"
     finally:
         hook.remove()
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
     assert len({tuple(tokens) for tokens, _ in results[0][:3]}) == 3
     again = [Sequence(list(texts[0]), 9, 1.5, 1.0, (2,))]
     assert facts(batch(model, 1, again, eos=set())[0])[:2] == results[0][2], "the seed alone decides"

@@ -380,6 +380,25 @@ def test_reordered_rows_continue_as_the_rows_they_were(gqa, flags, lengths):
                 assert torch.equal(layer.slots.count, expected.layers[layer_idx].slots.count)
 
 
+@pytest.mark.parametrize("copied", ["reorder_cache", "take_rows"])
+def test_copied_rows_keep_positions_and_padding_of_their_own(copied):
+    """Gaps in a row's positions that its copy forgets, or padding that two copies of one row share afterwards."""
+    cache = new_cache(window_length=8, update_interval=1)
+    cache.begin(2, 4, [2, 4], real=torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]]).bool())
+    cache.end(gaps=[2, 0])
+    past = torch.tensor([[1, 0, 0, 1]] * 2).bool()
+    if copied == "reorder_cache":
+        cache.reorder_cache(torch.tensor([0, 0]))
+    else:
+        source, cache, past = cache, cache.with_rows(2), past[:, :0]  # a new cache counts columns from 0
+        cache.take_rows([0, 1], source, [0, 0])
+    step = cache.begin(2, 1, [0, 1])
+    assert step.positions(torch.device("cpu"))[-1].tolist() == [4]
+    cache.end()
+    with pytest.raises(ValueError, match=r"hides tokens .*row 1"):
+        cache.check_past(torch.cat([past, torch.tensor([[False], [False]])], dim=1))
+
+
 @pytest.mark.parametrize("rolling", [False, True])
 def test_heavy_hitters_keep_the_keys_they_came_with(gqa, rolling):
     """A cached key that is rotated again in place: the rounding would add up in heavy hitters."""
