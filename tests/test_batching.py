@@ -310,6 +310,19 @@ def test_a_row_that_is_free_is_taken_at_the_next_slimming(model, interval):
     assert [sequence.rows for sequence in short] == [2] * 4
 
 
+@pytest.mark.parametrize("interval", [1, 3, 16, 20])
+def test_looks_are_as_far_apart_as_joining_allows(model, interval):
+    """A look after each slimming, though several fit between two looks: on a GPU each look waits for the device."""
+    model.h2o = settings(backend="sdpa", update_interval=interval)
+    bounded, schedule = decoding.decoding_of(model), model.h2o.schedule
+    bounded.open()
+    for clock in range(1, 2 * interval + 1):
+        bounded.cache.clock = clock
+        steps = bounded.steps(waiting=True)
+        assert schedule.is_due(clock + steps - 1)
+        assert decoding.CHUNK - interval < steps <= max(decoding.CHUNK, schedule.steps_to_due(clock))
+
+
 def test_a_batcher_can_run_again(model):
     """Rows, tokens or a clock that one run leaves to the next; a run without sequences that does not end."""
     model.h2o = settings()
