@@ -54,7 +54,7 @@ VARIANTS = {
     "mask": {"slimming": "mask", "score_norm": "mean", "update_interval": 1},
     "chunks": {"prefill_chunk": 4, "score_decay": 0.5},
     "rolling chunks": {"prefill_chunk": 3, "position_rolling": True, "score_norm": "mean"},
-    "chunks of last queries": {"prefill_chunk": 5, "score_queries": 2, "score_decay": 0.5, "slimming": "mask"},
+    "chunks of last queries": {"prefill_chunk": 4, "score_queries": 2, "score_decay": 0.5, "slimming": "mask"},
     "chunks of one": {"prefill_chunk": 1, "update_interval": 2},
     "value mass": {"score": "value_mass"},
     "value mass of some": {"score": "value_mass", "score_norm": "mean", "score_decay": 0.5, "slimming": "mask"},

@@ -135,6 +135,7 @@ CHANGES = {
     "--greedy": [*H2O, "--greedy"],
     "--chat": [*H2O, "--chat"],
     "--dtype": [*H2O, "--dtype", "bfloat16"],
+    "--quantize": [*H2O, "--quantize", "torchao-int8"],
 }
 
 

@@ -465,10 +465,11 @@ class HHCache(Cache):
 
     def positions(self, layer: int) -> torch.Tensor:
         """Original positions of a layer's slots, int32 [B, Hkv, longest row], -1 past a row's length."""
-        of, batch = self.layers[layer], len(self.lengths)
-        positions = of.slots.load("positions").view(batch, of.slots.heads, -1)[:, :, : max(self.lengths)]
+        of, longest = self.layers[layer], max(self.lengths)
+        positions = of.slots.load("positions").view(len(of.lengths), of.slots.heads, -1)[:, :, :longest]
         slot = torch.arange(positions.shape[-1], device=positions.device)
-        return positions.masked_fill(slot >= of.lengths[..., None], -1)
+        positions = positions.masked_fill(slot >= of.lengths[..., None], -1)
+        return torch.nn.functional.pad(positions, (0, longest - positions.shape[-1]), value=-1)
 
     def check_past(self, past: torch.Tensor) -> None:
         """Raise ValueError unless a mask of past columns, bool [B, n] on the host, matches the tokens seen."""
