@@ -196,6 +196,7 @@ def shown_policy(policy: str, h2o: H2OConfig, shown: Shown, full: Shown, tokeniz
         "label": h2o.policy.label,
         "window": h2o.window_length,
         "heavy": h2o.heavy,
+        "chosen_by": "random" if h2o.policy.seeded else "sinks" if h2o.policy.keeps_oldest else "heavy",
         "recent": h2o.recent,
         "interval": h2o.update_interval,
         "agreement": fidelity.agreed / compared if fidelity.tokens else None,
