@@ -202,7 +202,7 @@ def assert_row_is_oracles(cache: HHCache, row: int, oracle: Oracle, tolerance=5e
     """A row holds the oracle's slots: how many, of which tokens, with which mass, after as many evictions."""
     counts = (cache.lengths[row], cache.seen[row], cache.evictions[row])
     assert counts == (oracle.length(), oracle.seen, oracle.evictions), f"row {row}: length, seen, evictions"
-    for layer_idx, layer in enumerate(cache.layers):
+    for layer_idx in range(len(cache.layers)):
         expected = oracle.positions(layer_idx)
         positions = [[at for at in head if at >= 0] for head in cache.positions(layer_idx)[row].tolist()]
         assert positions == expected, f"row {row}, layer {layer_idx}"

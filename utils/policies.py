@@ -15,8 +15,8 @@ import torch
 class Candidates(Protocol):
     """Slots of one layer to rank. Columns past a row's length may hold anything, even NaN; they are never kept.
 
-    If heads have windows of their own, [B, Hkv, …] is [B * Hkv, 1, …]: a row is a head of a row. A score is recorded in a
-    CUDA graph: it must not wait for the device, nor depend on what changes on the host.
+    If heads have windows of their own, [B, Hkv, …] is [B * Hkv, 1, …]: a row is a head of a row. A CUDA graph records the
+    score, so it must not wait for the device, nor depend on what changes on the host.
     """
 
     positions: torch.Tensor  # int32 [B, Hkv, slots], original positions of the tokens
