@@ -227,6 +227,11 @@ def uneven(llamas: Llamas, window: int) -> tuple:
     return tuple(zip(*[iter(flat)] * config.num_key_value_heads, strict=True))
 
 
+def of_llamas(flags: dict, llamas: Llamas, window: int = 8) -> dict:
+    """The flags with the windows of `uneven` for this model, where they ask for them."""
+    return flags | ({"head_budgets": uneven(llamas, window)} if flags.get("head_budgets") is uneven else {})
+
+
 def assert_invariants(cache: HHCache, recent: int | None = None):
     """What the docstring of HHCache promises of the slots between any two forwards, `recent` of them the newest."""
     h2o = cache.h2o

@@ -2,6 +2,8 @@
 tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and write in
 place. Slimming is torch's own; that the kernels leave the same cache is for test_slimming.py."""
 
+import itertools
+
 import torch
 
 from h2optimizer import attention
@@ -12,30 +14,52 @@ from h2optimizer.slimming import KernelSlimmer
 from utils.slimming import TorchSlimmer
 
 
-def append(query, key, value, cos, sin, keys, values, lengths, rolling):
-    at, row = (lengths.long() - 1).clamp(min=0), torch.arange(len(lengths))
-    there = (lengths > 0)[:, None, None]  # of a row without a token nothing is written
-    rope = [(table[at] if rolling else table)[:, None, None] for table in (cos, sin)]
-    keys[row, :, at] = torch.where(there, (key if rolling else rotate(key, *rope))[:, :, 0], keys[row, :, at])
-    values[row, :, at] = torch.where(there, value[:, :, 0], values[row, :, at])
-    return rotate(query, *rope)
+def of_heads(states, heads, offsets):
+    """Views of each head's slots, [B, slots(, D)]; no slots of none."""
+    if states is None:
+        return [None] * heads
+    if offsets is None:
+        return list(states.unbind(1))
+    return [states[:, begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
+
+
+def append(query, key, value, cos, sin, keys, values, lengths, rolling, norms=None, offsets=None):
+    heads, row, rotated = key.shape[1], torch.arange(len(key)), []
+    slots = [of_heads(states, heads, offsets) for states in (keys, values, norms)]
+    for h, (of_key, of_value, of_norm) in enumerate(zip(*slots, strict=True)):
+        at = (lengths[:, h].long() - 1).clamp(min=0)
+        there = (lengths[:, h] > 0)[:, None]  # of a row without a token nothing is written
+        rope = [(table[at] if rolling else table)[:, None, None] for table in (cos, sin)]
+        rotated.append(rotate(query.unflatten(1, (heads, -1))[:, h], *rope))
+        turned = (key if rolling else rotate(key, *rope))[:, h, 0]
+        of_key[row, at] = torch.where(there, turned, of_key[row, at])
+        of_value[row, at] = torch.where(there, value[:, h, 0], of_value[row, at])
+        if of_norm is not None:
+            of_norm[row, at] = torch.where(there[:, 0], value[:, h, 0].float().norm(dim=-1), of_norm[row, at])
+    return torch.cat(rotated, dim=1)
 
 
 def decode_attention(
-    query, keys, values, lengths, scaling, *, mass=None, count=None, decay=1.0, first_head=False, rope=None
-):
-    if rope is not None:  # tables end with the longest row
-        pad = (0, 0, 0, max(0, keys.shape[2] - len(rope[0])))
-        keys = rotate(keys, *(torch.nn.functional.pad(table, pad)[: keys.shape[2]] for table in rope))
-    grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [B, Hkv, G, D]
-    empty = torch.arange(keys.shape[2]) >= lengths[:, None, None, None]
-    probs = (grouped @ keys.transpose(2, 3) * scaling).masked_fill(empty, -torch.inf).softmax(-1).nan_to_num(0.0)
-    decay = torch.where(lengths > 0, decay, 1.0)[:, None, None]  # a row without a query is left as it is
-    if mass is not None:
-        mass.mul_(decay).add_(probs[:, :, 0] if first_head else probs.sum(dim=2))
-    if count is not None:
-        count.mul_(decay).add_(~empty[:, 0])
-    return (probs @ values).view(query.shape)
+    query, keys, values, lengths, scaling, *, mass=None, count=None, decay=1.0, first_head=False, rope=None,
+    offsets=None, capacities=(),
+):  # fmt: skip
+    heads, outputs = lengths.shape[1], []
+    slots = [of_heads(states, heads, offsets) for states in (keys, values, mass, count)]
+    for h, (key, value, received, counted) in enumerate(zip(*slots, strict=True)):
+        if rope is not None:  # tables end with the longest row
+            pad = (0, 0, 0, max(0, key.shape[1] - len(rope[0])))
+            key = rotate(key, *(torch.nn.functional.pad(table, pad)[: key.shape[1]] for table in rope))
+        grouped = query.unflatten(1, (heads, -1))[:, h, :, 0]  # [B, G, D]
+        empty = torch.arange(key.shape[1]) >= lengths[:, h, None]
+        logits = (grouped @ key.transpose(1, 2) * scaling).masked_fill(empty[:, None], -torch.inf)
+        probs = logits.softmax(-1).nan_to_num(0.0)
+        of_row = torch.where(lengths[:, h] > 0, decay, 1.0)[:, None]  # a row without a query is left as it is
+        if received is not None:
+            received.mul_(of_row).add_(probs[:, 0] if first_head else probs.sum(dim=1))
+        if counted is not None:
+            counted.mul_(of_row).add_(~empty)
+        outputs.append(probs @ value)
+    return torch.cat(outputs, dim=1)[:, :, None]
 
 
 @torch.no_grad()  # a kernel has no gradients

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from conftest import GROUPS, assert_close, assert_invariants, count_captured, left_pad, make_llamas, prompt
+from conftest import GROUPS, assert_close, assert_invariants, by_head, count_captured, left_pad, make_llamas, prompt
 from h2optimizer import H2OConfig, generation
 from utils.cache import HHCache
 
@@ -92,13 +92,16 @@ def assert_same_cache(cache, expected):
     assert cache.get_seq_length() == expected.get_seq_length()
     mirror, _ = cache._rows.mirror(torch.device("cpu")), expected._rows.mirror(torch.device("cpu"))
     assert mirror.tolist() == [expected.lengths, expected.seen], "what the device counted"
-    for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
+    for layer_idx, layer in enumerate(cache.layers):
         assert cache.positions(layer_idx).tolist() == expected.positions(layer_idx).tolist()
-        for b, length in enumerate(cache.lengths):
-            for name in ("keys", "values", "mass"):
-                ours, theirs = getattr(layer.slots, name)[b, :, :length], getattr(other.slots, name)[b, :, :length]
-                if name != "mass" or cache.h2o.needs_mass:
-                    assert_close(ours, theirs, what=f"{name} of row {b}, layer {layer_idx}")
+        lengths = layer.lengths.tolist()
+        assert lengths == expected.layers[layer_idx].lengths.tolist()
+        for name in ("keys", "values", *layer.slots.ranked):
+            ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
+            for b, row in enumerate(lengths):
+                for h, length in enumerate(row):
+                    what = f"{name} of row {b}, layer {layer_idx}, head {h}"
+                    assert_close(ours[b, h, :length], theirs[b, h, :length], what=what)
     assert_invariants(cache)
 
 

@@ -19,6 +19,7 @@ from conftest import (
     new_cache,
     new_oracle,
     new_tokens,
+    of_llamas,
     prompt,
     uneven,
     with_flags,
@@ -73,9 +74,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_every_flag_is_the_oracles(llamas, variant):
     """A flag that does something else than it says, in prompt, decode steps, a second turn or the steps after it."""
-    flags = {"window_length": 8, "update_interval": 3, **variant}
-    if "head_budgets" in flags:
-        flags["head_budgets"] = uneven(llamas, flags["window_length"])
+    flags = of_llamas({"window_length": 8, "update_interval": 3, **variant}, llamas)
     decode = [[token] for token in prompt(20, 1)]
     blocks = [prompt(13), *decode[:8], prompt(5, 2), *decode[8:15]]
     caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]

@@ -9,7 +9,7 @@ from transformers import DynamicCache, LogitsProcessor, TextStreamer
 from transformers.generation import StoppingCriteria
 
 import recorded_steps
-from conftest import VOCAB, left_pad, make_llamas, prompt, set_checkpointing
+from conftest import VOCAB, left_pad, make_llamas, of_llamas, prompt, set_checkpointing, uneven
 from h2optimizer.batching import Batcher, Sequence
 from recorded_steps import ROWS, assert_same_cache, both_ways, decoders_of, eos_cases, run, sequences, settings
 from utils.cache import HHCache
@@ -35,6 +35,9 @@ FLAGS = {
     "first head": {"group_reduce": "first", "score_decay": 0.5},
     "sink": {"score": "sink"},
     "local": {"num_heavy_hitters": 0},
+    "value mass": {"score": "value_mass", "num_heavy_hitters": "3/4"},
+    "uneven": {"head_budgets": uneven, "score": "value_mass", "score_norm": "mean"},
+    "uneven rolling": {"head_budgets": uneven, "position_rolling": True, "update_interval": 1},
 }
 
 
@@ -42,16 +45,19 @@ FLAGS = {
 def test_captured_tokens_and_cache_are_the_stock_loops(llamas, captured, flags):
     """A step that tells the device something which a graph would hold fixed, a slimming on another step, a mass or
     count that is added twice or not at all: tokens and the whole cache of left-padded rows."""
-    outputs, caches = both_ways(llamas.h2o, captured, flags=flags, own=True)
+    outputs, caches = both_ways(llamas.h2o, captured, flags=of_llamas(flags, llamas), own=True)
     assert sequences(outputs[0]) == sequences(outputs[1])
     assert_same_cache(*caches)
     assert min(caches[0].evictions) >= 1
 
 
-@pytest.mark.parametrize("flags", [{"position_rolling": True, "score_norm": "mean"}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"position_rolling": True, "score_norm": "mean"}, FLAGS["uneven"]], ids=["rolling", "uneven"]
+)
 def test_on_the_kernels_themselves(interpreted, captured, flags):
     """What torch that stands for the kernels would hide: their arguments in a static step."""
-    llamas = make_llamas(hidden_size=32, intermediate_size=32, num_key_value_heads=1, num_hidden_layers=1)
+    llamas = make_llamas(hidden_size=32, intermediate_size=32, num_key_value_heads=2, num_hidden_layers=1)
+    flags = of_llamas(flags, llamas)
     outputs, caches = both_ways(llamas.h2o, captured, [prompt(10), prompt(3)], flags, own=True, max_new_tokens=5)
     assert sequences(outputs[0]) == sequences(outputs[1])
     assert_same_cache(*caches)

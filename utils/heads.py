@@ -213,13 +213,14 @@ class LayerRows:
         return self.rows.passed_on(slots.device, (rows * most,))[: rows * total].view(rows, total)
 
     def split_there(self, windows: HeadWindows, device: torch.device) -> torch.Tensor:
-        """`split` on `device`, int32; at a fixed address, unless slots are spared."""
-        if windows is not self.rows.windows:
-            return torch.from_numpy(self.split(windows).astype(np.int32)).to(device)
-        if self._split is None:
-            with torch.inference_mode(False):
-                self._split = torch.from_numpy(self.split(windows).astype(np.int32)).to(device)
-        return self._split
+        """`split` on `device`, int32 [2, heads], contiguous; at a fixed address, unless slots are spared."""
+        if windows is self.rows.windows and self._split is not None:
+            return self._split
+        with torch.inference_mode(False):
+            split = torch.from_numpy(self.split(windows).astype(np.int32)).contiguous().to(device)
+        if windows is self.rows.windows:
+            self._split = split
+        return split
 
     def split(self, windows: HeadWindows) -> np.ndarray:
         """Slots of each head kept by score, and newest ones: int [2, heads]."""

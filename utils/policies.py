@@ -15,7 +15,7 @@ import torch
 class Candidates(Protocol):
     """Slots of one layer to rank. Columns past a row's length may hold anything, even NaN; they are never kept.
 
-    If heads have windows of their own, [B, Hkv, …] is [B * Hkv, 1, …]: a row is a head of a row. A CUDA graph records the
+    If heads have windows of their own, [B, Hkv, …] is [B * Hkv, 1, …]: a row is a head of a row. CUDA graphs record the
     score, so it must not wait for the device, nor depend on what changes on the host.
     """
 

@@ -16,7 +16,7 @@ class Slots:
     """The slots of one layer, allocated once and never moved. A slot index refers to the same token in all tensors.
 
     keys, values [B, Hkv, capacity, D]; mass, and if slots are ranked by them count and norms (L2, of the values), all
-    [B, Hkv, capacity] float32; mass and count are zero past a row's length. positions [B, Hkv, capacity] int32,
+    [B, Hkv, capacity] float32, zero past a row's length. positions [B, Hkv, capacity] int32,
     continued past a row's end so that appends need not write them.
 
     Args:
@@ -141,7 +141,7 @@ class Slots:
         """Move the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear those after them."""
         for name, old in source.items():
             self.fill({name: take(old, keep)}, plan)
-        for name in ("mass", "count"):
+        for name in ("mass", "count", "norms"):
             if getattr(self, name) is not None:
                 slots = self.load(name)
                 if plan.even:
