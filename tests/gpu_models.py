@@ -19,6 +19,7 @@ from conftest import (
     own_columns,
     plain_attention,
     prompt,
+    uneven,
 )
 from h2optimizer.attention import Inputs, find_flash_attn
 from h2optimizer.backends import ATTENTION_BACKENDS
@@ -149,6 +150,8 @@ SYNC_FLAGS = {
     "sink": {"update_interval": 4, "score": "sink"},
     "random": {"update_interval": 4, "score": "random"},
     "local": {"update_interval": 4, "num_heavy_hitters": 0},
+    "uneven": {"update_interval": 4, "head_budgets": uneven, "score": "value_mass"},
+    "uneven rolling": {"update_interval": 4, "head_budgets": uneven, "position_rolling": True, "score_norm": "mean"},
 }
 
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 import gpu_models
-from conftest import assert_invariants, count_captured, forward, left_pad, make_llamas, new_cache, prompt
+from conftest import (
+    assert_invariants,
+    by_head,
+    count_captured,
+    forward,
+    left_pad,
+    make_llamas,
+    new_cache,
+    of_llamas,
+    prompt,
+)
 from gpu_models import SYNC_FLAGS
 from h2optimizer import H2OConfig, generation
 from h2optimizer.batching import Batcher, Sequence
@@ -70,7 +80,8 @@ def graphs_of(h2o) -> set[str]:
 def test_replayed_tokens_are_the_stock_loops(gqa_on_gpu, half_on_gpu, captured, dtype, lengths, flags):
     """Anything that a graph holds fixed and that changes from step to step, bit for bit; or graphs that are recorded
     and never replayed."""
-    model = (gqa_on_gpu if dtype == "float32" else half_on_gpu).h2o
+    llamas = gqa_on_gpu if dtype == "float32" else half_on_gpu
+    model, flags = llamas.h2o, of_llamas(flags, llamas)
     rows, new_tokens = [prompt(length) for length in lengths], 3 * flags["update_interval"] + 33
     tokens = tokens_of(model, rows, True, new_tokens, flags)
     decoder = kept_decoder(model)
@@ -85,18 +96,22 @@ def assert_same_slots(cache, expected):
     """What the device holds is what the host counts and, bit for bit, what the other cache holds."""
     assert cache._rows.mirror(cache.layers[0].device).tolist() == [cache.lengths, cache.seen]
     assert_invariants(cache)
-    for layer_idx, (layer, other) in enumerate(zip(cache.layers, expected.layers, strict=True)):
+    for layer_idx, layer in enumerate(cache.layers):
         assert torch.equal(cache.positions(layer_idx), expected.positions(layer_idx))
-        for b, length in enumerate(cache.lengths):
-            ours, theirs = layer.slots.tensors(), other.slots.tensors()
-            for name in ours:
-                assert torch.equal(ours[name][b, :, :length], theirs[name][b, :, :length]), name
+        lengths = layer.lengths.tolist()
+        assert lengths == expected.layers[layer_idx].lengths.tolist()
+        for name in layer.slots.stored():
+            ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
+            for b, row in enumerate(lengths):
+                for h, length in enumerate(row):
+                    assert torch.equal(ours[b, h, :length], theirs[b, h, :length]), name
 
 
 @pytest.mark.parametrize("flags", GRAPH_FLAGS.values(), ids=GRAPH_FLAGS)
 def test_replayed_caches_are_the_stock_loops(gqa_on_gpu, captured, flags):
     """Slots, mass or counts on the device that part from what the host counts, or a second turn that begins wrong."""
     model, rows, caches = gqa_on_gpu.h2o, [prompt(13), prompt(3), prompt(8)], []
+    flags = of_llamas(flags, gqa_on_gpu)
     for capture in (True, False):
         cache = new_cache(window_length=8, capture=capture, **flags)
         tokens = tokens_of(model, rows, capture, 3 * flags["update_interval"] + 7, flags, past_key_values=cache)
@@ -114,7 +129,8 @@ def test_replayed_caches_are_the_stock_loops(gqa_on_gpu, captured, flags):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_that_end_bring_nothing_to_a_graph(gqa_on_gpu, half_on_gpu, captured, dtype, flags):
     """Kernels that append, count or add mass for a row that has ended, in replayed steps and in those between."""
-    model = (gqa_on_gpu if dtype == "float32" else half_on_gpu).h2o
+    llamas = gqa_on_gpu if dtype == "float32" else half_on_gpu
+    model, flags = llamas.h2o, of_llamas(flags, llamas)
     rows, caches = [prompt(13), prompt(3), prompt(8)], []
     unsaid = min(set(range(1, 128)).difference(*tokens_of(model, rows, False, 40, flags)))
     last = torch.tensor([13 + 5, 13 + 17, 1000], device="cuda")  # columns

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gpu_models
-from conftest import HEADS, addresses, forward, generate, left_pad, new_cache, prompt, slot_tensors
+from conftest import HEADS, addresses, forward, generate, left_pad, new_cache, of_llamas, prompt, slot_tensors
 from gpu_models import CUDA_BACKENDS, SYNC_FLAGS, assert_no_step_waits, no_host_waits
 from h2optimizer import H2OConfig, attention
 from utils.cache import HHCache
@@ -29,7 +29,7 @@ def test_host_waits_are_noticed():
 def test_a_decode_step_never_waits_for_the_device(gqa_on_gpu, backend, lengths, flags):
     """A length, a mask or a position fetched from the device, or copied to it from pageable memory and waited for, on
     due or skipped steps: every layer of every step would stall the queue."""
-    assert_no_step_waits(gqa_on_gpu.h2o, lengths, {**flags, "backend": backend})
+    assert_no_step_waits(gqa_on_gpu.h2o, lengths, {**of_llamas(flags, gqa_on_gpu), "backend": backend})
 
 
 def test_reordering_beams_of_one_length_does_not_wait(gqa_on_gpu):
