@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import numpy as np
 import torch
 
 from utils.policies import Policy
@@ -78,7 +77,7 @@ class Slimming:
         slots, width = self.slots.load("positions"), self.plan.slots
         filled = min(slots.shape[2], width)
         if self.slots.capacities:  # a short head has no position for each of the block's columns
-            past = torch.arange(filled, device=slots.device) >= self.plan.of_rows(np.array(self.slots.capacities))
+            past = torch.arange(filled, device=slots.device) >= self.plan.of_rows(self.slots.offsets.diff())
             slots = torch.where(past, self.plan.masks.appended[..., :filled], slots[:, :, :filled])
         new = self.plan.masks.appended[..., filled:width].expand(*slots.shape[:2], -1)
         return torch.cat([slots[:, :, :filled], new], dim=-1)
@@ -102,7 +101,7 @@ class TorchSlimmer:
         """The slots to keep, ascending: int64 or int32 [B, Hkv, window]. Moves nothing."""
         masks = slimming.plan.masks
         plan = slimming.plan
-        windows = None if plan.even else plan.of_rows(plan.windows)
+        windows = None if plan.even else plan.limits[0]
         return select_slots(slimming.scores(), masks.empty, masks.recent, plan.window, windows)
 
     def slim(self, slimming: Slimming) -> None:

@@ -353,18 +353,23 @@ class SlimmingPlan:
         lengths, seen = self.mirror[:, :, None, None].unbind(0)  # [B, 1, 1]
         slot = torch.arange(max(self.slots, self.capacity), dtype=torch.int32, device=lengths.device)
         age = lengths - slot[: self.slots]  # 1 = the newest slot
-        kept = lengths.clamp(max=self.of_rows(self.windows))
+        window, recent = self.limits
+        kept = lengths.clamp(max=window)
         return SlotMasks(
             empty=age <= 0,
-            recent=(age > 0) & (age <= self.of_rows(self.recent)),
+            recent=(age > 0) & (age <= recent),
             appended=(seen - lengths + slot).to(torch.int32),
             filled=slot[: self.capacity] < kept,
             upcoming=(seen - kept + slot[: self.capacity]).to(torch.int32),
         )
 
-    def of_rows(self, numbers: np.ndarray) -> int | torch.Tensor:
-        """The rows' numbers: the one that all heads have, or int32 [B, 1, 1] on the device."""
+    @cached_property
+    def limits(self) -> tuple[int | torch.Tensor, int | torch.Tensor]:
+        """The rows' windows, and how many of their newest slots stay: two numbers, or int32 [B, 1, 1] each."""
         if self.even:
-            return int(numbers[0])
-        there = torch.from_numpy(numbers.astype(np.int32)).to(self.mirror.device)
-        return there.repeat(self.mirror.shape[1] // len(there))[:, None, None]
+            return self.window, int(self.recent[0])
+        return self.of_rows(self.split_there.sum(dim=0, dtype=torch.int32)), self.of_rows(self.split_there[1])
+
+    def of_rows(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """What the heads have, for each row: [heads] -> [B, 1, 1]."""
+        return of_heads.repeat(self.mirror.shape[1] // len(of_heads))[:, None, None]
