@@ -51,7 +51,7 @@ def test_auto_is_triton():
     {"update_interval": 4, "score": "value_mass", "num_heavy_hitters": "3/4"},
     {"update_interval": 3, "head_budgets": uneven, "score": "value_mass", "score_norm": "mean"},
     {"update_interval": 4, "head_budgets": uneven, "prefill_chunk": 5, "position_rolling": True},
-], ids=str)  # fmt: skip
+], ids=lambda flags: str({name: getattr(value, "__name__", value) for name, value in flags.items()}))  # fmt: skip
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("lengths", [(13,), (13, 3, 8)], ids=["one row", "left-padded"])
 def test_float32_is_the_cpus(on_gpu, llamas, lengths, backend, flags):

@@ -197,9 +197,11 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
             if MORE_TILES > 0:
                 more = tl.where((tl.arange(0, MORE_TILES) + TILES == tile)[:, None, None], s[None, :, :], more)
 
-    alone = split == 1
-    if MASS and TILES == 0:
-        alone = False
+    finishes: tl.constexpr = TILES > 0 or not MASS  # a program that has a head to itself
+    if RAGGED and finishes:
+        alone = split == 1
+    else:
+        alone = SPLIT == 1 and finishes
     if alone:
         inside = real[:, None] & (offset_d < D)[None, :]
         at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + offset_d[None, :]
@@ -213,10 +215,10 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
                     mass, count, more, lse, TILES * BN, offset_n, length, decay, COUNTED, COUNT, MORE_TILES, G, BN
                 )
     else:
-        part = part * GROUP + offset_g
-        tl.store(sums + part * 2, top, mask=real)
-        tl.store(sums + part * 2 + 1, total, mask=real)
-        tl.store(partial + part[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
+        of_group = part * GROUP + offset_g
+        tl.store(sums + of_group * 2, top, mask=real)
+        tl.store(sums + of_group * 2 + 1, total, mask=real)
+        tl.store(partial + of_group[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
 
 
 @triton.jit
