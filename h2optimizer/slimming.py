@@ -19,7 +19,7 @@ class KernelSlimmer(TorchSlimmer):
     """Slimming in two launches. Torch picks the slots if a row is too wide for the kernel that ranks."""
 
     by_kernel = True
-    most_slots = 8192
+    most_slots = 32768
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
         if not _ranks(slimming) or not slimming.plan.even:
@@ -53,10 +53,12 @@ def _ranks(slimming: Slimming) -> bool:
 
 def _heads(slimming: Slimming):
     """What the kernels need to know of heads with windows of their own."""
-    from h2optimizer.kernels.slimming import Heads
+    from h2optimizer.kernels.slimming import Heads, classes_of
 
     plan, slots = slimming.plan, slimming.slots
-    return None if plan.even else Heads(slots.offsets, plan.split_there, slots.capacity)
+    if plan.even:
+        return None
+    return Heads(slots.offsets, plan.split_there, classes_of(slots.capacities, slots.device), slimming.block is None)
 
 
 def _select(slimming: Slimming, move: bool) -> None:

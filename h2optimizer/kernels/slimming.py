@@ -16,7 +16,8 @@ import triton.language as tl
 from h2optimizer.kernels.common import on_its_device
 
 RANKS = ("mass", "mean", "random", "oldest", "order")
-MAX_SLOTS = 8192  # most slots that `select` can rank: one tile in registers
+MAX_SLOTS = 32768  # most slots that `select` can rank: one tile in registers
+LEAST_TILE = 1024  # slots; heads with fewer are taken together with those that fill it
 PROGRAMS = 512  # `compact` splits heads to reach this many, about four per multiprocessor of a large GPU
 LEAST_BYTES = 32  # least bytes of a slot that one program moves: a memory sector
 TILE_BYTES = 8192  # bytes of a tile with 4 warps; with few programs, four times that with 8 warps
@@ -27,7 +28,20 @@ class Heads(NamedTuple):
 
     offsets: torch.Tensor  # int32 [Hkv + 1]: where each head's slots begin
     split: torch.Tensor  # int32 [2, Hkv]: heavy and recent slots
-    longest: int  # capacity of a head
+    classes: tuple[tuple[int, torch.Tensor], ...]  # heads of about one size, int32, and the longest's capacity
+    in_place: bool  # the source is the slots themselves
+
+
+@functools.cache
+def classes_of(capacities: tuple[int, ...], device: torch.device) -> tuple[tuple[int, torch.Tensor], ...]:
+    """The heads that `select` takes at once: those whose tiles are equally wide."""
+    classes: dict[int, list[int]] = {}
+    for head, capacity in enumerate(capacities):
+        classes.setdefault(max(LEAST_TILE, triton.next_power_of_2(capacity)), []).append(head)
+    return tuple(
+        (max(capacities[head] for head in heads), torch.tensor(heads, dtype=torch.int32).to(device))
+        for heads in classes.values()
+    )
 
 
 @on_its_device
@@ -73,16 +87,20 @@ def select(
     if rank not in RANKS or (rank == "order") != (scores is not None):
         raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
     batch, capacity = len(positions), positions.shape[-1]
-    count_heads, longest = (positions.shape[1], capacity) if heads is None else (len(heads.offsets) - 1, heads.longest)
-    tile = triton.next_power_of_2(max(width, longest))
-    _select[(batch * count_heads,)](
-        positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept,
-        None if heads is None else heads.offsets, None if heads is None else heads.split,
-        batch, count_heads, width, capacity, kept.shape[-1], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
-        RANK=rank, MASS=mass is not None, COUNT=count is not None, NORMS=norms is not None, MOVE=move, TILE=tile,
-        IN_PLACE=source_mass is mass, RAGGED=heads is not None, num_warps=min(16, max(1, tile // 256)), num_stages=1,
-        maxnreg=128,
-    )  # fmt: skip
+    if heads is None:
+        heads, ragged = Heads(None, None, ((capacity, range(positions.shape[1])),), False), False
+    else:
+        ragged = True
+    count_heads = len(heads.offsets) - 1 if ragged else positions.shape[1]
+    for longest, which in heads.classes:
+        tile = triton.next_power_of_2(longest if heads.in_place else max(width, longest))
+        _select[(batch * len(which),)](
+            positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept,
+            heads.offsets, heads.split, which if ragged else None, batch, count_heads, len(which), width, capacity,
+            kept.shape[-1], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
+            RANK=rank, MASS=mass is not None, COUNT=count is not None, NORMS=norms is not None, MOVE=move, TILE=tile,
+            IN_PLACE=heads.in_place, RAGGED=ragged, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+        )  # fmt: skip
 
 
 def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
@@ -155,14 +173,18 @@ def _of_head(mirror, offsets, split, batch_row, head, row, batch, heads, heavy, 
     return length, seen, heavy, recent, first, capacity, at_kept, kept_stride
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"])
+@triton.jit(
+    do_not_specialize=["batch", "heads", "chosen", "width", "capacity", "kept_stride", "heavy", "recent", "salt"]
+)
 def _select(
     positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept, offsets, split,
-    batch, heads, width, capacity, kept_stride, heavy, recent, salt,
+    which, batch, heads, chosen, width, capacity, kept_stride, heavy, recent, salt,
     RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, NORMS: tl.constexpr, MOVE: tl.constexpr,
     TILE: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    if RAGGED:
+        row = row // chosen * heads + tl.load(which + row % chosen)
     batch_row, head = row // heads, row % heads
     length, seen, heavy, recent, first, capacity, at_kept, kept_stride = _of_head(
         mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride, RAGGED
