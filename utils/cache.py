@@ -380,7 +380,7 @@ class HHCache(Cache):
     def with_rows(self, batch_size: int) -> HHCache:
         """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""
         other = HHCache(self.h2o)
-        other._rows = Rows(batch_size, self.windows)
+        other._rows = Rows(batch_size, other.windows)
         for layer in self.layers:
             other.layers.append(HHLayer(self.h2o, layer.layer_idx))
             other.layers[-1].slimmer = layer.slimmer
