@@ -38,6 +38,10 @@ class ForcedDecode:
         """An HHCache, or stock Llama's DynamicCache."""
         return self._decoding.cache
 
+    def statistics(self, prompt: int, text: int) -> dict[str, int]:
+        """What the cache holds of a row of so many tokens, the text's last one not fed; see `BoundedDecoding`."""
+        return self._decoding.statistics(prompt, text)
+
     @torch.inference_mode()
     def feed(self, tokens: list[int] | torch.Tensor) -> None:
         """Feed these tokens [B] in one step. Then `logits` are of the next tokens and `attentions` of this step."""
@@ -48,13 +52,18 @@ class ForcedDecode:
 
 @dataclass
 class Fidelity:
-    """Sums over a text's tokens except the first, which the exact prefill decides for any cache."""
+    """Sums over a text's tokens except the first, which the exact prefill decides for any cache; and what was held."""
 
     tokens: int = 0
     agreed: int = 0  # tokens whose most probable prediction is the same
     kl: float = 0.0  # Kullback-Leibler divergence from the full cache's distribution, nats
     nll: float = 0.0  # negative log-likelihood of the text, nats; its mean's exponential is the perplexity
     mass_lost: float = 0.0  # share of the full cache's attention that falls on evicted tokens, mean of layers and heads
+    slots_kept: int = 0  # of a head, at the text's end
+    kv_bytes: int = 0  # of the row's part of the cache
+
+
+SUMS = ("tokens", "agreed", "kl", "nll", "mass_lost")  # Fidelity's fields that add up over tokens
 
 
 @dataclass
@@ -123,10 +132,11 @@ def compare(
     if last_held is not None:
         shares = [[round(share, 6) for share in lost.tolist()] for lost in lost_there]
         retention = Retention(len(prompts[follow]), last_held[..., :-1].cpu(), shares)
-    fidelity = [
-        Fidelity(max(len(text) - 1, 0), round(agreed), *others)
-        for text, (agreed, *others) in zip(texts, sums.T.tolist(), strict=True)
-    ]
+    fidelity = []
+    for prompt, text, (agreed, *others) in zip(prompts, texts, sums.T.tolist(), strict=True):
+        held = (ours or full).statistics(len(prompt), len(text))
+        sizes = held["slots_kept"], held["kv_bytes"]
+        fidelity.append(Fidelity(max(len(text) - 1, 0), round(agreed), *others, *sizes))
     return fidelity, retention
 
 

@@ -44,14 +44,14 @@ import yaml
 from tqdm import tqdm
 
 from h2optimizer import H2OConfig
-from h2optimizer.fidelity import Fidelity, Retention, compare
+from h2optimizer.fidelity import SUMS, Fidelity, Retention, compare
 from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend
 from h2optimizer.loading import device_name, fingerprint_of, load_model, quiet_libraries, select_device
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
 from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
-from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
+from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file, setting
 from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
 from utils.policies import STREAMING_LLM
 from utils.requests import read_requests, read_text, unheeded
@@ -60,19 +60,8 @@ from utils.rouge import ROUGE_TYPES
 
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
-WORDS = {"true": True, "false": False, "none": None, "all": None}
 TIMINGS = 10  # most calls, times --repeats: more are timed while a few tokens take less than the clock's noise
 FORM = 2  # version of a cell's line; cells of another version are measured again
-
-
-def value(text: str) -> bool | int | float | str | None:
-    """An argparse type: a field's value, written as in Python or on run_summarization's command line."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return WORDS.get(text.lower(), text)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -101,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
-        grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE")
+        grid.add_argument(*flags, dest=name, type=setting, nargs="+", metavar="VALUE")
     return parser.parse_args(argv)
 
 
@@ -248,8 +237,7 @@ class Lab:
             for i, of_row in zip(batch, fidelity, strict=True):
                 sums[i] = of_row
             followed = retention or followed
-        names = [field.name for field in dataclasses.fields(Fidelity)]
-        result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in names}}
+        result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in SUMS}}
         return result if followed is None else result | {"retention": self._retention(followed)}
 
     def _retention(self, followed: Retention) -> dict:

@@ -166,6 +166,16 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def setting(text: str) -> bool | int | float | str | None:
+    """An argparse type: the value of a setting of any type, written as in Python or as the flag of that setting."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False, "none": None, "all": None}.get(text.lower(), text)
+
+
 def positive(text: str) -> float:
     """An argparse type: a number above 0."""
     if not (_is_number(text) and 0 < float(text) < math.inf):
