@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from h2optimizer import H2OConfig
 from h2optimizer.batching import Sequence
-from h2optimizer.fidelity import compare
+from h2optimizer.fidelity import Recorded, compare
 from h2optimizer.flags import DEMO_REQUESTS, add_model_flags, attention_backend
 from h2optimizer.loading import end_as_chats_do, fingerprint_of, load_model, quiet_libraries, select_device
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
@@ -184,8 +184,8 @@ class Comparison:
         self.eos = Summarizer(self.stock, tokenizer, 1).eos
         self.refused: dict[tuple[str, int], str] = {}  # by press and window: why
 
-    def todo(self, cell: Cell) -> list[Prompt]:
-        return [p for p in self.order if cell.index(p.request.index) not in self.output.results]
+    def is_missing(self, cell: Cell, prompt: Prompt) -> bool:
+        return cell.index(prompt.request.index) not in self.output.results
 
     def text(self, prompt: Prompt) -> list[int]:
         """Tokens of the full cache's text."""
@@ -210,47 +210,57 @@ class Comparison:
         text = summarizer.choice(request, said)["text"]
         return {name: round(score, 6) for name, score in summarizer.rouge.score(request.summary_gt, text).items()}
 
-    def texts_of_full_cache(self) -> Iterator[None]:
+    def texts_of_full_cache(self) -> Iterator[str]:
         cell = Cell(FULL)
-        for job in Summarizer(self.stock, self.tokenizer, self.args.batch_size, greedy=True).decode(self.todo(cell)):
+        todo = [prompt for prompt in self.order if self.is_missing(cell, prompt)]
+        for job in Summarizer(self.stock, self.tokenizer, self.args.batch_size, greedy=True).decode(todo):
             (said,) = job.sequences
             tokens = max(len(said.tokens) - 1, 0)
             held = {name: said.cache[name] for name in ("slots_kept", "kv_bytes")}
             nll = -sum(said.logprobs[1:])
             measured = {"tokens": tokens, "agreed": tokens, "kl": 0.0, "nll": nll, **held, "text": said.tokens}
             self.write(cell, job.prompt, measured, said)
-            yield
+            yield cell.label
 
-    def policy(self, cell: Cell) -> Iterator[None]:
-        self.model.h2o = cell.h2o
-        todo = self.todo(cell)
-        said = {}
-        if self.args.rouge:
-            for job in Summarizer(self.model, self.tokenizer, self.args.batch_size, greedy=True).decode(todo):
-                said[job.prompt.request.index] = job.sequences[0]
+    def policies(self, cells: list[Cell]) -> Iterator[str]:
+        """All policies, batch by batch, each result's label: the full cache's side of a batch is computed once."""
+        pad = self.tokenizer.pad_token_id
+        todo = [prompt for prompt in self.order if any(self.is_missing(cell, prompt) for cell in cells)]
 
-        def compared(at_once: int) -> Iterator[None]:
+        def compared(at_once: int) -> Iterator[str]:
             while todo:
                 batch = todo[:at_once]
-                tokens, texts = [prompt.tokens for prompt in batch], [self.text(prompt) for prompt in batch]
-                fidelity, _ = compare(self.stock, self.model, tokens, texts, self.tokenizer.pad_token_id)
-                for prompt, of_row in zip(batch, fidelity, strict=True):
-                    measured = {name: getattr(of_row, name) for name in MEASURED}
-                    self.write(cell, prompt, measured, said.get(prompt.request.index))
-                    yield
+                texts = [self.text(prompt) for prompt in batch]
+                recorded = Recorded(self.stock, [prompt.tokens for prompt in batch], texts, pad)
+                for cell in cells:
+                    if rows := [row for row, prompt in enumerate(batch) if self.is_missing(cell, prompt)]:
+                        self._policy(cell, [batch[row] for row in rows], recorded.of(rows))
+                        yield from [cell.label] * len(rows)
                 del todo[:at_once]
 
         yield from halving(compared, self.args.batch_size)
         self.model.kept_caches.clear()
 
-    def presses(self, cells: list[Cell]) -> Iterator[None]:
+    def _policy(self, cell: Cell, batch: list[Prompt], recorded: Recorded) -> None:
+        self.model.h2o = cell.h2o
+        tokens, texts = [prompt.tokens for prompt in batch], [self.text(prompt) for prompt in batch]
+        said = {}
+        if self.args.rouge:
+            summarizer = Summarizer(self.model, self.tokenizer, len(batch), greedy=True)
+            said = {job.prompt.request.index: job.sequences[0] for job in summarizer.decode(batch)}
+        pad = self.tokenizer.pad_token_id
+        fidelity, _ = compare(self.stock, self.model, tokens, texts, pad, recorded=recorded)
+        for prompt, of_row in zip(batch, fidelity, strict=True):
+            measured = {name: getattr(of_row, name) for name in MEASURED}
+            self.write(cell, prompt, measured, said.get(prompt.request.index))
+
+    def presses(self, cells: list[Cell]) -> Iterator[str]:
         """All presses, request by request: the full cache's distributions are computed once for each."""
         of = {(cell.press, cell.window): cell for cell in cells}
-        left = {place: {prompt.request.index for prompt in self.todo(cell)} for place, cell in of.items()}
         jobs = []
         for prompt in self.order:
             request = prompt.request
-            if cuts := [place for place, requests in left.items() if request.index in requests]:
+            if cuts := [place for place, cell in of.items() if self.is_missing(cell, prompt)]:
                 job = {"request": request.index, "prompt": prompt.tokens, "text": self.text(prompt), "cuts": cuts}
                 job |= {"max_tokens": request.max_tokens if self.args.rouge else 0, "eos": sorted(self.eos)}
                 jobs.append(job)
@@ -268,7 +278,7 @@ class Comparison:
                     reason = "stop" if tokens[-1] in self.eos else "length"
                     said = Sequence(prompt.tokens, prompt.request.max_tokens, tokens=tokens, finish_reason=reason)
                 self.write(of[place], prompt, {name: result[name] for name in MEASURED}, said)
-            yield
+            yield of[place].label
 
 
 def run_presses(folder: Path, flags: list[str], jobs: list[dict]) -> Iterator[dict]:
@@ -353,8 +363,9 @@ def shown(row: dict) -> dict:
 def print_rows(rows: list[dict], requests: int) -> None:
     columns = {name: spec for name, spec in TABLE.items() if name != "ROUGE-2" or "rouge2" in rows[0]}
     print_table(map(shown, rows), columns)
-    print(f"\nKL to the full cache, nats a token, and top-1 agreement: {requests} requests, [95 % interval over them].")
-    if requests < FEW:
+    over = f"{requests} requests, [95 % interval over them]" if requests > 1 else "one request, without an interval"
+    print(f"\nKL to the full cache, nats a token, and top-1 agreement: {over}.")
+    if 1 < requests < FEW:
         print(f"With fewer than {FEW} requests these intervals are too narrow.")
     print("slots: what a head can attend to at the end of a text, on average. KV MiB: bytes then held for a request.")
     if any(row["window holds"] == PROMPT_ALONE for row in rows):
@@ -439,14 +450,12 @@ def measure(args, device: torch.device, requests: list[Request], cells: list[Cel
     comparison = Comparison(args, model, tokenizer, prompts, output)
     with tqdm(total=todo, unit="result", dynamic_ncols=True) as bar:
         try:
-            for cell in cells:
-                if cell.press is not None:
-                    continue
-                bar.set_postfix_str(f"{cell.label} {cell.window or ''}".strip())
-                for _ in comparison.policy(cell) if cell.h2o else comparison.texts_of_full_cache():
-                    bar.update()
-            bar.set_postfix_str("kvpress")
-            for _ in comparison.presses([cell for cell in cells if cell.press]):
+            for label in itertools.chain(
+                comparison.texts_of_full_cache(),
+                comparison.policies([cell for cell in cells if cell.h2o]),
+                comparison.presses([cell for cell in cells if cell.press]),
+            ):
+                bar.set_postfix_str(label, refresh=False)
                 bar.update()
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -18,7 +18,7 @@ import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from conftest import make_llamas, new_oracle, prompt
 from h2optimizer import H2OConfig
-from h2optimizer.fidelity import ForcedDecode, compare
+from h2optimizer.fidelity import ForcedDecode, Recorded, compare
 from test_benchmarks import load
 from utils import bench
 from utils.ablation import figures, policy_name, read_cells, unpack
@@ -120,6 +120,21 @@ def test_full_cache_beside_itself(gqa):
         len(of) + len(text) - 1 for of, text in zip(ROWS, TEXTS, strict=True)
     ]
     assert gqa.stock.config._attn_implementation == "sdpa"
+
+
+def test_full_cache_that_is_recorded(gqa):
+    """Rows of another order, or a second comparison that begins where the first one ended."""
+    recorded = Recorded(gqa.stock, ROWS, TEXTS)
+    for flags in ({"window_length": 12, "update_interval": 1}, {"window_length": 16, "update_interval": 4}):
+        gqa.h2o.h2o = H2OConfig(**flags)
+        for rows in ([0, 1, 2], [2, 0]):
+            side = [ROWS[row] for row in rows], [TEXTS[row] for row in rows]
+            wanted, _ = compare(gqa.stock, gqa.h2o, *side)
+            got, _ = compare(gqa.stock, gqa.h2o, *side, recorded=recorded.of(rows))
+            for of_row, other in zip(got, wanted, strict=True):
+                assert dataclasses.asdict(of_row) == pytest.approx(
+                    dataclasses.asdict(other) | {"mass_lost": 0.0}, rel=1e-4, abs=1e-4
+                )
 
 
 @pytest.mark.parametrize("which", ["stock", "h2o"])
