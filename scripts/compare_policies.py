@@ -261,8 +261,13 @@ class Comparison:
         for prompt in self.order:
             request = prompt.request
             if cuts := [place for place, cell in of.items() if self.is_missing(cell, prompt)]:
-                job = {"request": request.index, "prompt": prompt.tokens, "text": self.text(prompt), "cuts": cuts}
-                job |= {"max_tokens": request.max_tokens if self.args.rouge else 0, "eos": sorted(self.eos)}
+                full = self.output.results[Cell(FULL).index(request.index)]
+                job = {"request": request.index, "prompt": prompt.tokens, "text": full["text"], "nll": full["nll"]}
+                job |= {
+                    "cuts": cuts,
+                    "max_tokens": request.max_tokens if self.args.rouge else 0,
+                    "eos": sorted(self.eos),
+                }
                 jobs.append(job)
         by_index = {prompt.request.index: prompt for prompt in self.prompts}
         dtype = str(self.model.dtype).removeprefix("torch.")

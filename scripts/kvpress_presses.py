@@ -5,6 +5,7 @@ job, a JSON object:
 
     request      a number, returned as it is
     prompt, text tokens; the text is fed to the cache
+    nll          what the text's tokens after the first cost with this project's full cache, in nats
     cuts         [[press, budget], …]: the prompt is cut to `budget` slots a head on average, the text stays on top
     max_tokens   how many tokens to generate greedily from the cut prompt; 0 generates none
     eos          tokens that end such a text
@@ -15,7 +16,8 @@ For each cut one line goes to stdout: request, press and budget, and then either
     slots_kept, kv_bytes      slots a head can attend to, on average, and bytes held, both at the end of the text
     said                      the generated tokens
 
-or `error`, the reason why the press cannot do this cut. The reference is the same model with its full cache.
+or `error`, the reason why the press cannot do this cut. The reference is the same model with its full cache. It must
+find the text as likely as this project does, or the two libraries do not read the checkpoint alike.
 """
 
 import argparse
@@ -36,7 +38,8 @@ if __name__ == "__main__":
     cli.begin()
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from utils.cli import OneLineParser
 
@@ -70,6 +73,21 @@ def library() -> types.ModuleType:
     import kvpress
 
     return kvpress
+
+
+TOLERANCE = 0.02  # nats a token between the two libraries: half precision stays below it
+
+
+def with_old_names(config):
+    """The settings of RoPE where this transformers looks for them. Newer ones save them as `rope_parameters`.
+
+    Without this it would take its own default base, without a word.
+    """
+    if rope := getattr(config, "rope_parameters", None):
+        config.rope_theta = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config.rope_scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return config
 
 
 class CutPrompt:
@@ -130,6 +148,13 @@ class CutPrompt:
         return slots / heads, sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
+def nll_of(logprobs: torch.Tensor, text: list[int]) -> float:
+    """Nats of the text's tokens after the first; log-probabilities [text tokens - 1, vocabulary]."""
+    if not len(logprobs):
+        return 0.0
+    return -logprobs.gather(1, torch.tensor(text[1:], device=logprobs.device)[:, None]).double().sum().item()
+
+
 def measure(model, job: dict, wanted: torch.Tensor, name: str, budget: int) -> dict:
     """`wanted`: the full cache's log-probabilities [text tokens - 1, vocabulary] after each token but the last."""
     prompt, text = job["prompt"], job["text"]
@@ -141,7 +166,7 @@ def measure(model, job: dict, wanted: torch.Tensor, name: str, budget: int) -> d
         got = cut.feed(text[:-1]).log_softmax(-1, dtype=torch.float32)
         sums["agreed"] = (got.argmax(-1) == wanted.argmax(-1)).sum().item()
         sums["kl"] = (wanted.exp() * (wanted - got)).sum(-1).double().sum().item()
-        sums["nll"] = -got.gather(1, torch.tensor(text[1:], device=got.device)[:, None]).double().sum().item()
+        sums["nll"] = nll_of(got, text)
     slots, kv_bytes = cut.held()
     return sums | {"slots_kept": slots, "kv_bytes": kv_bytes, "said": said}
 
@@ -153,11 +178,15 @@ def results(model, job: dict) -> Iterator[dict]:
     ids = torch.tensor([prompt + text[:-1]], device=model.device)
     logits = model(ids, logits_to_keep=len(text), use_cache=False).logits[0, 1:]  # the first is the prompt's own
     wanted = logits.log_softmax(-1, dtype=torch.float32)
+    nll, problem = nll_of(wanted, text), None
+    if abs(nll - job["nll"]) > TOLERANCE * len(text):
+        found = f"{nll:.2f} nats for the full cache's text, not {job['nll']:.2f}"
+        problem = f"transformers {transformers.__version__} reads the checkpoint in another way: {found}"
     for name, budget in job["cuts"]:
         cut = {"request": job["request"], "press": name, "budget": budget}
         torch.manual_seed(job["request"])  # of the random press, which would choose alike in all layers by its own seed
         try:
-            yield cut | measure(model, job, wanted, name, budget)
+            yield cut | ({"error": problem} if problem else measure(model, job, wanted, name, budget))
         except Exception as error:  # whatever a press finds wrong, others can go on
             yield cut | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]}
 
@@ -175,7 +204,8 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # what libraries print is no result
         library()
-        model = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=getattr(torch, args.dtype))
+        config = with_old_names(AutoConfig.from_pretrained(args.model_name))
+        model = AutoModelForCausalLM.from_pretrained(args.model_name, config=config, dtype=getattr(torch, args.dtype))
         model = model.to(args.device).eval()
         for line in sys.stdin:
             for result in results(model, json.loads(line)):

@@ -253,10 +253,10 @@ def test_press_by_hand(runner, lab, name, kept):
     model = LlamaForCausalLM.from_pretrained(lab.model, dtype=torch.float32).eval()
     prompt, text = list(range(5, 36)), [40, 41, 42, 43]
     job = {"request": 0, "prompt": prompt, "text": text, "cuts": [[name, 12], [name, 31]]}
-    job |= {"max_tokens": 3, "eos": []}
     with torch.inference_mode():
-        cut, whole = runner.results(model, job)
         wanted = model(torch.tensor([prompt + text])).logits[0, 31:-1].double().log_softmax(-1)
+        job |= {"max_tokens": 3, "eos": [], "nll": -sum(wanted[i, text[i + 1]].item() for i in range(3))}
+        cut, whole = runner.results(model, job)
         got = token_by_token(model, prompt, text[:-1], kept).double().log_softmax(-1)
         greedy = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert cut["kl"] == pytest.approx((wanted.exp() * (wanted - got)).sum().item(), rel=1e-4)
@@ -285,9 +285,27 @@ def test_press_that_fails(runner, lab):
     model = LlamaForCausalLM.from_pretrained(lab.model).eval()
     job = {"request": 2, "prompt": list(range(20)), "text": [1, 2], "max_tokens": 0, "eos": []}
     with torch.inference_mode():
+        logits = model(torch.tensor([job["prompt"] + [1]])).logits[0, -1]
+        job["nll"] = -logits.log_softmax(-1)[2].item()
         failed, done = runner.results(model, job | {"cuts": [["KeyDiff", 8], ["TOVA", 8]]})
     assert "AttributeError" in failed["error"] and failed["press"] == "KeyDiff" and failed["budget"] == 8
     assert done["tokens"] == 1 and done["said"] is None
+
+
+def test_checkpoint_that_is_read_in_another_way(runner, lab):
+    """A table of presses on another model: an older transformers that misses a setting takes its default."""
+    model = LlamaForCausalLM.from_pretrained(lab.model).eval()
+    job = {"request": 0, "prompt": list(range(20)), "text": [1, 2], "max_tokens": 0, "eos": [], "nll": -1.0}
+    with torch.inference_mode():
+        (refused,) = runner.results(model, job | {"cuts": [["TOVA", 8]]})
+    assert "reads the checkpoint in another way" in refused["error"] and "kl" not in refused
+    llama3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    config = runner.with_old_names(SimpleNamespace(rope_parameters=llama3, rope_theta=1e4, rope_scaling=None))
+    assert config.rope_theta == 5e5 and config.rope_scaling == {"rope_type": "llama3", "factor": 8.0}
+    plain = SimpleNamespace(rope_parameters={"rope_theta": 1e5, "rope_type": "default"}, rope_scaling=None)
+    assert runner.with_old_names(plain).rope_theta == 1e5 and plain.rope_scaling is None
+    older = SimpleNamespace(rope_theta=1e6)
+    assert runner.with_old_names(older).rope_theta == 1e6
 
 
 def test_label_is_the_policy(script):
