@@ -3,8 +3,8 @@
     python run_summarization.py --input-path data/xsum.jsonl --output-path out/xsum.jsonl \\
         --model-name meta-llama/Meta-Llama-3-8B --enable_h2o_generation
 
-Without arguments it runs the bundled model on the bundled requests. A flag of the cache that is not given takes
-H2OConfig's value, so that editing h2optimizer/llama.py is enough.
+Without arguments it runs the bundled model on the bundled requests. Cache flags default to H2OConfig's values, so it is
+enough to edit h2optimizer/llama.py.
 """
 
 from __future__ import annotations
@@ -65,38 +65,47 @@ from utils.rouge import ROUGE_TYPES
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (default: the bundled ones)")
     add(
         "--output-path",
         type=output_file,
         default=Path("out/summaries.jsonl"),
-        help="results; metrics beside it (%(default)s)",
+        help="jsonl of results; the metrics are written beside it (default: %(default)s)",
     )
     add_model_flags(parser)
-    add("--sample_num", type=count, help="use only this many requests, from the top of the file")
+    add("--sample_num", type=count, help="use only this many requests, from the top of the file (default: all)")
     add(
         "--batch_size",
         type=count_or_auto,
         default=1,
-        help="sequences decoded together, halved when memory runs out; auto: as many as fit into the free memory",
+        help="sequences decoded together, halved when memory runs out; auto: as many as fit into the free memory "
+        "(default: %(default)s)",
     )
     add("--greedy", action="store_true", help="decode greedily whatever temperature, top_p and n the requests ask for")
     add(
         "--chat",
         action="store_true",
         help="wrap each request in the tokenizer's chat template, for instruct models; "
-        "the tokenizer's own end-of-sequence token then ends a text, too",
+        "the tokenizer's own end-of-sequence token then also ends a text",
     )
-    add("--seed", type=seed, default=42, help="seed of sampling")
-    add("--overwrite", action="store_true", help="start anew instead of resuming the results at --output-path")
-    add("--skip_bad_requests", action="store_true", help="skip lines that are no requests, and count them")
+    add("--seed", type=seed, default=42, help="seed for sampling (default: %(default)s)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="delete the results at --output-path and start again (default: resume them)",
+    )
+    add(
+        "--skip_bad_requests",
+        action="store_true",
+        help="skip and count lines that are not requests (default: refuse the file)",
+    )
     add_loading_flags(parser)
     add_cache_flags(parser)
     return parser.parse_args(argv)
 
 
 def is_whole(metrics: dict) -> bool:
-    """Whether `print_table` can show them: those of an unfinished run, or of a file that was edited, it cannot."""
+    """Whether `print_table` can show them, unlike those of an unfinished run or an edited file."""
     try:
         with redirect_stdout(io.StringIO()):
             print_table(metrics)
@@ -113,23 +122,23 @@ def print_table(metrics: dict) -> None:
         print(f"{label:<22}{shown:>8}{note and f' {note}'}")
 
     interval = f"[95 % interval over {requests} requests]" if requests > 1 else "(one request has no interval)"
-    print(f"ROUGE, points of 100 (F-measure; the files hold fractions of 1)   {interval}")
+    print(f"ROUGE, 0 to 100 (F-measure; the files hold 0 to 1)   {interval}")
     for name in ROUGE_TYPES:
         mean, low, high = (100 * metrics["rouge"][name][key] for key in ("mean", "low", "high"))
         label = f"ROUGE-{name.removeprefix('rouge')}"
         line(label, mean, ".2f", f"  [{low:.2f}, {high:.2f}]" if requests > 1 else "")
     line("requests", requests, "d", f"  {metrics['requests_evicted_from']} with slots dropped")
     first, each = metrics["time_to_first_token"], metrics["time_per_output_token"]
-    line("time to first token", 1e3 * first, ".1f", "ms   mean of requests, from the beginning of their prefill")
+    line("time to first token", 1e3 * first, ".1f", "ms   mean of requests, from the start of their prefill")
     line("time per token", None if each is None else 1e3 * each, ".1f", "ms   mean of requests, after the first token")
     line("decoding", metrics["decode_tokens_per_second"], ".1f", "tokens/s   all sequences together, without prefill")
     line("overall", metrics["requests_per_second"], ".3g", "requests/s   with prefill")
-    line("KV cache", metrics["kv_bytes_per_request"] / 2**20, ".2f", "MiB a request")
+    line("KV cache", metrics["kv_bytes_per_request"] / 2**20, ".2f", "MiB per request")
     line("peak memory", metrics["peak_memory_bytes"] / 2**30, ".2f", f"GiB of the {metrics['peak_memory_of']}")
 
 
 def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[Request]) -> dict:
-    """What a resumed run must share, by flag; not how many processes run, nor on what."""
+    """The settings that a resumed run must share, by flag. The number of processes and the device may differ."""
     settings = {
         "the form of results": 3,  # results of another form cannot be resumed
         "--model-name": args.model_name,
@@ -157,7 +166,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         h2o = h2o_config(args)
         device = own_device(args.device, processes)
         backend = attention_backend(h2o, device)
-        if processes.first:  # the one that reads: a pipe gives its lines once
+        if processes.first:  # only one process reads, because a pipe gives its lines once
             requests, skipped, output = open_files(args, h2o, processes)
     requests, done = processes.broadcast((requests, set(output.results) if output else None))
     todo, idle = {request.index for request in requests} - done, 0.0
@@ -180,14 +189,14 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                 metrics["tensor_parallel"] = processes.splits > 1
                 output.finish(metrics)
             print_table(output.metrics)
-            sys.stdout.flush()  # where it fails, all processes end with the same status
+            sys.stdout.flush()  # if it fails here, all processes end with the same status
     return 0
 
 
 def open_files(
     args: argparse.Namespace, h2o: H2OConfig | None, processes: Processes
 ) -> tuple[list[Request], int, ResultsFile]:
-    """The requests, how many lines were skipped, and the results that are there. Raises InputError."""
+    """The requests, the number of skipped lines, and the existing results. Raises InputError."""
     requests, skipped = read_requests(args.input_path, args.skip_bad_requests, args.sample_num)
     if skipped:
         processes.say(f"warning: {skipped} bad lines of {args.input_path} skipped")
@@ -196,7 +205,7 @@ def open_files(
     settings, check = settings_of(args, h2o, requests), partial(check_result, requests=requests)
     output = ResultsFile(args.output_path, settings, args.overwrite, args.input_path, check)
     if output.results:
-        processes.say(f"{len(output.results)} of {len(requests)} results are there already")
+        processes.say(f"{len(output.results)} of {len(requests)} results exist already")
     return requests, skipped, output
 
 
@@ -211,7 +220,7 @@ def load(
     quiet_libraries()
     options = loading_options(args.model_name, device, args.dtype, processes, args.quantize, args.device_map)
     model, tokenizer = load_model(args.model_name, h2o, device, args.dtype, options)
-    model.capture_sharded = processes.splits > 1  # Processes.close asks nothing of NCCL
+    model.capture_sharded = processes.splits > 1  # Processes.close ends without NCCL
     prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
     if args.chat:
         end_as_chats_do(model, tokenizer)
@@ -219,7 +228,7 @@ def load(
 
 
 def all_results(output: ResultsFile, requests: list[Request]) -> list[dict]:
-    """Those of all processes, in the order of the requests. Raises InputError where one is missing."""
+    """The results of all processes, in the order of the requests. Raises InputError if one is missing."""
     output.absorb()
     if missing := [request.index for request in requests if request.index not in output.results]:
         raise InputError(
@@ -230,9 +239,9 @@ def all_results(output: ResultsFile, requests: list[Request]) -> list[dict]:
 
 
 def summarize(summarizer: Summarizer, prompts: list[Prompt], output: ResultsFile | None, path: Path) -> float:
-    """Run this process's prompts, writing each result as soon as it is there; seconds that it waits for the slowest.
+    """Run this process's prompts and write each result at once; returns the mean wait for the slowest process, seconds.
 
-    Process 0 writes to `output`, others that have prompts of their own to parts of `path`, which it takes in.
+    Process 0 writes to `output`. Other processes with their own prompts write parts of `path`, which process 0 merges.
     """
     processes, begin = summarizer.processes, time.perf_counter()
     with processes.lockstep() if processes.splits > 1 else processes.together():

@@ -1,8 +1,8 @@
-"""Attention that also reports probability mass: what each slot received from this forward's queries.
+"""Attention that also reports mass: the probability that each slot received from this forward's queries.
 
 Every backend takes `Inputs` and returns the output [B, Hq, columns, D] and, on scored steps, the mass [B, Hkv, width]
 float32: column sums of softmax(QK^T * scaling) over queries and a group's query heads. The mass is None on other steps.
-Where kernels decode, `kernel_decode_step` does all that in the slots themselves.
+If kernels decode, `kernel_decode_step` replaces the backend and works on the slots in place.
 """
 
 import functools
@@ -19,19 +19,19 @@ from transformers.models.llama.modeling_llama import rotate_half
 from utils.cache import HHLayer, kernels_take
 from utils.step import Step
 
-BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU, a 16th of it on a CPU
+BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU; a 16th of that on a CPU
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 Attended = tuple[torch.Tensor, torch.Tensor | None]  # output and mass
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on states [B, H, n, D] with tables that broadcast to it, the same arithmetic as apply_rotary_pos_emb."""
+    """RoPE on states [B, H, n, D] with broadcastable tables, in the same arithmetic as apply_rotary_pos_emb."""
     return (states * cos) + (rotate_half(states) * sin)
 
 
 class Inputs(NamedTuple):
-    """What a backend attends with."""
+    """The inputs of a backend."""
 
     query: torch.Tensor  # [B, Hq, columns, D]
     key: torch.Tensor  # [B, Hkv, width, D], as `HHCache.update` returns it
@@ -39,15 +39,15 @@ class Inputs(NamedTuple):
     step: Step  # says which slots each query sees
     scaling: float  # of q·k
     group_reduce: str = "sum"  # H2OConfig's
-    slots: HHLayer | None = None  # what key and value belong to
-    rope: Rope | None = None  # cosines and sines [width, D] by slot index, where keys are cached unrotated
+    layer: HHLayer | None = None  # the cache layer of key and value
+    rope: Rope | None = None  # cosines and sines [width, D] by slot index, if keys are cached unrotated
 
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.query, self.key, self.value
 
     def rotated(self) -> "Inputs":
-        """The same with the keys rotated, in a copy."""
+        """The same inputs with rotated keys, in a copy."""
         return self if self.rope is None else self._replace(key=rotate(self.key, *self.rope), rope=None)
 
 
@@ -57,11 +57,11 @@ def eager_attention(inputs: Inputs) -> Attended:
 
 
 def sdpa_attention(inputs: Inputs) -> Attended:
-    """Torch's fused attention; mass in blocks of queries, in memory linear in the prompt.
+    """Torch's fused attention; mass is computed in blocks of queries, in memory linear in the prompt.
 
-    SDPA runs where it needs no mask, which would expand the KV heads and miss its flash kernel: prefill (tokens stand
-    before padding, so causal is enough) and decode steps of rows of one length. Decode steps that want mass, or rows of
-    different lengths, and later forwards of several tokens take output and mass from the same blocks.
+    SDPA runs only where it needs no mask, because a mask would expand the KV heads and rule out the flash kernel. That
+    is prefill (tokens come before padding, so causal is enough) and unscored decode steps of rows of equal length. All
+    other forwards compute output and mass in the same blocks.
     """
     inputs = inputs.rotated()
     (query, key, value), step = inputs.states, inputs.step
@@ -82,10 +82,10 @@ def sdpa_attention(inputs: Inputs) -> Attended:
 
 
 def triton_attention(inputs: Inputs) -> Attended:
-    """Triton kernels: decode steps in one pass, the mass of several tokens in one pass of tiles after the attention.
+    """Triton kernels: one pass for a decode step; for several tokens, one more pass of tiles for the mass.
 
-    What they cannot do (gradients, float64, heads of more than 256) goes to the sdpa backend, and several tokens in
-    float32 too: without tensor cores torch's products are the faster ones.
+    The sdpa backend takes what the kernels do not support (gradients, float64, head_dim above 256). It also takes
+    several tokens in float32 on a GPU: without tensor cores, torch's products are faster.
     """
     query, step = inputs.query, inputs.step
     if not _kernels_apply(inputs) or (query.dtype == torch.float32 and query.is_cuda and not step.decode):
@@ -98,7 +98,7 @@ def triton_attention(inputs: Inputs) -> Attended:
     from h2optimizer.kernels.prefill import attention_with_lse
 
     if step.max_start == 0 and _cudnn_applies(inputs):
-        # SDPA would choose it as well; called by name because SDPA keeps the log-sum-exp to itself
+        # SDPA would choose this kernel too, but does not return the log-sum-exp
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *inputs.states, None, True, 0.0, True, False, scale=inputs.scaling
         )[:2]
@@ -108,10 +108,10 @@ def triton_attention(inputs: Inputs) -> Attended:
 
 
 def flash_attention(inputs: Inputs) -> Attended:
-    """The flash-attn package, on the slots as they are; mass, and keys to be rotated in a decode step, by the kernels.
+    """The flash-attn package, directly on the slots. Triton computes mass, and decode steps whose keys need rotation.
 
-    A later forward of several tokens is causal from the bottom right: query column i of row b sees start[b] + i + 1
-    slots when the row is said to end `columns` after its start.
+    In a later forward of several tokens the causal mask is aligned to the bottom right: query column i of row b sees
+    start[b] + i + 1 slots if the row's end is given as start[b] + `columns`.
     """
     step, scaling = inputs.step, inputs.scaling
     if not _kernels_apply(inputs) or inputs.query.dtype == torch.float32:
@@ -120,8 +120,8 @@ def flash_attention(inputs: Inputs) -> Attended:
         return _kernel_decode(inputs)
     inputs = inputs.rotated()
     query, key, value = inputs.states
-    if step.decode and inputs.slots is not None:  # all slots: what a graph records must not change from step to step
-        key, value = inputs.slots.slots.read()
+    if step.decode and inputs.layer is not None:  # all slots: shapes recorded in a graph must not change between steps
+        key, value = inputs.layer.slots.read()
     flash, (q, k, v) = find_flash_attn(), (states.transpose(1, 2) for states in (query, key, value))
     lse = None
     if step.max_start == 0:
@@ -139,9 +139,9 @@ def flash_attention(inputs: Inputs) -> Attended:
 
 
 def blocked_attention(inputs: Inputs, block: int, with_output: bool = True) -> tuple[torch.Tensor | None, ...]:
-    """Softmax attention over `block` query columns at a time, the heads of a group together so that K is read once.
+    """Softmax attention over `block` query columns at a time, with a group's heads together so that K is read once.
 
-    Keys are rotated already. Without the output only the mass is computed, from the first scored query on.
+    Keys must be rotated already. Without the output, only the mass is computed, from the first scored query on.
     """
     (query, key, value), step, group_reduce = inputs.states, inputs.step, inputs.group_reduce
     kv_heads, device = key.shape[1], query.device
@@ -181,7 +181,7 @@ def blocked_attention(inputs: Inputs, block: int, with_output: bool = True) -> t
 
 
 def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q·k * scaling [B, Hkv, G, m, n] of [B, Hkv, G, m, D], [B, Hkv, n, D]; float32 or float64, but under autocast."""
+    """q·k * scaling [B, Hkv, G, m, n] of [B, Hkv, G, m, D], [B, Hkv, n, D]: float32 or float64 except in autocast."""
     q, k = grouped.flatten(0, 1).flatten(1, 2), key.flatten(0, 1).transpose(1, 2)
     exact = {}
     if q.dtype in (torch.float16, torch.bfloat16):
@@ -194,7 +194,7 @@ def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.T
 
 
 def _kernels_apply(inputs: Inputs) -> bool:
-    """Whether the Triton kernels can take these states."""
+    """Whether the Triton kernels support these states."""
     query, key, value = inputs.states
     return (
         kernels_take(query)
@@ -204,7 +204,7 @@ def _kernels_apply(inputs: Inputs) -> bool:
 
 
 def _kernel_decode(inputs: Inputs) -> Attended:
-    """One decode step's attention by kernel, and its mass."""
+    """Attention and mass of one decode step by the kernel."""
     from h2optimizer.kernels.decode import decode_attention
 
     key, step, first_head = inputs.key, inputs.step, inputs.group_reduce == "first"
@@ -216,36 +216,37 @@ def _kernel_decode(inputs: Inputs) -> Attended:
     return output, mass
 
 
-def decodes_by_kernel(slots: HHLayer, step: Step) -> bool:
-    """Whether `kernel_decode_step` takes this forward, in place of `HHCache.update` and a backend."""
-    by_flash_attn = slots.h2o.backend == "flash_attn"
-    needed = step.scored or step.partial or slots.h2o.position_rolling or not by_flash_attn
-    return step.decode and slots.by_kernel and needed
+def decodes_by_kernel(layer: HHLayer, step: Step) -> bool:
+    """Whether `kernel_decode_step` replaces `HHCache.update` and a backend in this forward."""
+    by_flash_attn = layer.h2o.backend == "flash_attn" and layer.slots.offsets is None
+    needed = step.scored or step.partial or layer.h2o.position_rolling or not by_flash_attn
+    return step.decode and layer.by_kernel and needed
 
 
 def kernel_decode_step(
-    projected: list[torch.Tensor], rope: Rope, slots: HHLayer, step: Step, scaling: float
+    projected: list[torch.Tensor], rope: Rope, layer: HHLayer, step: Step, scaling: float
 ) -> torch.Tensor:
-    """A whole decode step in `slots` by kernels: rotate, append, attend, add mass where the step is scored.
+    """A whole decode step on a layer's slots by kernels: rotate, append, attend and, on scored steps, add mass.
 
-    Args: projected: query, key and value [B, 1, heads * D], not rotated, or one tensor of all; rope: cosines and sines
-    [1 or B, n, D], at the rows' positions (n = 1), or of all slots when rolling. Returns: [B, 1, Hq * D].
+    Args: projected: query, key and value [B, 1, heads * D], unrotated, or one merged tensor; rope: cosines and sines
+    [1 or B, n, D], at the rows' positions (n = 1), or for all slots when rolling. Returns: [B, 1, Hq * D].
     """
     from h2optimizer.kernels import decode
 
-    h2o, stored = slots.h2o, slots.slots
-    lengths = step.attended(slots.device) if step.partial else slots.lengths
-    # as an operator only where torch.compile looks on: its dispatch costs the host 20 us
+    h2o, slots, lengths = layer.h2o, layer.slots, layer.lengths
+    if step.partial:
+        lengths = layer.seen_by(step).attended(layer.device).view(len(lengths), -1).expand_as(lengths)
+    # as a custom operator only under torch.compile: operator dispatch costs the host 20 us
     run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
     return run(
-        projected, *rope, *stored.read(), stored.mass if step.scored else None,
-        stored.count if step.scored else None, lengths, scaling, float(h2o.score_decay),
-        h2o.group_reduce == "first", h2o.position_rolling,
+        projected, *rope, slots.keys, slots.values, slots.mass if step.scored else None,
+        slots.count if step.scored else None, slots.norms, lengths, slots.offsets, slots.capacities, scaling,
+        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling,
     )  # fmt: skip
 
 
 def _kernel_mass(inputs: Inputs, lse: torch.Tensor) -> torch.Tensor:
-    """The mass of several tokens by kernel, from the log-sum-exps of their attention."""
+    """The mass of several tokens by the kernel, from the log-sum-exps of their attention."""
     from h2optimizer.kernels.prefill import attention_mass
 
     query, key, _ = inputs.states
@@ -255,7 +256,7 @@ def _kernel_mass(inputs: Inputs, lse: torch.Tensor) -> torch.Tensor:
 
 
 def _cudnn_applies(inputs: Inputs) -> bool:
-    """Whether cuDNN's attention is what SDPA chooses for these states, by its versions, the GPU and the user's word."""
+    """Whether SDPA would choose cuDNN's attention for these states, given the versions, GPU and user settings."""
     query, key, _ = inputs.states
     if not query.is_cuda:
         return False
@@ -266,7 +267,7 @@ def _cudnn_applies(inputs: Inputs) -> bool:
 
 @functools.cache
 def find_flash_attn():
-    """flash-attn 3's module, or else 2's. Raises: ValueError, with the way out, when neither can be used."""
+    """flash-attn 3's module, or else 2's. Raises: ValueError, with a remedy, if neither can be used."""
     fault = "flash-attn is not installed: pip install flash-attn --no-build-isolation"
     for name in ("flash_attn_interface", "flash_attn"):
         if importlib.util.find_spec(name) is None:
@@ -284,6 +285,6 @@ def find_flash_attn():
 
 @functools.cache
 def _lse_argument(flash_attn_func) -> dict[str, bool]:
-    """What asks for the log-sum-exp; the first versions of flash-attn 3 always give it."""
+    """The argument that requests the log-sum-exp; the first versions of flash-attn 3 always return it."""
     name = "return_attn_probs"
     return {name: True} if name in inspect.signature(flash_attn_func).parameters else {}

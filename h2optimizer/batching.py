@@ -1,4 +1,4 @@
-"""Many sequences at once: each of its own length and sampling, and new ones in the rows of those that have ended."""
+"""Many sequences at once, each with its own length and sampling; new ones take over the rows of finished ones."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from utils.cache import CACHE_ARGUMENT
 
 @dataclass
 class Sequence:
-    """One text to generate, and then what came of it."""
+    """One text to generate, and its results."""
 
     prompt: list[int]
     max_tokens: int
-    temperature: float = 0.0  # 0: greedily
+    temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
-    seed: tuple[int, ...] = (0,)  # of its samples, which depend on nothing else
-    has_ended: Callable[[list[int]], bool] | None = None  # whether its tokens so far, more at each look, end it
+    seed: tuple[int, ...] = (0,)  # its random numbers depend on nothing else
+    has_ended: Callable[[list[int]], bool] | None = None  # whether its tokens so far end it; called after each token
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" (an end-of-sequence token, or has_ended), "length" or "nan" (no logits)
-    rows: int = 0  # sequences in its batch at its end
-    cache: dict[str, int] = field(default_factory=dict)  # what it held at the end: tokens_seen, slots_kept, …
-    seconds: float = 0.0  # from the beginning of its prefill to its end
+    rows: int = 0  # sequences in its batch when it ended
+    cache: dict[str, int] = field(default_factory=dict)  # statistics at the end: tokens_seen, slots_kept, …
+    seconds: float = 0.0  # from the start of its prefill to its end
     seconds_to_first_token: float = 0.0
-    decode_seconds: float = 0.0  # its share of the decode steps it was in: a step is shared equally by its sequences
+    decode_seconds: float = 0.0  # its share of its decode steps, each divided equally among the sequences in it
 
     def __post_init__(self):
         self.random = np.random.default_rng(self.seed)
 
 
 class Clock:
-    """Moments on the device's own time, so that timing waits for nothing; on a CPU, the host's."""
+    """Timestamps recorded on the device, so that timing never waits for it; on a CPU, the host's clock."""
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -56,22 +56,22 @@ class Clock:
         return event
 
     def seconds(self, begin, end) -> float:
-        """Between two moments that the device has reached."""
+        """Seconds between two timestamps that the device has reached."""
         return begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin
 
 
 class Batcher:
-    """Decodes sequences together; one that ends makes room for the next.
+    """Decodes sequences together; each one that ends makes room for the next.
 
-    When that may be, and how many prompts are prefilled at once, is for the model's kind of cache to say (`decoding`).
-    Those of a bounded one are prefilled in sub-batches beside the slots, whose peak decides nothing.
+    `decoding`, for the model's kind of cache, decides when a sequence can join and how many prompts prefill at once.
+    A bounded cache prefills in sub-batches beside the slots, too small to set the peak of memory.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
         rows: sequences decoded at once.
-        eos_token_ids, pad_token_id: as the model's generation config has them.
+        eos_token_ids, pad_token_id: as in the model's generation config.
         sampling: whether any sequence samples; nucleus: whether any has a top_p below 1.
-        agree: makes chosen tokens [B] those of all processes that hold a part of the model each, in place; or None.
+        agree: makes all processes that share a model use the same chosen tokens [B], in place; or None.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class Batcher:
         self.decoding = decoding_of(model, choose, eos_token_ids, pad_token_id)
         self.decoding.prepare()
         self._clock = Clock(model.device)
-        self._begun: list[tuple] = [()] * rows  # moments of each row's prefill: begin, end
-        self._first: list[tuple] = []  # tokens from prefills that the host has not seen: sequences, tokens, logprobs
+        self._begun: list[tuple] = [()] * rows  # timestamps of each row's prefill: begin, end
+        self._first: list[tuple] = []  # first tokens that the host has not read yet: sequences, tokens, logprobs
 
     @torch.inference_mode()
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yields each sequence when it has ended; equal prompts, side by side, are prefilled once.
+        """Yield each sequence when it has ended. Adjacent equal prompts are prefilled once.
 
-        Raises: torch.OutOfMemoryError; sequences that were not yielded then have to be begun anew.
+        Raises: torch.OutOfMemoryError. Sequences not yielded by then must be restarted.
         """
         waiting = deque(sequences)
         while waiting or any(self.rows):
@@ -144,7 +144,7 @@ class Batcher:
         return choose if self.agree is None else lambda logits: self.agree(choose(logits))
 
     def _decode(self, waiting: bool) -> tuple:
-        """Steps up to where sequences can join, or CHUNK; moments before and after, tokens and log-probabilities."""
+        """Decode until sequences can join, at most CHUNK steps: steps, begin, end, tokens and log-probabilities."""
         unseen = {id(sequence) for group, *_ in self._first for sequence in group}
         left = [s.max_tokens - len(s.tokens) - (id(s) in unseen) for s in self.rows if s is not None]
         steps = min(self.decoding.steps(waiting), CHUNK, max(left))
@@ -155,7 +155,7 @@ class Batcher:
         return steps, begin, self._clock.now(), tokens, logprobs
 
     def _look(self, steps: int, begin, end, tokens, logprobs) -> Iterator[Sequence]:
-        """Take in the tokens that the device has chosen; the sequences that have ended leave their rows."""
+        """Read the chosen tokens from the device, and yield the sequences that ended, freeing their rows."""
         for group, *first in self._first:
             for sequence, token, logprob in zip(group, *(tensor.tolist() for tensor in first), strict=True):
                 self._extend(sequence, [token], [logprob])
@@ -185,11 +185,11 @@ class Batcher:
             yield sequence
 
     def _extend(self, sequence: Sequence, tokens: list[int], logprobs: list[float]) -> int:
-        """Add tokens up to the sequence's end; how many there were."""
+        """Add tokens up to the sequence's end; returns how many were added."""
         for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), start=1):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
-            if not math.isfinite(logprob):  # of logits that overflowed: the token means nothing, nor would the next
+            if not math.isfinite(logprob):  # the logits overflowed, so this token and all later ones are meaningless
                 sequence.finish_reason = "nan"
             elif token in self.eos or (sequence.has_ended is not None and sequence.has_ended(sequence.tokens)):
                 sequence.finish_reason = "stop"
@@ -208,20 +208,20 @@ def devices_of(model) -> list[torch.device]:
 
 @torch.inference_mode()
 def rows_that_fit(model, longest: int, max_tokens: int) -> int:
-    """How many sequences a Batcher can decode at once in the memory that is free, its prefills beside them.
+    """How many sequences a Batcher can decode at once in free memory, with its prefills beside them.
 
-    On GPUs a prefill of the longest prompt is measured, on each that holds layers. On a CPU more than 16 gain nothing.
+    On GPUs, a prefill of the longest prompt is measured on every GPU with layers. On a CPU, more than 16 gain nothing.
 
-    Args: longest: tokens of the longest prompt; max_tokens: of the longest text.
+    Args: longest: tokens of the longest prompt; max_tokens: tokens of the longest text.
 
-    Raises: torch.OutOfMemoryError where the model's parts are on several processes: the others are in that prefill.
+    Raises: torch.OutOfMemoryError if processes share the model, because the others are still in that prefill.
     """
     decoding, config, device = decoding_of(model), model.config, model.device
-    logits = 48 * config.vocab_size  # bytes a row: probabilities, sorted, with their order and sums
+    logits = 48 * config.vocab_size  # bytes per row: probabilities, also sorted, with their order and sums
     if device.type != "cuda":
         try:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError):  # only Linux tells
+        except (AttributeError, ValueError):  # not Linux
             return 16
         slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
         row = logits + slot * decoding.slots_for(longest + max_tokens)

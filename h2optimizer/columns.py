@@ -68,9 +68,9 @@ class Columns:
     def keep(
         self, kept: torch.Tensor | None, states: torch.Tensor, begin: int, wanted: slice | torch.Tensor = slice(None)
     ) -> torch.Tensor:
-        """`kept` [B, m, H], with what the states [B, n, H] of a chunk from column `begin` on give the wanted columns.
+        """`kept` [B, m, H], the wanted columns, updated with the states [B, n, H] of a chunk starting at `begin`.
 
-        Without `kept`, columns of other chunks are anything.
+        Without `kept`, columns of other chunks are undefined.
         """
         if self.real is None and states.shape[1] == self.columns:
             return states[:, wanted]
@@ -102,5 +102,5 @@ def _read(attention_mask: torch.Tensor, batch_size: int, columns: int) -> torch.
 
 def _take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Row b's columns columns[b] of states [B, n(, H)]: [B, m(, H)]."""
-    columns = columns.to(states.device)  # the last layer's, where layers are spread over devices
+    columns = columns.to(states.device)  # the last layer may be on another device
     return states.gather(1, columns if states.ndim == 2 else columns[..., None].expand(-1, -1, states.shape[-1]))

@@ -1,7 +1,7 @@
-"""Decoding over either kind of cache, behind one interface: the bounded one, or stock Llama's full one, the baseline.
+"""Decoding behind one interface for both caches: the bounded one, and stock Llama's full cache, the baseline.
 
-`decoding_of` gives the model's own. What batches and streams of texts need to know of a cache they ask here, and never
-which it is.
+`decoding_of` returns the one for a model. Batches and streams ask it everything about the cache, and never need to know
+which kind it is.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
 from h2optimizer.sampling import choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
-PREFILL_TOKENS = 16384  # columns of prompts that join a bounded cache at once, those of a chunk if they come in chunks
+PREFILL_TOKENS = 16384  # most columns of prompts prefilled at once into a bounded cache, or of one chunk of them
 
 
 def decoding_of(model, *args, **kwargs) -> BoundedDecoding | FullDecoding:
-    """Decoding over the model's own kind of cache; the arguments are `BoundedDecoding`'s."""
+    """Decoding over the model's kind of cache; the arguments are those of `BoundedDecoding`."""
     kind = FullDecoding if getattr(model, "h2o", None) is None else BoundedDecoding
     return kind(model, *args, **kwargs)
 
 
 class BoundedDecoding:
-    """Rows of one HHCache. A text joins right after a slimming, so that its own fall on the same of its steps as alone.
+    """Rows of one HHCache. A text joins right after a slimming, so it is slimmed at the same steps as if it were alone.
 
     Args:
         model: an H2OLlamaForCausalLM.
-        choose: the next tokens of all rows.
-        eos_token_ids, pad_token_id: as the model's generation config has them.
+        choose: picks the next tokens of all rows.
+        eos_token_ids, pad_token_id: as in the model's generation config.
 
-    `cache` is None until `open`, `prefill` or `join` makes it, and `decoder` until the first `start`.
+    `cache` is None until `open`, `prefill` or `join` creates it, `decoder` until the first `start`.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class BoundedDecoding:
         self.decoder: Decoder | None = None
 
     def prepare(self) -> None:
-        """What pays where many steps follow."""
+        """One-time work that pays off over many steps."""
         self.model.merge_projections()
 
     def new_cache(self) -> HHCache:
         return HHCache(self.h2o)
 
     def open(self) -> None:
-        """Begin with an empty cache of one row, for `feed`."""
+        """Start with an empty cache of one row, for `feed`."""
         self.cache = self.new_cache()
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Begin with one row for each prompt: logits [n, vocabulary] of their next tokens; equal ones computed once."""
+        """Start with one row per prompt: logits [n, vocabulary] of the next tokens. Equal prompts are computed once."""
         logits, self.cache, source = self._prefill_apart(prompts)
         if source != list(range(len(self.cache.lengths))):
             shared, self.cache = self.cache, self.cache.with_rows(len(prompts))
@@ -63,7 +63,7 @@ class BoundedDecoding:
         return logits
 
     def join(self, prompts: list[list[int]], rows: list[int], of_rows: int) -> torch.Tensor:
-        """Prefill beside the slots, and take these of the rows: as `prefill`. Needs `can_join`."""
+        """Prefill in a separate cache and copy it into `rows`; returns what `prefill` does. Requires `can_join`."""
         logits, cache, source = self._prefill_apart(prompts)
         if self.cache is None:
             self.cache = cache.with_rows(of_rows)
@@ -71,56 +71,56 @@ class BoundedDecoding:
         return logits
 
     def _prefill_apart(self, prompts: list[list[int]]) -> tuple[torch.Tensor, HHCache, list[int]]:
-        """Logits, a new cache with a row for each different prompt, and the row of each."""
+        """Logits, a new cache with one row per distinct prompt, and each prompt's row in it."""
         ids, mask, source = _pad(prompts, self.pad_token_id)
-        cache = self.new_cache()  # the mask stays on the host, which reads it
+        cache = self.new_cache()  # the mask stays on the host, where it is read
         outputs = self.model(
             ids.to(self.model.device), attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}
         )
         return outputs.logits[source, -1], cache, source
 
     def can_join(self, busy: int, rows: int) -> bool:
-        """Whether sequences can `join`, where `busy` of the rows decode."""
+        """Whether sequences can `join` while `busy` of the rows decode."""
         return busy < rows and (self.cache is None or self.cache.can_join)
 
     def rest(self) -> None:
-        """No row decodes: whoever is next need not wait for the next slimming."""
+        """Reset the cache when no row decodes, so that the next sequence can join without waiting for a slimming."""
         if self.cache is not None:
             self.cache.reset()
 
     def start(self, tokens: torch.Tensor, rows: list[int]) -> None:
-        """Let `decode` go on from these tokens, int64 [n], in these rows."""
+        """Set the tokens, int64 [n], from which `decode` continues these rows."""
         if self.decoder is None:
             eos = torch.tensor(self.eos, device=tokens.device) if self.eos else None
             self.decoder = Decoder(self.model, self.cache, self.choose, eos, self.pad_token_id, logprobs=True)
         self.decoder.start(tokens, rows)
 
     def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens that `choose` gives in up to CHUNK steps, and their log-probabilities: [B, steps]."""
+        """Tokens chosen in up to CHUNK steps, and their log-probabilities: [B, steps]."""
         return self.decoder.decode(steps)
 
     def steps(self, waiting: bool) -> int:
-        """How many to decode before the next look at the tokens; with `waiting`, up to where sequences can join."""
+        """Steps to decode before the host checks the tokens; with `waiting`, rows can join after the last."""
         if not waiting:
             return CHUNK
         steps = self.h2o.schedule.steps_to_due(self.cache.clock)
         return steps + max(0, CHUNK - steps) // self.h2o.update_interval * self.h2o.update_interval
 
     def feed(self, tokens: torch.Tensor, **kwargs):
-        """The model's outputs for given next tokens, int64 [B, n]; `kwargs` are its forward's."""
+        """The model's outputs for given next tokens, int64 [B, n]; `kwargs` are passed to its forward."""
         return self.model(tokens, **{CACHE_ARGUMENT: self.cache}, **kwargs)
 
     def make_room(self, tokens: int) -> None:
-        """Before `feed` takes so many in a stream: at most `piece`."""
+        """Evict before `feed` takes this many tokens of a stream, at most `piece`."""
         self.cache.evict_for_space(tokens)
 
     @property
     def piece(self) -> int:
-        """Tokens of a stream's turn that are fed at once: half of the recent slots, or a chunk if that is less."""
+        """Tokens of a turn to feed at once: half of the recent slots, or one prefill chunk if that is less."""
         most = max(1, self.h2o.recent // 2)
         return most if self.h2o.prefill_chunk is None else min(most, self.h2o.prefill_chunk)
 
-    # What it holds
+    # State
 
     @property
     def slots(self) -> int:
@@ -129,40 +129,40 @@ class BoundedDecoding:
 
     @property
     def kv_bytes(self) -> int:
-        """Of the cache."""
+        """Bytes of the cache."""
         return self.cache.nbytes
 
     def statistics(self, prompt: int, new: int) -> dict[str, int]:
-        """What the cache held of a text of prompt and new tokens when it ended: its last token was not fed."""
+        """Cache statistics at the end of a text of `prompt` + `new` tokens, of which the last was not fed."""
         held = self.h2o.schedule.held_after(prompt, new - 1)
         kv_bytes = self.cache.nbytes // len(self.cache.lengths)
         seen = prompt + new - 1
         return {"tokens_seen": seen, "slots_kept": held.slots, "slimmings": held.evictions, "kv_bytes": kv_bytes}
 
-    # What fits
+    # Capacity
 
     def prompts_at_once(self, longest: int) -> int | None:
-        """How many prompts of up to so many tokens may join at once; None if all may."""
+        """How many prompts of at most `longest` tokens may join at once; None = no limit."""
         return PREFILL_TOKENS // self.h2o.schedule.columns_at_once(longest)
 
     def slots_for(self, tokens: int) -> int:
-        """Slots that a row needs for a text of so many tokens."""
+        """Slots that a row needs for a text of `tokens` tokens."""
         return self.h2o.capacity
 
     def bytes_per_row(self, cache: HHCache, device: torch.device, tokens: int) -> int:
-        """Of the layers on a device, as they are in a cache: a part of a model has a part of the heads."""
+        """Bytes per row of the cache's layers on a device, read from a cache because a shard has fewer heads."""
         layers = [layer for layer in cache.layers if layer.keys.device == device]
         return sum(layer.slots.nbytes for layer in layers) // len(cache.lengths)
 
     def rows_within(self, free: float, peak: int, row: int) -> int:
-        """Rows of so many bytes in what is free beside a prefill's peak."""
+        """Rows of `row` bytes that fit into `free` bytes beside a prefill's peak."""
         return int((free - peak) // row) if row else 2**31
 
 
 class FullDecoding:
-    """As `BoundedDecoding`, for a LlamaForCausalLM over a DynamicCache, which grows: the baseline, never recorded.
+    """As `BoundedDecoding`, for a LlamaForCausalLM over a growing DynamicCache: the baseline, never recorded.
 
-    All rows grow, so that a batch is decoded to its end before the next begins.
+    All rows grow together, so a batch is decoded to its end before the next begins.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class FullDecoding:
         self._hold(self.new_cache(), torch.zeros(1, 0, dtype=torch.long, device=self.model.device))
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        self.cache = None  # the batch before has ended: make room
+        self.cache = None  # the previous batch has ended: free its memory
         ids, mask, source = _pad(prompts, self.pad_token_id)
         cache, mask = self.new_cache(), mask.to(self.model.device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -193,7 +193,7 @@ class FullDecoding:
             **{CACHE_ARGUMENT: cache},
         )
         if len(ids) < len(prompts):
-            cache.batch_select_indices(torch.tensor(source))  # on the host: layers may be on several devices
+            cache.batch_select_indices(torch.tensor(source))  # on the host, because layers may be on several devices
         self._hold(cache, mask[source])
         return outputs.logits[source, -1]
 
@@ -226,7 +226,7 @@ class FullDecoding:
         return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
 
     def steps(self, waiting: bool) -> int:
-        return 1  # as stock generate looks
+        return 1  # stock generate checks after every step
 
     def feed(self, tokens: torch.Tensor, **kwargs):
         if self.mask is not None:
@@ -265,11 +265,11 @@ class FullDecoding:
         return tokens * _bytes_per_token([layer for layer in cache.layers if layer.keys.device == device])
 
     def rows_within(self, free: float, peak: int, row: int) -> int:
-        return int(free // (peak + row))  # all prompts at once; a layer's keys and values are copied as they grow
+        return int(free // (peak + row))  # all rows prefill at once; a layer's keys and values are copied as they grow
 
 
 def _pad(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The different prompts padded on the left, [n, columns], their mask, and the row that each prompt has there."""
+    """The distinct prompts left-padded to [n, columns], their mask, and each prompt's row."""
     rows: dict[tuple[int, ...], int] = {}
     source = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
     columns = max(map(len, rows))
@@ -279,5 +279,5 @@ def _pad(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, tor
 
 
 def _bytes_per_token(layers) -> int:
-    """Of one row of a full cache's layers."""
+    """Bytes per token in one row of a full cache's layers."""
     return sum(states[0, :, 0].nbytes for layer in layers for states in (layer.keys, layer.values))

@@ -147,7 +147,7 @@ def compare(
     last_held, lost_there, held = None, [], None
     if follow is not None and ours is not None:
         own = len(prompts[follow])  # the column of the first step's token
-        shape = len(ours.cache.layers), ours.cache.layers[0].keys.shape[1], own + len(texts[follow])
+        shape = len(ours.cache.layers), ours.cache.layers[0].slots.heads, own + len(texts[follow])
         last_held = torch.zeros(shape, dtype=torch.int16, device=device)  # the last column is empty slots'
     implementation = stock.config._attn_implementation
     try:

@@ -1,4 +1,4 @@
-"""The flags that programs share, and the H2OConfig that they make: one that is not given takes H2OConfig's value."""
+"""The flags that programs share, and the H2OConfig they produce. A flag not given takes H2OConfig's default."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import QUANTIZERS
-from utils.cli import InputError, count_or_all, seed
+from utils.cli import InputError, count_or_all, number_or_share, seed
 from utils.policies import POLICIES, named_policies
 from utils.processes import Processes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 DEMO_REQUESTS, DEMO_MODEL = DATA / "summarization/demo.jsonl", DATA / "demo_model"  # bundled
 
-# The flags that are not called what their H2OConfig field is: the names that H2O's own scripts use.
+# Flags named differently from their H2OConfig fields: these are the names in H2O's own scripts.
 FLAG_OF_FIELD = {
     "window_length": "num_window_length",
     "num_heavy_hitters": "num_heavy_hitter_tokens",
@@ -28,39 +28,50 @@ FLAG_OF_FIELD = {
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What `select_device` and `load_model` read."""
+    """The flags that `select_device` and `load_model` read."""
     add = parser.add_argument
-    add("--model-name", default=str(DEMO_MODEL), help="a Llama checkpoint: a folder, or a name on the hub; or bundled")
+    add(
+        "--model-name",
+        default=str(DEMO_MODEL),
+        help="a Llama checkpoint: a folder, or a name on the Hugging Face hub (default: the bundled model)",
+    )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="auto: the checkpoint's; on a CPU float32",
+        help="dtype of weights and cache; auto: float32 on a CPU, elsewhere the checkpoint's (default: %(default)s)",
     )
-    add("--device", default="auto", help="cuda, cuda:1, cpu …; auto: cuda where there is one")
+    add("--device", default="auto", help="cuda, cuda:1, cpu, …; auto: cuda if there is one (default: %(default)s)")
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    """What `check_loading_flags` and `loading_options` read."""
+    """The flags that `check_loading_flags` and `loading_options` read."""
     add = parser.add_argument
     add(
         "--tensor_parallel",
         action="store_true",
-        help="the processes that torchrun started hold a part of the model each",
+        help="split the model among the processes that torchrun starts (default: each process holds all of it)",
     )
     add(
         "--device_map",
         choices=("auto",),
-        help="auto: one process spreads the layers over all GPUs, and the CPU's memory",
+        help="auto: a single process spreads the layers over all GPUs, and over CPU memory if they do not fit "
+        "(default: one device)",
     )
-    add("--quantize", choices=QUANTIZERS, help="weights of 8 or 4 bits, made while loading by the library named")
+    add(
+        "--quantize",
+        choices=QUANTIZERS,
+        help="let this library quantise the weights to 8 or 4 bits while they are loaded (default: not quantised)",
+    )
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """What `h2o_config` reads."""
+    """The flags that `h2o_config` reads."""
     h2o = parser.add_argument_group(
         "heavy-hitter cache",
-        "a flag not given takes the value in h2optimizer/llama.py",
+        "Settings of the heavy-hitter cache, which need --enable_h2o_generation. Their defaults are those of H2OConfig "
+        "in h2optimizer/llama.py. A slot is the place of one token in the cache; slimming drops slots; a slot's mass "
+        "is the attention probability that its token has received.",
         argument_default=argparse.SUPPRESS,  # None is a value
     )
     add = h2o.add_argument
@@ -68,36 +79,99 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         "--enable_h2o_generation",
         action="store_true",
         default=False,
-        help="use it; without it, the full cache of stock Llama",
+        help="use the heavy-hitter cache (default: stock Llama with a full cache)",
     )
     add(
         "--num_heavy_hitter_tokens",
-        type=int,
-        help="heavy hitters in the window; -1 = half of it (streaming_llm: 4), 0 = local attention",
+        type=number_or_share,
+        help="slots of the window for heavy hitters, or their share of it, such as 31/32; the others hold the newest "
+        f"tokens. -1: half of the window (streaming_llm: 4); 0: newest tokens only {default_of('num_heavy_hitters')}",
     )
-    add("--num_window_length", type=int, help="slots kept: heavy hitters + recent")
-    add("--enable_position_rolling", action=argparse.BooleanOptionalAction, help="rotate keys by slot index")
-    add("--update_interval", type=int, help="slimming on every N-th step; 1 = H2O")
-    add("--slimming", choices=("H", "mask"), help="H: gather into place; mask: boolean mask and copy")
-    add("--backend", choices=("auto", *ATTENTION_BACKENDS), help="attention; auto: triton on CUDA, else sdpa")
+    add(
+        "--head_budgets",
+        help="even: all KV heads keep as many slots; or a plan that scripts/calibrate.py has measured, a JSON file: "
+        f"each keeps its own number, on average those of the window {default_of('head_budgets')}",
+    )
+    add("--num_window_length", type=int, help=f"slots kept after slimming {default_of('window_length')}")
+    add(
+        "--enable_position_rolling",
+        action=argparse.BooleanOptionalAction,
+        help="take positions from slots instead of the text, so that they never exceed the cache's size "
+        f"{default_of('position_rolling')}",
+    )
+    add(
+        "--update_interval",
+        type=int,
+        help=f"decode steps from one slimming to the next {default_of('update_interval')}",
+    )
+    add(
+        "--slimming",
+        choices=("H", "mask"),
+        help=f"H: move slots in place; mask: boolean mask and copy, as in H2O {default_of('slimming')}",
+    )
+    add(
+        "--backend",
+        choices=("auto", *ATTENTION_BACKENDS),
+        help="what computes attention; auto: triton on NVIDIA GPUs of compute capability 8 or more, else sdpa "
+        f"{default_of('backend')}",
+    )
     add(
         "--score",
         choices=tuple(POLICIES),
-        help=f"what stays beside the newest slots: {named_policies()}",
+        help=f"what ranks the slots older than the newest: {named_policies()} {default_of('score')}",
     )
-    add("--score_seed", type=seed, help="of --score random")
-    add("--score_every_step", action=argparse.BooleanOptionalAction, help="mass on skipped steps as well")
-    add("--score_decay", type=float, help="mass is multiplied by this before each addition")
-    add("--score_norm", choices=("sum", "mean"), help="mean: mass per query that could see the slot")
-    add("--score_queries", type=count_or_all, help="prefill mass from the last k, or all")
-    add("--prefill_chunk", type=count_or_all, help="prompt tokens between slimmings, or all: the exact prefill")
+    add("--score_seed", type=seed, help=f"seed for --score random {default_of('score_seed')}")
+    add(
+        "--score_every_step",
+        action=argparse.BooleanOptionalAction,
+        help=f"add to mass on every decode step; if not, only on those that slim {default_of('score_every_step')}",
+    )
+    add(
+        "--score_decay",
+        type=float,
+        help="multiply mass by this before each forward adds to it; 0: only the last forward counts "
+        f"{default_of('score_decay')}",
+    )
+    add(
+        "--score_norm",
+        choices=("sum", "mean"),
+        help="sum: rank by mass; mean: by mass divided by the number of queries that could add to it "
+        f"{default_of('score_norm')}",
+    )
+    add(
+        "--score_queries",
+        type=count_or_all,
+        help=f"take prefill mass from the prompt's last k tokens only, or from all {default_of('score_queries')}",
+    )
+    add(
+        "--prefill_chunk",
+        type=count_or_all,
+        help=f"slim after every so many prompt tokens; all: after the whole prompt {default_of('prefill_chunk')}",
+    )
     add(
         "--capture",
         action=argparse.BooleanOptionalAction,
-        help="decode from CUDA graphs, where kernels do the slimming",
+        help=f"record decode steps as CUDA graphs, with backends triton and flash_attn {default_of('capture')}",
     )
-    add("--compile", action=argparse.BooleanOptionalAction, help="and compile their steps, about 45 s a batch size")
-    add("--group_reduce", choices=("sum", "first"), help="mass over the query heads of a KV head")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also compile the recorded steps, with backend triton: takes about 45 s per batch size "
+        f"{default_of('compile')}",
+    )
+    add(
+        "--group_reduce",
+        choices=("sum", "first"),
+        help="query heads of a KV head that mass is taken from; sum: all of them; first: the first one "
+        f"{default_of('group_reduce')}",
+    )
+
+
+def default_of(name: str) -> str:
+    """How --help shows the default of a field of H2OConfig."""
+    (value,) = (field.default for field in dataclasses.fields(H2OConfig) if field.name == name)
+    words = {None: "all", True: "yes", False: "no"}
+    return f"(default: {words[value] if value is None or isinstance(value, bool) else value})"
 
 
 def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
@@ -107,7 +181,7 @@ def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
     if not args.enable_h2o_generation:
         if given:
             raise InputError(
-                f"--{flags[next(iter(given))]}: does nothing without --enable_h2o_generation; add that, or drop it"
+                f"--{flags[next(iter(given))]}: has no effect without --enable_h2o_generation; add that flag"
             )
         return None
     try:
@@ -117,7 +191,7 @@ def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
 
 
 def in_flags(message: str) -> str:
-    """What H2OConfig or its backend says, in the words of the command line."""
+    """An error message of H2OConfig or a backend, rewritten in terms of command-line flags."""
     for field, flag in FLAG_OF_FIELD.items():
         message = message.replace(field, flag)
     message = message.replace("score_every_step=False", "--no-score_every_step")
@@ -127,7 +201,7 @@ def in_flags(message: str) -> str:
 
 
 def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None:
-    """What attention runs on there; None for the full cache, which stock Llama attends to. Raises InputError."""
+    """The attention backend on this device; None for the full cache of stock Llama. Raises InputError."""
     if h2o is None:
         return None
     try:
@@ -135,33 +209,29 @@ def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None
     except ValueError as error:
         raise InputError(in_flags(str(error))) from None
     if h2o.compile and backend != "triton":
-        raise InputError(
-            f"--compile: compiles the decode steps of --backend triton, this one is {backend}; leave it out"
-        )
+        raise InputError(f"--compile: needs --backend triton, but the backend here is {backend}; leave --compile out")
     return backend
 
 
 def check_loading_flags(args: argparse.Namespace, processes: Processes) -> None:
-    """Raises InputError for flags that do not go together, or not with how the program was started."""
+    """Raises InputError for flags that contradict each other or the way the program was started."""
     if args.tensor_parallel and not Processes.started_by_launcher():
         raise InputError(
-            "--tensor_parallel: one process was started; start several with torchrun --nproc-per-node 2 "
-            "run_summarization.py …, or leave it out"
+            "--tensor_parallel: only one process was started; start several with torchrun --nproc-per-node 2 "
+            "run_summarization.py …, or leave the flag out"
         )
     for flag, given in {
         f"{processes.size} processes": processes.size > 1,
         "--device": args.device != "auto",
     }.items():
         if args.device_map is not None and given:
-            raise InputError(f"--device_map: one process spreads the model over all devices; leave it out, or {flag}")
+            raise InputError(f"--device_map: uses one process and all devices; leave it out, or {flag}")
     for flag, given in {"quantize": args.quantize, "compile": getattr(args, "compile", False)}.items():
         if given and args.tensor_parallel:
-            raise InputError(f"--{flag}: not with --tensor_parallel; leave one of them out")
+            raise InputError(f"--{flag}: does not work with --tensor_parallel; leave one of them out")
     if processes.size > 1 and args.device not in ("auto", "cpu"):
         raise InputError(
-            f"--device {args.device}: each of {processes.size} processes takes a GPU of its own; leave it out"
+            f"--device {args.device}: each of the {processes.size} processes uses its own GPU; leave it out"
         )
     if processes.splits > 1 and args.device == "cpu" and torch.cuda.is_available():
-        raise InputError(
-            "--device cpu: --tensor_parallel takes the GPUs that it sees; set CUDA_VISIBLE_DEVICES= as well"
-        )
+        raise InputError("--device cpu: --tensor_parallel uses all visible GPUs; hide them with CUDA_VISIBLE_DEVICES=")

@@ -1,4 +1,4 @@
-"""What decode steps compute at once where stock Llama launches it piece by piece: projections, norms, activations."""
+"""Fused decode steps: projections, norms and activations in one launch each, where stock Llama needs several."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
 class MergedLinear:
-    """Linear layers of one input as one product in decode steps, which read small weights too slowly one by one.
+    """One product for several linear layers of the same input in decode steps, where separate small reads are slow.
 
-    `merge` puts the weights side by side in memory; the layers' parameters become views of it, so that checkpoints,
-    training and in-place changes see no difference. Layers that cannot be merged, or that have been replaced, moved,
-    hooked or wrapped since, compute alone.
+    `merge` concatenates the weights, and the layers' parameters become views of the result. Checkpoints, training and
+    in-place changes see no difference. Layers that cannot be merged, or were replaced, moved, hooked or wrapped since,
+    run separately.
     """
 
     def __init__(self):
         self.weight: torch.Tensor | None = None
 
     def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
-        """The layers' outputs for [B, 1, n] side by side, [B, 1, outputs]; None where each computes alone."""
+        """The layers' concatenated outputs for [B, 1, n], [B, 1, outputs]; None if they must run separately."""
         if self.weight is None or inputs.shape[1] != 1:
             return None
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return None
         if torch.is_grad_enabled() and (inputs.requires_grad or any(layer.weight.requires_grad for layer in layers)):
-            return None  # gradients are the layers' own, and the kernels that follow have none
+            return None  # gradients belong to the layers' own weights, and the kernels that follow have none
         return F.linear(inputs, self.weight)
 
     def is_current(self, *layers: torch.nn.Module) -> bool:
-        """Whether the merged weight still is all that the layers are."""
+        """Whether the layers still consist of views of the merged weight and nothing else."""
         at = self.weight.data_ptr()
         for layer in layers:
             if not _is_plain(layer) or layer.weight.data_ptr() != at or layer.weight.dtype != self.weight.dtype:
@@ -42,7 +42,7 @@ class MergedLinear:
         return True
 
     @torch.no_grad()
-    @torch.inference_mode(False)  # weights outlive the mode they are moved in
+    @torch.inference_mode(False)  # weights outlive the caller's inference mode
     def merge(self, *layers: torch.nn.Module) -> None:
         if self.weight is not None and self.is_current(*layers):
             return
@@ -66,7 +66,7 @@ def _is_plain(layer: torch.nn.Module) -> bool:
 
 
 class FusedRMSNorm:
-    """A family's RMSNorm in one kernel for decode steps, where its own six cost more than what they compute."""
+    """A family's RMSNorm in one kernel for decode steps, where its own six cost more to launch than to run."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
@@ -75,7 +75,7 @@ class FusedRMSNorm:
 
 
 class FusedMLP:
-    """A family's gated MLP with gate and up in one product in decode steps."""
+    """A family's gated MLP that merges gate and up into one product in decode steps."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`generate` over a bounded cache: what it makes of GenerationMixin's, and `sample`, its loop over recorded steps."""
+"""`generate` over a bounded cache: overrides of GenerationMixin, and `sample`, the loop over recorded steps."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from h2optimizer.sampling import choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 KEPT_CACHES = 8  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
-KEPT_BYTES = 8 * 2**30  # bound of them all but the latest
-KEPT_DECODERS = 4  # decoders of one cache, each for its own sampling
+KEPT_BYTES = 8 * 2**30  # most bytes of all kept caches but the latest
+KEPT_DECODERS = 4  # decoders per cache, one for each way of sampling
 
-# What depends on the logits alone, and on nothing that changes from step to step.
+# Processors that depend on the logits alone, not on anything that changes from step to step.
 STATELESS_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 class GeneratesThroughSlots:
-    """GenerationMixin's `generate` through an HHCache, its steps recorded where that gives the same.
+    """GenerationMixin's `generate` over an HHCache, with recorded steps where the results are the same.
 
     Attributes:
-        kept_caches: what calls leave for later ones.
-        capture_sharded: record the steps of a tensor-parallel model as well. They hold NCCL's communicator: its end
-            (destroy_process_group) waits for them for ever. A program that sets this to True drops the model and its
-            caches before that, or ends without it.
+        kept_caches: caches and graphs kept for later calls.
+        capture_sharded: record the steps of a tensor-parallel model as well. The graphs hold NCCL's communicator, so
+            destroy_process_group waits for them forever. A program that sets this to True must drop the model and its
+            caches first, or exit without destroy_process_group.
     """
 
     def __init__(self, *args, **kwargs):
@@ -47,19 +47,18 @@ class GeneratesThroughSlots:
         self.capture_sharded = False
 
     def generate(self, *args, **kwargs):
-        """As GenerationMixin's, through an HHCache; `past_key_values`, or `cache`, may be one of the caller's.
+        """As GenerationMixin's, over an HHCache; `past_key_values` (or `cache`) may be the caller's own.
 
-        Padding may stand anywhere in the inputs. A row that has ended while others go on leaves nothing more in the
-        cache, whatever is fed to it.
+        Inputs may be padded in any column. Once a row has finished, the tokens fed to it no longer enter the cache.
 
-        Raises: ValueError where `use_cache=False` or another cache_implementation is asked for, and for fewer tokens
-            than a given cache has seen.
+        Raises: ValueError for `use_cache=False` or another cache_implementation, and for fewer tokens than a given
+            cache has seen.
         """
-        # H2O: the cache under either name, whichever this version of transformers has
+        # H2O: accept the cache under either name, whichever this version of transformers uses
         for name in ("past_key_values", "cache"):
             if name in kwargs and name != CACHE_ARGUMENT:
                 kwargs[CACHE_ARGUMENT] = kwargs.pop(name)
-        # H2O: a checkpoint's use_cache is the wish of those who trained it, not of the caller
+        # H2O: a checkpoint's use_cache is left over from training, not the caller's choice
         if kwargs.get("generation_config") in (None, self.generation_config):
             kwargs.setdefault("use_cache", True)
         return super().generate(*args, **kwargs)
@@ -80,7 +79,7 @@ class GeneratesThroughSlots:
 
     @property
     def _adapter(self):
-        """peft's model around this one, where its `generate` is what runs: it puts a method of its own here."""
+        """peft's model around this one while peft's `generate` runs, which replaces a method here; else None."""
         owner = getattr(self.prepare_inputs_for_generation, "__self__", self)
         return None if owner is self else owner
 
@@ -88,39 +87,39 @@ class GeneratesThroughSlots:
         kind = getattr(getattr(self._adapter, "active_peft_config", None), "peft_type", None)
         if kind in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
-                f"{kind.value}: its keys and values come from no token, and an HHCache cannot rank them; use "
+                f"{kind.value}: an HHCache cannot rank its keys and values, which belong to no token; use "
                 "LlamaForCausalLM, or prompt tuning"
             )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         if not isinstance(model_kwargs.get(CACHE_ARGUMENT), HHCache | None):
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        # H2O: the cache counts each row's tokens; only holes, which take no positions here, need saying
+        # H2O: the cache counts each row's tokens; positions are needed only for holes in the mask, which take none
         mask = model_kwargs.get("attention_mask")
         if mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all()):
             return None
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)  # the step after a padded column counts on from it
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)  # the step after a padded column continues from it
 
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
         cache, embeds = model_kwargs.get(CACHE_ARGUMENT), model_kwargs.get("inputs_embeds")
         if isinstance(cache, HHCache) and (seen := cache.get_seq_length()):
             given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
-            # H2O: a mask of ones is dropped on the way, but not its length
+            # H2O: generate drops a mask of ones, but keeps its length
             masked = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
             if masked is not None and masked not in (given, seen + given):
                 raise ValueError(
-                    f"attention_mask has {masked} columns: {given} tokens were given, and the cache has seen {seen}; "
+                    f"attention_mask has {masked} columns for {given} given tokens and {seen} seen by the cache: "
                     "give the mask of the whole text"
                 )
             if masked in (None, given) and given <= seen:
                 raise ValueError(
-                    f"{given} tokens were given, and the cache has seen {seen}: give the whole text so far and at "
-                    "least one token more, or reset() the cache"
+                    f"{given} tokens were given, but the cache has seen {seen}: give the whole text so far plus at "
+                    "least one new token, or reset() the cache"
                 )
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        # H2O: the steps of a bounded cache are all alike: replay them, where nothing is asked for that needs the host
+        # H2O: all steps of a bounded cache are the same work: replay them unless the request needs the host
         request = (input_ids, logits_processor, stopping_criteria, generation_config)
         if can_capture(self, *request, **kwargs):
             return sample(self, *request, **kwargs)
@@ -133,16 +132,16 @@ class GeneratesThroughSlots:
         input_ids,
         next_sequence_length=None,
         attention_mask=None,
-        inputs_embeds=None,  # named, as `generate` asks whether it is
+        inputs_embeds=None,  # named because `generate` checks the signature for it
         is_first_iteration=False,
         ended_rows=None,
         **kwargs,
     ):
         if isinstance(kwargs.get(CACHE_ARGUMENT), HHCache) and not is_first_iteration and next_sequence_length == 1:
-            # H2O: decode tokens are real, no mask to read back from the device, but for rows that have ended
+            # H2O: decode tokens are real except in finished rows: without a mask, nothing is read from the device
             past = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_mask = None if ended_rows is None else ended_rows.mask()
-            if attention_mask is not None and self._adapter is not None:  # which puts columns of its own before all
+            if attention_mask is not None and self._adapter is not None:  # the adapter prepends its own columns
                 attention_mask = torch.cat([past[:, :-1].long(), attention_mask], dim=1)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -154,21 +153,21 @@ class GeneratesThroughSlots:
         )
         if isinstance(cache := inputs.get(CACHE_ARGUMENT), HHCache):
             del inputs[CACHE_ARGUMENT]
-            inputs["past_key_values"] = cache  # H2O: peft, which comes next, knows no other name
+            inputs["past_key_values"] = cache  # H2O: peft runs next and knows only this name
         return inputs
 
 
 class EndedRows(StoppingCriteriaList):
-    """Stopping criteria that remember which rows they have ended: what `generate` feeds these afterwards is padding.
+    """Stopping criteria that remember which rows they ended: `generate` feeds padding to these rows afterwards.
 
-    Where no end-of-sequence token is asked for, `generate` feeds them what they would say next: text, not padding.
+    Without an end-of-sequence token, `generate` feeds such rows their own next tokens instead of padding.
     """
 
     def __init__(self, criteria: StoppingCriteriaList):
         super().__init__(criteria)
         self._pads = any(hasattr(each, "eos_token_id") for each in criteria)
-        self._ended: torch.Tensor | None = None  # after the newest token
-        self._before: torch.Tensor | None = None  # it is padding in these rows
+        self._ended: torch.Tensor | None = None  # rows ended after the newest token
+        self._before: torch.Tensor | None = None  # rows ended before it, where it is padding
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
         ended = super().__call__(input_ids, scores, **kwargs)
@@ -176,16 +175,17 @@ class EndedRows(StoppingCriteriaList):
         return ended
 
     def mask(self) -> torch.Tensor | None:
-        """[B, 1] for the newest tokens, 0 for padding; None where it is that of no row. Waits for the device."""
+        """Mask [B, 1] of the newest tokens, 0 for padding; None if no row has padding. Waits for the device."""
         if not self._pads or self._before is None or not self._before.any():
             return None
         return (~self._before).long()[:, None]
 
 
 class KeptCaches:
-    """Caches that `generate` made, for later calls of the same batch size, and the graphs over any cache's slots.
+    """Caches that `generate` made, kept for later calls of the same batch size, and decoders with their graphs.
 
-    `decoders` are by how they choose tokens, those of a cache in the order of their last use; they end with it.
+    `decoders` maps a cache to its decoders, keyed by how they choose tokens, least recently used first. They are freed
+    with the cache.
     """
 
     def __init__(self):
@@ -193,7 +193,7 @@ class KeptCaches:
         self.decoders: WeakKeyDictionary[HHCache, dict[Hashable, Decoder]] = WeakKeyDictionary()
 
     def take(self, key: Hashable) -> HHCache | None:
-        """One for this key, empty, the caller's until it is put back."""
+        """An empty cache for this key, owned by the caller until it is put back; None if there is none."""
         cache = self._caches.pop(key, None)
         if cache is not None:
             cache.reset()
@@ -205,14 +205,14 @@ class KeptCaches:
             self._caches.popitem(last=False)
 
     def decoder(self, cache: HHCache, key: Hashable, make: Callable[[], Decoder]) -> Decoder:
-        """The decoder over a cache that an earlier call made for this key, if it still can be used, else a new one."""
+        """The cache's decoder that an earlier call made for this key if it is still usable, else a new one."""
         kept = self.decoders.setdefault(cache, {})
         for other in [other for other, decoder in kept.items() if not decoder.has_slots_of(cache)]:
             del kept[other]
         decoder = kept.pop(key, None)
         if decoder is None or not decoder.is_current():
             decoder = make()
-        kept[key] = decoder  # the last in order
+        kept[key] = decoder  # now the most recent
         while len(kept) > KEPT_DECODERS:
             del kept[next(iter(kept))]
         return decoder
@@ -221,7 +221,7 @@ class KeptCaches:
         return sum(cache.nbytes for cache in list(self._caches.values())[:-1])
 
     def clear(self) -> bool:
-        """Free them; whether there was one."""
+        """Free the kept caches; returns whether there were any."""
         any_kept = bool(self._caches)
         self._caches.clear()
         return any_kept
@@ -233,7 +233,7 @@ class KeptCaches:
 def can_capture(
     model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
 ) -> bool:
-    """Whether `sample` gives what transformers' loop gives."""
+    """Whether `sample` gives the same result as transformers' loop."""
     cache = kwargs.get(CACHE_ARGUMENT)
     if not isinstance(cache, HHCache) or not cache.h2o.capture or cache.h2o.slimming != "H":
         return False
@@ -250,7 +250,7 @@ def can_capture(
 
 
 def _positions_are_counts(input_ids, position_ids=None, attention_mask=None, inputs_embeds=None, **kwargs) -> bool:
-    """Whether the last token's position is the number of those before it, from where the cache counts on."""
+    """Whether each row's last position equals the number of tokens before it, as the cache's own count assumes."""
     if position_ids is None:
         return True
     columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -263,10 +263,10 @@ def sample(
 ):
     """As GenerationMixin._sample, greedy or sampling: sequences [B, tokens], or its output object.
 
-    End-of-sequence tokens are noticed on the device. The host looks after up to CHUNK steps, where something but the
-    length can end the call; other criteria then see every prefix, and what was decoded past the last row's end is
-    dropped. A cache that outlives the call never ends a step ahead: where a step could be the last, the host looks at
-    once, and rows that have ended bring no token to the steps that follow.
+    The device detects end-of-sequence tokens. If anything but the length can end the call, the host checks after up to
+    CHUNK steps: other criteria then see every prefix, and tokens decoded past the end of the last row are dropped.
+    A cache that outlives the call must not run ahead, so the host then checks after every step that could be the last,
+    and finished rows bring no token to later steps.
     """
     cache = kwargs[CACHE_ARGUMENT]
     outlives = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
@@ -288,7 +288,7 @@ def sample(
         except torch.OutOfMemoryError:
             if not model.kept_caches.clear():
                 raise
-        if logits is None:  # again, with what was kept out of the way
+        if logits is None:  # retry with the kept caches freed
             torch.cuda.empty_cache()
             cache.reset()
     decoder = _decoder_of(model, cache, logits_processor, generation_config.do_sample, eos, pad)
@@ -296,10 +296,10 @@ def sample(
     new = decoder.choose(logits)
     decoder.start(new)
     new, ended = new[:, None], torch.zeros_like(decoder.finished)
-    bring = None  # which rows bring a token to the next step; all where the cache ends with the call
+    bring = None  # rows that bring a token to the next step; None = all, as for a cache that ends with the call
     while True:
         before = ended
-        done = []  # for each new column, whether it ends the last row
+        done = []  # for each new column, whether every row has ended
         if others:
             for column in new.unbind(1):
                 column = column if eos is None else torch.where(ended, pad, column)
@@ -323,7 +323,7 @@ def sample(
             break
         if outlives and eos is not None and len(input_ids) > 1:
             bring = (~before).long().tolist()  # the newest token of a row that had ended before it is padding
-        if others and eos is not None:  # rows that they ended: the decoder knows of its own only
+        if others and eos is not None:  # the decoder does not know which rows the other criteria ended
             decoder.finished.copy_(ended)
             decoder.token.copy_(input_ids[:, -1])
         new = decoder.decode(min(at_a_time, left), bring)[0]
@@ -335,7 +335,7 @@ def sample(
 
 
 def _decoder_of(model, cache: HHCache, processors: LogitsProcessorList, do_sample: bool, eos, pad: int) -> Decoder:
-    """A decoder over this cache that chooses so; the one of an earlier call where there is one."""
+    """A decoder over this cache with these sampling settings, reused from an earlier call if possible."""
     settings = [(type(p).__name__, *sorted((k, str(v)) for k, v in vars(p).items())) for p in processors]
     key = (*settings, do_sample, None if eos is None else tuple(eos.tolist()), pad)
 

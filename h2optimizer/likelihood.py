@@ -24,14 +24,14 @@ class LogLikelihood(NamedTuple):
 
     logprob: float  # nats, summed over its tokens
     greedy: bool  # whether each of them is the most probable one
-    # How many came after the cache had dropped slots: not the first, but where chunks of its context did.
+    # Tokens scored after the cache had dropped slots; never the first, unless chunks of its context were slimmed.
     after_eviction: int
 
 
 def log_likelihoods(
     model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None
 ) -> list[LogLikelihood]:
-    """Score continuations of any lengths together. Equal contexts are prefilled once. `dtype`: of log-probabilities."""
+    """Score continuations of any length together. Equal contexts are prefilled once. `dtype`: of log-probabilities."""
     lengths = [len(continuation) for _, continuation in pairs]
     steps = max(lengths)
     said = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]
@@ -57,11 +57,10 @@ def log_likelihoods(
 def log_likelihoods_in_batches(
     model, pairs: list[Pair], contexts: int, pad_token_id: int = 0, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[int, LogLikelihood]]:
-    """Each pair's index and log-likelihood, batch by batch. Where memory runs out a batch is halved; of one row that
-    raises."""
+    """Each pair's index and log-likelihood, batch by batch. A batch is halved if memory runs out; one row raises."""
 
     def computed(batch: list[int], rows: int) -> Iterator[tuple[int, LogLikelihood]]:
-        """Up to so many rows at a time; `batch` becomes what is left of it."""
+        """Compute at most `rows` rows at a time, removing finished ones from `batch`."""
         while batch:
             found = log_likelihoods(model, [pairs[i] for i in batch[:rows]], pad_token_id, dtype)
             yield from zip(batch[:rows], found, strict=True)
@@ -72,8 +71,8 @@ def log_likelihoods_in_batches(
 
 
 def _batches(pairs: list[Pair], contexts: int) -> list[list[int]]:
-    """Indices of pairs, the longest contexts first and equal ones together: up to `contexts` contexts a batch, and up
-    to max(contexts, SHARING) rows."""
+    """Indices of pairs, longest contexts first and equal ones together. A batch has at most `contexts` contexts and
+    max(contexts, SHARING) rows."""
     batches: list[list[int]] = []
     held = 0  # contexts in the last batch
     for i in sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], -len(pairs[i][1]))):

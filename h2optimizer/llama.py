@@ -1,10 +1,11 @@
 """Llama with a heavy-hitter KV cache (H2O, arXiv 2306.14048), on top of transformers' modeling code.
 
-Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama is marked `# H2O:`. What a family has in
-common with Llama is in `H2OAttention` and `H2OForCausalLM`, which are mixed into its own classes as at the end.
+Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama is marked `# H2O:`. `H2OAttention` and
+`H2OForCausalLM` are mixins for any Llama-like family; the end of this file mixes them into Llama's classes.
 """
 
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 import torch
 from transformers import LlamaForCausalLM
@@ -19,31 +20,35 @@ from h2optimizer.fused import FusedMLP, FusedRMSNorm, MergedLinear
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.slimming import slimmer_of
 from h2optimizer.weights import ChecksItsWeights
+from utils.budgets import HeadBudgets
 from utils.cache import CACHE_ARGUMENT, HHCache
+from utils.heads import HeadWindows, as_share, check_table
 from utils.policies import POLICIES, RECENT_ONLY, Policy
 from utils.schedule import Schedule
+from utils.step import to_rows
 
 
 @dataclass(frozen=True)
 class H2OConfig:
-    """Settings of the heavy-hitter cache. Raises ValueError, with the way out, for combinations that cannot work."""
+    """Settings of the heavy-hitter cache. Raises ValueError, with a remedy, for combinations that cannot work."""
 
     window_length: int = 256  # slots that a row keeps after slimming: heavy hitters + recent
-    num_heavy_hitters: int = -1  # how many of them are heavy hitters; -1 = half (streaming_llm: 4), 0 = local attention
+    num_heavy_hitters: int | str = -1  # heavy hitters among them, or their share ("31/32"); -1 = half, 0 = none
+    head_budgets: str | tuple = "even"  # a window for each head: a plan (scripts/calibrate.py), or [layers][KV heads]
     update_interval: int = 16  # slimming is due on every N-th forward; 1 = H2O
     slimming: str = "H"  # "H": gather into place (update_slimmingH); "mask": boolean mask and copy (update_slimming)
     backend: str = "auto"  # "eager" (reference), "sdpa", "triton", "flash_attn"; auto = triton on CUDA, else sdpa
-    score: str = "mass"  # "mass" (H2O), "sink" (oldest slots), "streaming_llm" (4 oldest), "random" (by score_seed)
-    score_seed: int = 0  # of score="random"
-    score_every_step: bool = True  # add mass on skipped steps as well; False = pure attention there
-    score_decay: float = 1.0  # mass is multiplied by this before each forward's addition; 0.0 = last forward only
-    score_norm: str = "sum"  # "sum" (H2O); "mean" = mass per query that could see the slot and was counted
+    score: str = "mass"  # "mass" (H2O), "value_mass", "sink" (oldest), "streaming_llm" (4 oldest), "random"
+    score_seed: int = 0  # seed of score="random"
+    score_every_step: bool = True  # add mass on steps without slimming too; False = plain attention on those steps
+    score_decay: float = 1.0  # factor on stored mass before each forward adds to it; 0.0 = last forward only
+    score_norm: str = "sum"  # "sum" (H2O); "mean" = mass per counted query that could see the slot
     score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
-    group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = first of each group only
+    group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = only the first head of each group
     position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
     prefill_chunk: int | None = None  # prompt tokens between slimmings: memory for window + chunk; None = all, exact
-    capture: bool = True  # decode from CUDA graphs where device, backend and what generate is asked for allow it
-    compile: bool = False  # and those through torch.compile: about 45 s for each batch size, then faster steps
+    capture: bool = True  # decode with CUDA graphs if device, backend and generate's options allow it
+    compile: bool = False  # torch.compile the captured steps: about 45 s per batch size, then faster steps
 
     def __post_init__(self):
         for name, allowed in {
@@ -70,48 +75,90 @@ class H2OConfig:
             number = getattr(self, name)
             if name in ("score_queries", "prefill_chunk") and number is None:
                 continue
+            if name == "num_heavy_hitters" and self._share is not None:
+                continue
             if type(number) is not int or number < least:
                 raise ValueError(f"{name}={number!r}: must be a whole number of at least {least}")
         if self.capacity >= 2**31:  # positions are int32
             name = "window_length" if self.window_length >= self.update_interval else "update_interval"
             raise ValueError(
-                f"{name}={getattr(self, name)}: window_length and update_interval must be below 2**31 together; give a "
-                "smaller one"
+                f"{name}={getattr(self, name)}: window_length + update_interval must be below 2**31; give a smaller "
+                "value"
             )
         if self.score_seed >= 2**32:
             raise ValueError(f"score_seed={self.score_seed}: must be below 2**32")
-        if self.num_heavy_hitters >= self.window_length:
+        self._resolve_budgets()
+        if self._share is None and self.num_heavy_hitters >= self.window_length:
             raise ValueError(
                 f"num_heavy_hitters={self.num_heavy_hitters}: must be less than window_length={self.window_length}, "
-                "the newest slot is always kept"
+                "because the newest slot is always kept"
             )
         if self.heavy >= self.window_length:
             raise ValueError(
                 f"window_length={self.window_length}: has no room for the {self.heavy} sinks of "
                 f"score {self.score} and the newest slot; give at least {self.heavy + 1}, or set "
-                "num_heavy_hitters to how many sinks to keep"
+                "num_heavy_hitters to the number of sinks to keep"
             )
         if type(self.score_decay) not in (int, float) or not 0.0 <= self.score_decay <= 1.0:
             raise ValueError(f"score_decay={self.score_decay!r}: must be a number between 0 and 1")
         if self.backend == "flash_attn" and self.needs_mass and self.score_every_step:
             raise ValueError(
-                "backend='flash_attn' gives no scores, so decode steps that need them do without it: set "
-                "score_every_step=False, which leaves them to the steps that slim, or backend='triton'"
+                "backend='flash_attn' returns no attention scores, so it cannot run decode steps that need them: set "
+                "score_every_step=False, so that only steps that slim need them, or backend='triton'"
             )
 
         if self.compile and (not self.capture or self.backend not in ("auto", "triton") or self.slimming != "H"):
             raise ValueError(
-                "compile=True compiles captured steps of kernels: it needs capture=True, slimming='H' and "
-                "backend='auto' or backend='triton'"
+                "compile=True compiles captured Triton steps: it needs capture=True, slimming='H' and backend='auto' "
+                "or backend='triton'"
             )
+
+    def _resolve_budgets(self) -> None:
+        """Turn a plan into its table for this window, and check the table."""
+        budgets = self.head_budgets
+        if budgets == "even":
+            return
+        if isinstance(budgets, str):
+            budgets = HeadBudgets.load(budgets).windows(self.window_length)
+        try:
+            object.__setattr__(self, "head_budgets", check_table(budgets, self.window_length))
+        except ValueError as error:
+            raise ValueError(f"head_budgets: {error}") from None
+        if self.slimming == "mask":
+            raise ValueError("slimming='mask' needs heads of one window: leave out head_budgets, or set slimming='H'")
+
+    @property
+    def _share(self) -> Fraction | None:
+        """`num_heavy_hitters` where it is a share of the window."""
+        try:
+            return as_share(self.num_heavy_hitters)
+        except ValueError as error:
+            raise ValueError(f"num_heavy_hitters={error}") from None
+
+    def heavy_of(self, window: int) -> int:
+        """Heavy hitters of a head with this window, or the sinks or random slots that replace them."""
+        most, share, policy = window - 1, self._share, POLICIES[self.score]
+        if share is not None:
+            return min(int(share * window), most)
+        if self.num_heavy_hitters == -1:
+            return window // 2 if policy.heavy is None else min(policy.heavy, most)
+        if policy.keeps_oldest:
+            return min(self.num_heavy_hitters, most)
+        return min(self.num_heavy_hitters * window // self.window_length, most)
 
     @property
     def heavy(self) -> int:
-        """Heavy hitters in the window, or what takes their place: sinks, random slots."""
-        if self.num_heavy_hitters != -1:
-            return self.num_heavy_hitters
+        """Heavy hitters in the window, or the sinks or random slots that replace them."""
         heavy = POLICIES[self.score].heavy
-        return self.window_length // 2 if heavy is None else heavy
+        if self.num_heavy_hitters == -1 and heavy is not None:
+            return heavy
+        return self.heavy_of(self.window_length)
+
+    @property
+    def head_windows(self) -> HeadWindows:
+        """How many slots each KV head keeps."""
+        windows = self.window_length if self.head_budgets == "even" else self.head_budgets
+        return HeadWindows.of(windows, self.heavy_of)
 
     @property
     def recent(self) -> int:
@@ -130,20 +177,20 @@ class H2OConfig:
 
     @property
     def policy(self) -> Policy:
-        """What ranks slots."""
+        """The policy that ranks slots."""
         return POLICIES[self.score] if self.heavy else RECENT_ONLY
 
     @property
     def needs_mass(self) -> bool:
-        """Whether slimming ranks slots by mass; if not, every step is pure attention."""
+        """Whether slimming ranks slots by mass; if not, every step is plain attention."""
         return self.policy.by_mass
 
 
 class H2OAttention:
-    """A family's attention over the slots of an `HHCache`; with any other cache, or none, it is the family's own.
+    """A family's attention over the slots of an `HHCache`. With any other cache, or none, the family's own code runs.
 
-    A family that norms queries and keys does so in `project`; a layer that does not rotate them passes `forward`
-    cosines of 1 and sines of 0. Both then go through the kernels as well.
+    A family that normalises queries and keys does so in `project`. A layer without rotation passes cosines of 1 and
+    sines of 0 to `forward`. The kernels support both.
     """
 
     def __init__(self, *args, **kwargs):
@@ -159,7 +206,7 @@ class H2OAttention:
         cache=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cache = past_key_values if cache is None else cache  # H2O: by either name that transformers has for it
+        cache = past_key_values if cache is None else cache  # H2O: transformers has two names for it
         if not isinstance(cache, HHCache):
             return super().forward(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         step = cache.step
@@ -167,11 +214,11 @@ class H2OAttention:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
         projected = self.project(hidden_states, step)
-        slots = cache.layers[self.layer_idx] if step.decode else None
-        by_kernel = slots is not None and decodes_by_kernel(slots, step) and projected[0].dtype == slots.keys.dtype
+        layer = cache.layers[self.layer_idx] if step.decode else None
+        by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.keys.dtype
         if by_kernel and not any(states.requires_grad for states in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
-            attn_output = kernel_decode_step(projected, position_embeddings, slots, step, self.scaling)
+            attn_output = kernel_decode_step(projected, position_embeddings, layer, step, self.scaling)
         else:
             attn_output = self._attend(projected, position_embeddings, cache)
         if not step.static and step.due:
@@ -179,13 +226,13 @@ class H2OAttention:
         return self.o_proj(attn_output), None
 
     def project(self, hidden_states: torch.Tensor, step) -> list[torch.Tensor]:
-        """Query, key and value [B, columns, heads * D], not rotated; in a decode step maybe one tensor of all three."""
+        """Query, key and value [B, columns, heads * D], unrotated; a decode step may return them as one tensor."""
         projections = self.q_proj, self.k_proj, self.v_proj
         merged = self.merged.product(hidden_states, *projections) if step.decode else None
         return [projection(hidden_states) for projection in projections] if merged is None else [merged]
 
     def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: HHCache):
-        """Attention of query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
+        """Run query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
         step, h2o = cache.step, cache.h2o
         if len(projected) == 1:
             widths = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
@@ -199,19 +246,22 @@ class H2OAttention:
         backend = resolve_backend(h2o.backend, query_states.device.type)
         keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
         keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
-        slots, key_rope = cache.layers[self.layer_idx], None
+        layer, key_rope = cache.layers[self.layer_idx], None
+        seen = layer.seen_by(step)  # H2O: a head with a window of its own is a row of its own
+        query_states = to_rows(query_states, seen)
         if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
+            cos, sin = (table[:, : keys.shape[2]] for table in (cos, sin))
             key_rope = (cos[0], sin[0])
-            query_states = rotate(query_states, *(_at_queries(table, step)[:, None] for table in (cos, sin)))
+            query_states = rotate(query_states, *(_at_queries(table, seen)[:, None] for table in (cos, sin)))
 
-        # H2O: attention reports the mass that each slot received, and slimming follows it when due
+        # H2O: attention reports the mass that each slot received; slimming follows when due
         attn_output, mass = ATTENTION_BACKENDS[backend](
-            Inputs(query_states, keys, values, step, self.scaling, h2o.group_reduce, slots, key_rope)
+            Inputs(query_states, keys, values, seen, self.scaling, h2o.group_reduce, layer, key_rope)
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
-        attn_output = attn_output.transpose(1, 2).flatten(2).contiguous()
-        if step.padded:  # H2O: padding attends to nothing, and so depends on no token to its right
+        attn_output = to_rows(attn_output, step).transpose(1, 2).flatten(2).contiguous()
+        if step.padded:  # H2O: padding attends to nothing, so it depends on no token to its right
             attn_output = attn_output.masked_fill(step.padding(attn_output.device)[..., None], 0.0)
         return attn_output
 
@@ -224,19 +274,19 @@ def _at_queries(table: torch.Tensor, step) -> torch.Tensor:
 
 
 class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
-    """A family's causal language model whose `generate` keeps an `HHCache`. Checkpoints are plain, in both directions.
+    """A family's causal language model whose `generate` uses an `HHCache`. It loads and saves plain checkpoints.
 
-    RoPE types `dynamic` and `longrope` take their frequencies from the farthest position of a forward, of all its rows;
-    padding has none. Without position_rolling these are original positions, evicted or not, and a key keeps the
-    rotation it was cached with, as in stock Llama. With it they are slots: frequencies follow what the cache holds,
-    never more than its capacity and the columns of a forward, and all keys are rotated with those of the step. Those of
-    `dynamic` belong to the model, not to a cache: as in stock Llama they stay at the farthest position seen until a
-    forward lies within the original context again, whichever text that is of; `cache.reset()` does not touch them.
+    RoPE types `dynamic` and `longrope` choose their frequencies by the largest position in a forward, over all rows and
+    without padding. Without position_rolling these are original positions, evicted tokens included, and a key keeps the
+    rotation it was cached with, as in stock Llama. With position_rolling they are slots: the largest is bounded by the
+    capacity plus a forward's columns, and all keys are rotated with the frequencies of the current step. The `dynamic`
+    frequencies belong to the model, not to a cache. As in stock Llama, they stay at the largest position seen until a
+    forward, of any text, lies within the original context again; `cache.reset()` does not change them.
 
     Args:
         config: the family's.
-        h2o: the cache's settings, an H2OConfig or a dict of its fields, H2OConfig() unless given; assign `model.h2o`
-            to change them for the next `generate`. Raises ValueError for anything else.
+        h2o: the cache's settings, an H2OConfig or a dict of its fields (default: H2OConfig()). Assign `model.h2o` to
+            change them for the next `generate`. Raises ValueError for anything else.
     """
 
     attention: type  # the family's, with H2OAttention
@@ -246,7 +296,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
     def __init__(self, config, h2o: H2OConfig | dict | None = None):
         super().__init__(config)
         self.h2o = H2OConfig() if h2o is None else h2o
-        for layer_idx, layer in enumerate(self.model.layers):  # H2O: same weights and names
+        for layer_idx, layer in enumerate(self.model.layers):  # H2O: weights and names stay the same
             layer.self_attn = self.attention(config, layer_idx)
             layer.mlp = self.mlp(config)
             layer.input_layernorm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -263,16 +313,22 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         if isinstance(h2o, dict):
             names = [field.name for field in fields(H2OConfig)]
             if unknown := [name for name in h2o if name not in names]:
-                raise ValueError(f"h2o: {unknown[0]!r} is no field of H2OConfig; it has {', '.join(names)}")
+                raise ValueError(f"h2o: {unknown[0]!r} is not a field of H2OConfig; its fields are {', '.join(names)}")
             h2o = H2OConfig(**h2o)
         if not isinstance(h2o, H2OConfig):
             raise ValueError(f"h2o={h2o!r:.60}: must be an H2OConfig, or a dict of its fields")
+        shape = self.config.num_hidden_layers, self.config.num_key_value_heads
+        if h2o.head_budgets != "even" and h2o.head_windows.index.shape != shape:
+            raise ValueError(
+                f"head_budgets: for {' x '.join(map(str, h2o.head_windows.index.shape))} layers and KV heads, the "
+                f"model has {' x '.join(map(str, shape))}: measure it with scripts/calibrate.py"
+            )
         self._h2o = h2o
 
     def merge_projections(self) -> None:
-        """Put the weights of q, k and v side by side, and those of gate and up, where kernels decode.
+        """Merge the weights of q, k and v, and those of gate and up, into one tensor each if kernels decode.
 
-        `generate` does so; whoever calls `forward` alone may.
+        `generate` does this. Callers of `forward` may call it first.
         """
         if not has_kernels(self.h2o, self.device):
             return
@@ -295,12 +351,12 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As the family's; `past_key_values`, or `cache`, may be an HHCache, and is a new one when none is given.
+        """As the family's, but `past_key_values` (or `cache`) may be an HHCache; the default is a new one.
 
-        With `labels` there is no cache unless one is given or `use_cache=True`: that is stock Llama, at its cost.
-        `_through_slots` says what else differs with an HHCache.
+        With `labels` there is no cache unless one is given or `use_cache=True`; stock Llama then runs at its own cost.
+        `_through_slots` describes what else differs with an HHCache.
         """
-        recomputing = self.training and self.model.gradient_checkpointing  # its layers go without a cache
+        recomputing = self.training and self.model.gradient_checkpointing  # checkpointed layers use no cache
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None
         cache = past_key_values if cache is None else cache
@@ -311,7 +367,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             return super().forward(input_ids, attention_mask, position_ids, cache, inputs_embeds, **kwargs)
 
         if recomputing:
-            raise ValueError("gradient checkpointing works without a cache only: leave past_key_values out")
+            raise ValueError("gradient checkpointing works only without a cache: omit past_key_values")
         kwargs["use_cache"] = use_cache
         hidden_states, all_hidden_states = self._through_slots(
             cache, input_ids, inputs_embeds, attention_mask, position_ids, logits_to_keep, **kwargs
@@ -327,22 +383,22 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
     def _through_slots(
         self, cache: HHCache, input_ids, inputs_embeds, attention_mask, position_ids, logits_to_keep, **kwargs
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """One forward of an HHCache: the last hidden states of the columns to keep, and all where they are asked for.
+        """One forward over an HHCache: last hidden states of the columns to keep, and all hidden states if requested.
 
-        `attention_mask` [B, columns so far] (or only the new columns) may hold zeros anywhere; reading it waits for the
-        device, so a decode loop that knows its tokens are real leaves it out, as `generate` does. A padded column gives
-        what the token before it gives, and depends on no token to its right. With position_rolling the cache gives the
-        positions, and `position_ids` is not read. More columns than the cache's `prefill_chunk` are taken in chunks of
-        so many, in memory for one, but for the logits and states asked for.
+        `attention_mask` [B, columns so far], or only of the new columns, may have zeros anywhere. Reading it waits for
+        the device, so a decode loop whose tokens are all real should omit it, as `generate` does. A padded column
+        returns the output of the token before it and depends on no token to its right. With position_rolling, positions
+        come from the cache and `position_ids` is ignored. Inputs longer than the cache's `prefill_chunk` are processed
+        in chunks of that size, using the memory of one chunk plus the requested logits and states.
 
-        Raises: ValueError for a mask that hides tokens which the cache has seen, or an input without columns.
+        Raises: ValueError for a mask that hides tokens the cache has seen, or an input without columns.
         """
         if kwargs.get("output_attentions", self.config.output_attentions):
-            raise ValueError("output_attentions: an HHCache's model keeps no attention matrix; use LlamaForCausalLM")
+            raise ValueError("output_attentions: no attention matrix is kept with an HHCache; use LlamaForCausalLM")
         if isinstance(logits_to_keep, list):
             logits_to_keep = torch.tensor(logits_to_keep)
         if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim > 1:
-            raise ValueError("logits_to_keep: give a number of last columns, or a 1-D tensor of columns")
+            raise ValueError("logits_to_keep: give the number of last columns, or a 1-D tensor of columns")
         several = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 1
         wanted = logits_to_keep if several else slice(-int(logits_to_keep), None)
 
@@ -350,13 +406,13 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             raise ValueError("give either input_ids or inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs.ndim != (2 if inputs_embeds is None else 3):
-            raise ValueError(f"input of shape {tuple(inputs.shape)}: must be [batch, tokens], or embeddings of those")
+            raise ValueError(f"input of shape {tuple(inputs.shape)}: must be [batch, tokens], or their embeddings")
         columns = Columns(*inputs.shape[:2], attention_mask, cache)  # H2O: padding is dropped on entry
         inputs = columns.to_left(inputs)
         if position_ids is not None:
             position_ids = columns.to_left(position_ids.expand(len(inputs), -1))
 
-        # H2O: a long prompt comes in chunks, with a slimming after each, where that is asked for
+        # H2O: with prefill_chunk, a long prompt runs in chunks, each followed by a slimming
         hidden_states, all_hidden_states = None, None
         for begin, end in columns.chunks(cache.h2o.prefill_chunk):
             step = cache.begin(*inputs.shape[:2], columns.new, chunk=(begin, end), real=columns.real)
@@ -398,6 +454,6 @@ class H2OLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
 
 
 class H2OLlamaForCausalLM(H2OForCausalLM, LlamaForCausalLM):
-    """Llama whose `generate` keeps an `HHCache`."""
+    """Llama whose `generate` uses an `HHCache`."""
 
     attention, mlp, norm = H2OLlamaAttention, H2OLlamaMLP, H2OLlamaRMSNorm

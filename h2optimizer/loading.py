@@ -1,4 +1,4 @@
-"""A Llama checkpoint, by its folder or its name on the hub, as a model and a tokenizer. What is wrong is one line."""
+"""Loads a Llama checkpoint, given its folder or hub name, as a model and a tokenizer. Every error is one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.cli import InputError
 from utils.processes import Processes
 from utils.results import checkpoint_fingerprint
 
-QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")  # each names its library
+QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")  # library-format
 
 
 def select_device(name: str) -> torch.device:
@@ -35,7 +35,7 @@ def select_device(name: str) -> torch.device:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda" and (device.index or 0) >= (visible := torch.cuda.device_count()):
             raise InputError(f"--device {name}: {visible} CUDA devices are visible; pass --device cpu")
-        torch.zeros(1, device=device).item()  # torch names devices that it cannot compute on here
+        torch.zeros(1, device=device).item()  # torch accepts names of devices that it cannot use here
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--device {name}: cannot be used ({reason}); pass cuda, cuda:1 or cpu") from None
@@ -43,19 +43,19 @@ def select_device(name: str) -> torch.device:
 
 
 def own_device(name: str, processes: Processes) -> torch.device:
-    """`select_device` for one of several processes, which takes the GPU of its own number. Raises InputError."""
+    """`select_device` for one of several processes, each of which uses the GPU of its local rank. Raises InputError."""
     if processes.size == 1 or name != "auto" or not torch.cuda.is_available():
         return select_device(name)
     if processes.local_rank >= (visible := torch.cuda.device_count()):
         raise InputError(
-            f"{processes.local_rank + 1} processes on one machine, {visible} CUDA devices are visible: start "
+            f"{processes.local_rank + 1} processes on one machine, but {visible} CUDA devices are visible: start "
             f"{visible}, or pass --device cpu"
         )
     return select_device(f"cuda:{processes.local_rank}")
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or the kind of CPU, as results name it."""
+    """The device's name in results: the GPU's, or the kind of CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
@@ -79,7 +79,7 @@ def load_config(name: str) -> LlamaConfig:
 
 
 def fingerprint_of(name: str) -> str | None:
-    """`checkpoint_fingerprint`, for a name on the hub after its config.json is fetched. Raises InputError."""
+    """`checkpoint_fingerprint`, which for a hub name first fetches config.json. Raises InputError."""
     if not Path(name).is_dir():
         quiet_libraries()
         load_config(name)
@@ -99,17 +99,17 @@ def loading_options(
     quantize: str | None = None,
     device_map: str | None = None,
 ) -> dict:
-    """What from_pretrained is told about where weights go, and in what form; nothing for a plain model on one device.
+    """from_pretrained's arguments for placing and quantising weights; empty for a plain model on one device.
 
-    All but `processes` as their flags have them.
+    All arguments but `processes` are values of the flags of the same name.
 
-    Raises: InputError for what this checkpoint, device or installation does not allow.
+    Raises: InputError for a choice that this checkpoint, device or installation does not allow.
     """
     config, options = load_config(name), {}
     quantized = getattr(config, "quantization_config", None)
     if quantize is not None:
         if quantized is not None:
-            raise InputError(f"--quantize {quantize}: {name} holds quantised weights; leave it out")
+            raise InputError(f"--quantize {quantize}: {name} is already quantised; leave the flag out")
         options |= quantization(quantize, config, device, dtype)
     if processes.splits > 1:
         heads = config.num_key_value_heads
@@ -117,20 +117,20 @@ def loading_options(
             fitting = " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise InputError(
                 f"--tensor_parallel: {processes.size} processes cannot share {heads} KV heads; start {fitting}, or "
-                "leave it out, and each process takes a share of the requests"
+                "leave the flag out, so that each process takes a share of the requests"
             )
         options["distributed_config"] = DistributedConfig(tp_size=processes.size, tp_plan="auto")
     elif device_map is not None:
         options["device_map"] = device_map
     elif quantize is not None or quantized is not None:
-        options["device_map"] = {"": device}  # quantised there, or not to be moved
+        options["device_map"] = {"": device}  # quantisation happens on this device, or moving would break it
     if "device_map" in options and not is_installed("accelerate"):
         raise InputError("--device_map and quantised weights: need accelerate; pip install accelerate")
     return options
 
 
 def quantization(choice: str, config: LlamaConfig, device: torch.device, dtype: str) -> dict:
-    """What from_pretrained is told for --quantize: transformers' own configuration. Raises InputError."""
+    """from_pretrained's arguments for --quantize: transformers' own configuration. Raises InputError."""
     library = choice.split("-")[0]
     if choice == "torchao-int4" and (device.type != "cuda" or dtype not in ("auto", "bfloat16")):
         raise InputError(
@@ -160,14 +160,14 @@ def is_installed(library: str) -> bool:
 def load_model(
     name: str, h2o: H2OConfig | None, device: torch.device, dtype: str = "auto", options: dict | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Model (eval mode) and left-padding tokenizer of a Llama checkpoint; stock Llama where `h2o` is None.
+    """Model (eval mode) and left-padding tokenizer of a Llama checkpoint; stock Llama if `h2o` is None.
 
     Args:
         name: a folder, or a name on the hub.
-        dtype: as the flag has it; "auto" is the checkpoint's, and float32 on a CPU.
-        options: `loading_options`.
+        dtype: value of --dtype; "auto" is the checkpoint's dtype, or float32 on a CPU.
+        options: result of `loading_options`.
 
-    Raises: InputError where it cannot be loaded.
+    Raises: InputError if it cannot be loaded.
     """
     on_gpu = device.type == "cuda"
     try:
@@ -178,7 +178,10 @@ def load_model(
             **(options or {}),
         }
         if h2o is None:
-            whole = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refuse_misfits names what is not
+            whole = {
+                "output_loading_info": True,
+                "ignore_mismatched_sizes": True,
+            }  # for refuse_misfits
             model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs, **whole)
             refuse_misfits(model, loading)
         else:
@@ -189,21 +192,21 @@ def load_model(
         raise InputError(f"--model-name {name}: {str(error).removeprefix(f'{name}: ')}") from None
     except torch.OutOfMemoryError:
         raise too_large(name, device) from None
-    except Exception as error:  # a damaged checkpoint fails in any of four libraries
+    except Exception as error:  # a damaged checkpoint can fail in any of four libraries
         raise unusable(name, error) from None
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    # What is returned is the caller's to say, not the checkpoint's.
+    # The caller decides what is returned, not the checkpoint.
     model.config.output_attentions = model.config.output_hidden_states = False
     model.config.return_dict = True
     eos = model.generation_config.eos_token_id
     for token in eos if isinstance(eos, list) else [eos]:
         if token is not None and (type(token) is not int or not 0 <= token < model.config.vocab_size):
             raise InputError(
-                f"--model-name {name}: eos_token_id {token!r} is not a token of the model, which are 0 to "
+                f"--model-name {name}: eos_token_id {token!r} is not one of the model's tokens, 0 to "
                 f"{model.config.vocab_size - 1}; correct generation_config.json or config.json"
             )
-    # Requests decide how to sample: nothing else of the checkpoint's generation defaults takes part.
+    # Requests decide how to sample, so the checkpoint's other generation defaults are dropped.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id,
         eos_token_id=model.generation_config.eos_token_id,
@@ -229,44 +232,44 @@ def must_know(model, name: str, largest: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """What goes wrong with a model is said by this project's own lines."""
+    """Silence the libraries: this project reports problems with a model itself."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
 
 
 def render_chat(tokenizer, texts: list[str], model_name: str) -> str:
-    """A conversation of user and assistant in turn in the tokenizer's chat template, ready for the next reply.
+    """A conversation of alternating user and assistant turns in the chat template, ready for the next reply.
 
-    Raises: InputError where there is no template, or it cannot say this.
+    Raises: InputError if there is no template, or it cannot render the conversation.
     """
     if not tokenizer.chat_template:
         raise InputError(
-            f"--chat: the tokenizer of {model_name} has no chat template; take an instruct model, or leave it out"
+            f"--chat: the tokenizer of {model_name} has no chat template; use an instruct model, or leave --chat out"
         )
-    bos = tokenizer.bos_token or ""  # the template's own; a text may begin with one as well
+    bos = tokenizer.bos_token or ""  # the template adds one; the text may begin with another
     messages = [
         {"role": ("user", "assistant")[i % 2], "content": text.removeprefix(bos)} for i, text in enumerate(texts)
     ]
     to_reply = len(texts) % 2 == 1
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_reply)
-        reason = "" if text else "it makes no text of a message"
-    except Exception as error:  # a program of the model's authors
+        reason = "" if text else "it renders a message as no text"
+    except Exception as error:  # templates are programs by the model's authors
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     if reason:
-        raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave it out")
+        raise InputError(f"--chat: the chat template of {model_name} cannot be used ({reason}); leave --chat out")
     return text
 
 
 def eos_tokens(model) -> set[int]:
-    """The tokens that end a text, as the checkpoint's generation settings have them."""
+    """The tokens that end a text, from the checkpoint's generation settings."""
     eos = model.generation_config.eos_token_id
     return {token for token in (eos if isinstance(eos, list) else [eos]) if token is not None}
 
 
 def end_as_chats_do(model, tokenizer) -> None:
-    """Let the tokenizer's own end-of-sequence token end a text too: some instruct models' settings leave it out."""
+    """Let the tokenizer's end-of-sequence token end a text too; the settings of some instruct models lack it."""
     settings, eos = model.generation_config, tokenizer.eos_token_id
     known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     settings.eos_token_id = [token for token in dict.fromkeys([*known, eos]) if token is not None] or None

@@ -1,4 +1,4 @@
-"""How tokens are chosen: greedily, or by each row's own temperature, top-p and random numbers."""
+"""Choosing tokens: greedily, or with each row's own temperature, top-p and random numbers."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Sampled(Protocol):
-    """A sequence that a RowSampler chooses the tokens of."""
+    """A sequence whose tokens a RowSampler chooses."""
 
-    temperature: float  # 0: greedily
+    temperature: float  # 0 = greedy
     top_p: float
     random: np.random.Generator
 
 
 class RowSampler:
-    """Chooses each row's token by its own temperature and top-p, from a uniform number of its own.
+    """Samples each row's token with its own temperature, top-p and random numbers.
 
-    A row's text therefore depends on its seed, and on neither the rows beside it nor when it joined them.
+    A row's text therefore depends on its seed, not on the other rows in the batch or on when it joined.
     """
 
     def __init__(self, rows: int, device: torch.device, nucleus: bool):
-        self.nucleus = nucleus  # whether any row's top_p is below 1: only then are the tokens sorted
+        self.nucleus = nucleus  # whether any row's top_p is below 1; tokens are sorted only then
         with torch.inference_mode(False):
-            self.temperature = torch.zeros(rows, device=device)  # 0: the greatest
+            self.temperature = torch.zeros(rows, device=device)  # 0 = greedy
             self.top_p = torch.ones(rows, device=device)
             self.uniform = torch.zeros(rows, CHUNK, device=device)
             self.column = torch.zeros(1, dtype=torch.long, device=device)
 
     def at(self, rows: list[int], sequences: list[Sampled]) -> Choose:
-        """Let sequences have these rows; returns the choice of their first tokens."""
+        """Assign sequences to these rows; returns the function that chooses their first tokens."""
         at = torch.tensor(rows, device=self.temperature.device)
         settings = [[s.temperature for s in sequences], [s.top_p for s in sequences], _uniforms(sequences, 1)[:, 0]]
         temperature, top_p, uniform = (
@@ -48,7 +48,7 @@ class RowSampler:
         return lambda logits: sample_rows(logits, temperature, top_p, uniform[:, None], self.nucleus)
 
     def draw(self, sequences: list[Sampled | None], steps: int) -> None:
-        """Numbers for the next steps of the sequences in all rows."""
+        """Draw random numbers for the next steps of the sequences in all rows."""
         uniform = torch.from_numpy(_uniforms(sequences, steps))
         self.uniform[: len(uniform), :steps].copy_(uniform)
         self.column.zero_()
@@ -72,15 +72,15 @@ def _uniforms(sequences: list[Sampled | None], steps: int) -> np.ndarray:
 def sample_rows(
     logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, nucleus: bool
 ) -> torch.Tensor:
-    """Tokens [B] by inversion of the distribution of each row, at uniform numbers [B, 1] in [0, 1).
+    """Tokens [B] by inverting each row's distribution at uniform numbers [B, 1] in [0, 1).
 
-    temperature, top_p: float32 [B]; temperature 0 takes the greatest. Top-p keeps the most probable tokens up to the
-    one that brings their sum to top_p (Holtzman et al., arXiv 1904.09751).
+    temperature, top_p: float32 [B]; temperature 0 is greedy. Top-p keeps the most probable tokens up to the one that
+    brings their sum to top_p (Holtzman et al., arXiv 1904.09751).
     """
     sampled = temperature > 0
     probs = (logits.float() / torch.where(sampled, temperature, 1.0)[:, None]).softmax(-1)
     tokens = _invert(probs, uniform)
-    if nucleus:  # of the rows that ask for one: in another order of the tokens the others would say something else
+    if nucleus:  # only for rows with top_p < 1: sorting the tokens would change the samples of the others
         probs, order = probs.sort(dim=-1, descending=True)
         before = probs.cumsum(-1) - probs
         at = _invert(torch.where(before < top_p[:, None], probs, 0.0), uniform)
@@ -89,9 +89,9 @@ def sample_rows(
 
 
 def _invert(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Where the sums of each row's probabilities [B, n], of any total, pass its uniform number: int64 [B, 1]."""
+    """Index where the sums of each row's probabilities [B, n], of any total, pass its uniform number: int64 [B, 1]."""
     up_to = probs.cumsum(-1)
     at = torch.searchsorted(up_to, uniform * up_to[:, -1:], right=True)
-    # rounding may leave the sum short of the last token, or at ones of no probability
+    # rounding may carry the index past the last token of nonzero probability
     last = (probs > 0).long().mul_(torch.arange(probs.shape[-1], device=probs.device)).amax(-1, keepdim=True)
     return torch.minimum(at, last)

@@ -1,4 +1,4 @@
-"""Who slims: torch, or Triton kernels where these decode as well."""
+"""Chooses what slims: torch, or Triton kernels if these decode as well."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from utils.slots import gather
 
 
 def slimmer_of(backend: str) -> TorchSlimmer:
-    """What slims beside a backend, given as `resolve_backend` names it."""
+    """The slimmer for a backend, as named by `resolve_backend`."""
     return KernelSlimmer() if backend in KERNEL_BACKENDS else TorchSlimmer()
 
 
 class KernelSlimmer(TorchSlimmer):
-    """Slimming in two launches. Torch picks where a row is too wide for the kernel that ranks."""
+    """Slimming in two launches. Torch picks the slots if a row is too wide for the kernel that ranks."""
 
     by_kernel = True
+    most_slots = 8192
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
-        if not _ranks(slimming):
+        if not _ranks(slimming) or not slimming.plan.even:
             return super().pick(slimming)
         _select(slimming, move=False)
         return slimming.kept[..., : slimming.plan.window]
@@ -29,40 +30,51 @@ class KernelSlimmer(TorchSlimmer):
     def slim(self, slimming: Slimming) -> None:
         from h2optimizer.kernels import slimming as kernels
 
-        slots, plan, kept = slimming.slots, slimming.plan, slimming.kept
-        ranks = _ranks(slimming)
+        slots, plan, kept, ranks = slimming.slots, slimming.plan, slimming.kept, _ranks(slimming)
+        if not (ranks or plan.even):
+            super().slim(slimming)
+            return
         if ranks:
             _select(slimming, move=True)
         else:
             keep = super().pick(slimming)
             kernels.hand_over(keep, kept)
-        kernels.compact(*slots.read(), slimming.keys, slimming.values, plan.mirror, kept, plan.window)
-        if not ranks:  # else the rest has moved when its slots were picked
+        keys, values = slimming.stored("keys"), slimming.stored("values")
+        kernels.compact(slots.keys, slots.values, keys, values, plan.mirror, kept, plan.window, _heads(slimming))
+        if not ranks:  # otherwise `_select` has moved the rest already
             rest = {name: old for name, old in slimming.tensors().items() if name not in ("keys", "values")}
             slots.compact(rest, keep, plan, gather)
 
 
 def _ranks(slimming: Slimming) -> bool:
-    from h2optimizer.kernels import slimming as kernels
+    """Whether the kernel that picks takes so many slots."""
+    return max(slimming.plan.slots, slimming.plan.capacity) <= KernelSlimmer.most_slots
 
-    return max(slimming.plan.slots, slimming.plan.capacity) <= kernels.MAX_SLOTS
+
+def _heads(slimming: Slimming):
+    """What the kernels need to know of heads with windows of their own."""
+    from h2optimizer.kernels.slimming import Heads
+
+    plan, slots = slimming.plan, slimming.slots
+    return None if plan.even else Heads(slots.offsets, plan.split_there, slots.capacity)
 
 
 def _select(slimming: Slimming, move: bool) -> None:
-    """Write the slots that stay to `kept`; with `move` bring positions, mass and count to the front at once."""
+    """Write the slots to keep to `kept`; with `move`, also move positions, mass, count and norms to the front."""
     from h2optimizer.kernels import slimming as kernels
 
     slots, plan, policy = slimming.slots, slimming.plan, slimming.policy
-    rank, order, salt = policy.rank, None, 0
+    rank, scores, salt = policy.rank, None, 0
     if rank is None:
-        rank, order = "order", slimming.scores().contiguous()
-    elif rank == "mass" and slimming.count is not None:
+        rank, scores = "order", slimming.scores().contiguous()
+    elif rank == "mass" and slots.count is not None:
         rank = "mean"
     if policy.seeded:
         salt = random_salt(slimming.layer_idx, slimming.seed)
-    mass = None if slimming.mass is None else slots.mass
-    sources = (None if source is None else source.contiguous() for source in (slimming.mass, slimming.count))
+    mass, norms = (getattr(slots, name) if name in slots.ranked else None for name in ("mass", "norms"))
+    sources = [slimming.stored(name) for name in ("mass", "count", "norms")]
+    source_mass, source_count, source_norms = (None if source is None else source.contiguous() for source in sources)
     kernels.select(
-        slots.positions, mass, slots.count, *sources, plan.slots, plan.mirror, slimming.kept, plan.heavy, plan.recent,
-        rank, salt, move, order,
+        slots.positions, mass, slots.count, source_mass, source_count, plan.slots, plan.mirror, slimming.kept,
+        int(plan.heavy[0]), int(plan.recent[0]), rank, salt, move, scores, norms, source_norms, _heads(slimming),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Requests run through a model, many at once: the prompts, the jobs, a line of result for each, metrics over all."""
+"""Running requests through a model, many at once: prompts, jobs, one result line each, and metrics over all."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ class Prompt:
 
 
 def tokenize(requests: list[Request], tokenizer, model, model_name: str, chat: bool = False) -> list[Prompt]:
-    """Requests with their tokens. Raises InputError where tokenizer and model do not belong together."""
+    """Requests with their tokens. Raises InputError if tokenizer and model do not belong together."""
     articles = [request.article for request in requests]
     texts = [render_chat(tokenizer, [article], model_name) for article in articles] if chat else articles
     try:
-        encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template says where a text begins
-    except Exception as error:  # of a tokenizer that lacks a part, or another library's words for text that is none
+        encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a template adds its own BOS
+    except Exception as error:  # an incomplete tokenizer, or a library's own error for invalid text
         raise unusable(model_name, error, "its tokenizer fails") from None
     if not chat:
         encoded = [one_bos(of, tokenizer) for of in encoded]
     must_know(model, model_name, max(max(tokens, default=0) for tokens in encoded))
     for request, tokens in zip(requests, encoded, strict=True):
         if not tokens:
-            raise InputError(f"request {request.index}: the tokenizer of {model_name} finds no token in its article")
+            raise InputError(f"request {request.index}: its article has no tokens in the tokenizer of {model_name}")
     return [Prompt(request, tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
 
 def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig | None) -> None:
-    """Say once how many requests need more positions than the model was trained on."""
+    """Warn once if requests need more positions than the model was trained on, with their number."""
     rolling = h2o is not None and h2o.position_rolling
-    # Rolling keeps decoding within the window's positions, but a prompt, or a chunk of it, is prefilled at its own.
+    # Rolling keeps decode within the window's positions, but prefill still uses those of the prompt or chunk.
     needs = [len(p.tokens) + (0 if rolling else p.request.max_tokens) for p in prompts]
     if rolling and h2o.prefill_chunk is not None:
         needs = [min(n, h2o.window_length + h2o.prefill_chunk) for n in needs]
     if too_long := sum(n > positions for n in needs):
         what = "prompts" if rolling else "prompts with their summaries"
-        way_out = "; a --prefill_chunk keeps them within window and chunk" if rolling else ""
+        way_out = "; --prefill_chunk keeps them within window and chunk" if rolling else ""
         cli.say(
             f"warning: {too_long} of {len(prompts)} {what} are longer than the model's {positions} positions "
             f"(the longest needs {max(needs)}); expect poor text there{way_out}"
@@ -66,9 +66,9 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
 
 
 def decoding_order(prompts: list[Prompt], batch_size: int | str, processes: Processes | None = None) -> list[Prompt]:
-    """The order to decode in: longest prompts first, so that memory runs out early or not at all, and alike together.
+    """The order of decoding: longest prompts first, so that similar lengths run together and memory runs out early.
 
-    One by one, requests keep their order. Processes that share them out deal them, longest first, and get alike shares.
+    At batch size 1, requests keep their order. Several processes deal them out longest first, for similar shares.
     """
     shares = processes.shares if processes else 1
     if batch_size == 1 and shares == 1:
@@ -78,13 +78,13 @@ def decoding_order(prompts: list[Prompt], batch_size: int | str, processes: Proc
 
 
 def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
-    """(temperature, top_p, sequences) that a request is decoded with; (0, 1, 1) is greedy, whose choices are equal."""
+    """(temperature, top_p, sequences) of a request; (0, 1, 1) is greedy, because greedy choices are all equal."""
     return (0.0, 1.0, 1) if greedy or request.temperature == 0 else (request.temperature, request.top_p, request.n)
 
 
 @dataclass
 class Job:
-    """A request on its way: the sequences of its choices, one where these are equal."""
+    """A request in progress: one sequence per choice, or a single one if all choices are equal."""
 
     prompt: Prompt
     sequences: list[Sequence]
@@ -95,7 +95,7 @@ class Job:
 
 
 def left_of(jobs: list[Job]) -> int:
-    """Sequences that have not ended."""
+    """Number of sequences that have not ended."""
     return sum(not sequence.finish_reason for job in jobs for sequence in job.sequences)
 
 
@@ -104,10 +104,10 @@ class Summarizer:
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
-        rows: sequences decoded together, or "auto": as many as fit into the free memory.
-        greedy: whatever temperature, top_p and n the requests ask for.
+        rows: sequences decoded together, or "auto": as many as fit into free memory.
+        greedy: ignore the requests' temperature, top_p and n.
         seed: of sampling.
-        processes: those of this run, of which this one may hold a part of the model.
+        processes: those of this run; each may hold a shard of the model.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Summarizer:
         self.eos = eos_tokens(model)
 
     def run(self, prompts: list[Prompt]) -> Iterator[dict]:
-        """Results, as result lines, in the order in which they end. Raises InputError when one alone is too large."""
+        """Result lines, in order of completion. Raises InputError if a request is too large even alone."""
         latest = time.perf_counter()
         for job in self.decode(prompts):
             now = time.perf_counter()
@@ -135,7 +135,7 @@ class Summarizer:
             latest = now
 
     def decode(self, prompts: list[Prompt]) -> Iterator[Job]:
-        """Requests whose sequences have ended, in that order. Raises InputError when one alone is too large."""
+        """Finished jobs, in order of completion. Raises InputError if a request is too large even alone."""
         if not prompts:
             return
         jobs = [self._job(prompt) for prompt in prompts]
@@ -147,14 +147,14 @@ class Summarizer:
         return Job(prompt, [self._sequence(prompt, choice) for choice in range(choices)])
 
     def _rows_that_fit(self, prompts: list[Prompt]) -> int:
-        """How many sequences fit into the free memory of each process. Raises InputError where one does not."""
+        """How many sequences fit into free memory on every process. Raises InputError if not even one does."""
         longest = max(len(prompt.tokens) for prompt in prompts)
         try:
             rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
-        except torch.OutOfMemoryError:  # the others may have the room, and wait
+        except torch.OutOfMemoryError:  # the other processes may have enough and be waiting
             raise InputError(
                 f"process {self.processes.rank}: out of memory with the longest prompt ({longest} tokens) alone; "
-                "start more processes, or pass a --prefill_chunk"
+                "start more processes, or pass --prefill_chunk"
             ) from None
         if self.processes.splits > 1:
             rows = min(self.processes.gather(rows))
@@ -162,24 +162,24 @@ class Summarizer:
         return rows
 
     def _fewer(self, jobs: list[Job], rows: int) -> int:
-        """Half as many rows, for jobs that begin anew where they have not ended. Raises InputError."""
+        """Restart unfinished sequences; returns half as many rows. Raises InputError if it cannot continue."""
         jobs = [job for job in jobs if not job.has_ended]
-        if self.processes.splits > 1:  # the others are in the middle of a step
+        if self.processes.splits > 1:  # the other processes are in the middle of a step
             raise InputError(
                 f"process {self.processes.rank}: out of memory with {rows} sequences; pass a smaller --batch_size "
-                "(results so far are kept, the command then goes on)"
+                "to resume (results so far are kept)"
             )
         if rows == 1:
             prompt = jobs[0].prompt
             raise InputError(
                 f"request {prompt.request.index} ({len(prompt.tokens)} tokens): does not fit into memory even "
-                "alone; use a device with more or a smaller window, or leave it out (results so far are kept)"
+                "alone; use a larger device, a smaller window, or leave the request out (results so far are kept)"
             )
-        for job in jobs:  # what was under way begins anew, and says the same again
+        for job in jobs:  # restarted sequences produce the same tokens again
             for choice, sequence in enumerate(job.sequences):
                 if not sequence.finish_reason:
                     job.sequences[choice] = self._sequence(job.prompt, choice)
-        self.processes.say(f"out of memory with {rows} sequences: going on with {half(rows)}")
+        self.processes.say(f"out of memory with {rows} sequences: continuing with {half(rows)}")
         return min(half(rows), left_of(jobs))
 
     def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
@@ -203,7 +203,7 @@ class Summarizer:
         """Each job when the last of its sequences has ended."""
         todo = [(sequence, job) for job in jobs for sequence in job.sequences if not sequence.finish_reason]
         job_of = {id(sequence): job for sequence, job in todo}
-        left = Counter(id(job) for _, job in todo)  # several may end in one step: what counts is what has come out
+        left = Counter(id(job) for _, job in todo)  # sequences not yielded yet; several may end in one step
         sampled = [sequence for sequence, _ in todo if sequence.temperature > 0]
         nucleus = any(sequence.top_p < 1 for sequence in sampled)
         agree = self.processes.agree_on if self.processes.splits > 1 else None
@@ -248,7 +248,7 @@ class Summarizer:
         }
 
     def _peak_memory(self) -> int:
-        """Of all devices that hold the model."""
+        """Bytes at the peak, summed over all devices that hold the model."""
         peak = sum(map(peak_memory, devices_of(self.model)))
         return sum(self.processes.gather(peak)) if self.processes.splits > 1 else peak
 
@@ -287,17 +287,17 @@ def check_result(result: dict, requests: list[Request]) -> None:
     except (KeyError, TypeError):
         whole = False
     if not whole:
-        raise ValueError("a part of it is missing")
+        raise ValueError("it is incomplete")
 
 
 def timed_alone(result: dict) -> list[float]:
-    """The time of each token after the first, where there is one."""
+    """[time per token after the first], or [] if there was only one token."""
     each = result["result"]["request_time"]["time_per_output_token"]
     return [] if each is None else [each]
 
 
 def decode_speed(results: Iterable[dict]) -> float | None:
-    """Tokens a second that decode steps gave all sequences together; a text's first token is prefill's."""
+    """Decode tokens per second over all sequences together; None without any. First tokens come from prefill."""
     tokens = seconds = 0
     for result in results:
         tokens += result["tokens_generated"] - result["sequences"]
@@ -306,12 +306,12 @@ def decode_speed(results: Iterable[dict]) -> float | None:
 
 
 def metrics_of(results: list[dict], device: torch.device, idle: float = 0.0) -> dict:
-    """What the metrics file says of all results, those of earlier, interrupted runs included. Times in seconds.
+    """The metrics over all results, including those of earlier, interrupted runs. Times are in seconds.
 
-    Speed of decoding is that of all sequences together, without prefill: their tokens but the first, over what the
-    steps took. `tokens_per_second` counts prefill's time and tokens in. None stands where no token was decoded.
+    Decode speed covers all sequences together, without prefill: their tokens except the first, over the time of the
+    steps. `tokens_per_second` includes prefill's time and tokens. Speeds are None if no token was decoded.
 
-    Args: idle: what processes, on average, have waited for the last one.
+    Args: idle: seconds that processes waited for the slowest, on average.
     """
     times = [result["result"]["request_time"] for result in results]
     seconds = sum(t["wall_time"] for t in times) + idle

@@ -51,7 +51,7 @@ from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
 from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
-from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file, setting
+from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
 from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
 from utils.policies import STREAMING_LLM
 from utils.requests import read_requests, read_text, unheeded
@@ -60,37 +60,58 @@ from utils.rouge import ROUGE_TYPES
 
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")
-TIMINGS = 10  # most calls, times --repeats: more are timed while a few tokens take less than the clock's noise
+WORDS = {"true": True, "false": False, "none": None, "all": None}
+TIMINGS = 10  # most timed calls per --repeats; calls are added while a few tokens take less than the clock's noise
 FORM = 2  # version of a cell's line; cells of another version are measured again
+
+
+def value(text: str) -> bool | int | float | str | None:
+    """An argparse type: a field's value, written as in Python or on run_summarization's command line."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return WORDS.get(text.lower(), text)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
-    add("--output-path", type=output_file, default=Path("out/ablation.jsonl"), help="jsonl of cells (%(default)s)")
+    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (default: the bundled ones)")
+    add(
+        "--output-path",
+        type=output_file,
+        default=Path("out/ablation.jsonl"),
+        help="jsonl of cells, one per setting of the cache (default: %(default)s)",
+    )
     add_model_flags(parser)
-    add("--sample_num", type=count, help="use only this many requests, from the top of the file")
+    add("--sample_num", type=count, help="use only this many requests, from the top of the file (default: all)")
     add(
         "--batch_size",
         type=count,
         default=8,
-        help="sequences decoded together, and prompts of a timed call (%(default)s)",
+        help="sequences decoded together, and prompts of a timed call (default: %(default)s)",
     )
-    add("--timed_tokens", type=count, default=65, help="tokens of a timed call, including prefill's (%(default)s)")
-    add("--repeats", type=count, default=3, help="timed calls; the median is reported (%(default)s)")
+    add(
+        "--timed_tokens",
+        type=count,
+        default=65,
+        help="tokens of a timed call, the first included (default: %(default)s)",
+    )
+    add("--repeats", type=count, default=3, help="timed calls; the median is reported (default: %(default)s)")
     add(
         "--retention_request",
         type=count_or_zero,
-        help="index of the request whose tokens are followed (the one with the longest text)",
+        help="index of the request whose tokens are followed (default: the one with the longest text)",
     )
-    add("--grid", type=Path, help="a YAML file with the grid, instead of the flags below")
+    add("--grid", type=Path, help="a YAML file with the grid (default: the flags below)")
     grid = parser.add_argument_group(
-        "grid", "one or more values for each field of H2OConfig; the default is that of H2OConfig"
+        "grid", "One or more values for each field of H2OConfig. run_summarization.py --help explains the fields."
     )
     for name in DEFAULTS:
         flags = {f"--{name}": None, f"--{FLAG_OF_FIELD.get(name, name)}": None}
-        grid.add_argument(*flags, dest=name, type=setting, nargs="+", metavar="VALUE")
+        grid.add_argument(*flags, dest=name, type=value, nargs="+", metavar="VALUE", help=f"default: {DEFAULTS[name]}")
     return parser.parse_args(argv)
 
 
@@ -120,7 +141,7 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
     cells, faults = {}, []
     for grid in grids(args):
         if unknown := [name for name in grid if name not in DEFAULTS]:
-            raise InputError(f"{where}H2OConfig has no field {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+            raise InputError(f"{where}H2OConfig has no field {unknown[0]!r}; its fields are {', '.join(DEFAULTS)}")
         # policies first, then windows, then intervals
         names = sorted(grid, key=lambda name: (name == "window_length") + 2 * (name == "update_interval"))
         for values in itertools.product(*(grid[name] for name in names)):
@@ -131,12 +152,12 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
             except (ValueError, InputError) as error:
                 said = str(error).removeprefix("--")
                 cell = ", ".join(f"{name}={of}" for name, of in settings.items())
-                named = len(settings) == 1 and said.startswith(*settings)  # it says so itself
+                named = len(settings) == 1 and said.startswith(*settings)  # the message names the setting already
                 faults.append(said if named else f"{cell}: {said}")
             else:
                 cells[canonical(h2o, device)] = None
     if not cells:
-        raise InputError(f"{where}{faults[0] if faults else 'no values given; nothing to measure'}")
+        raise InputError(f"{where}{faults[0] if faults else 'no values given, so there is nothing to measure'}")
     for fault in dict.fromkeys(faults):
         cli.say(f"left out: {fault}")
     return list(cells)
@@ -154,14 +175,13 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
     if device.type != "cuda":
         idle.add("capture")
     settings = {"score_decay": float(h2o.score_decay)} | {name: DEFAULTS[name] for name in idle}
-    sinks = h2o.heavy and h2o.policy.keeps_oldest
-    if h2o.heavy == h2o.window_length // 2:
+    default = h2o.policy.heavy or h2o.window_length // 2
+    if h2o.heavy and h2o.policy.keeps_oldest:
+        sinks = {h2o.window_length // 2: "sink", STREAMING_LLM.heavy: "streaming_llm"}
+        settings["score"] = sinks.get(h2o.heavy, "sink")
+        settings["num_heavy_hitters"] = -1 if h2o.heavy in sinks else h2o.heavy
+    elif h2o.heavy == default:
         settings["num_heavy_hitters"] = -1
-        settings |= {"score": "sink"} if sinks else {}
-    elif sinks and h2o.heavy == STREAMING_LLM.heavy:
-        settings |= {"score": "streaming_llm", "num_heavy_hitters": -1}
-    elif sinks:
-        settings["score"] = "sink"
     return dataclasses.replace(h2o, **settings)
 
 
@@ -185,7 +205,7 @@ class Lab:
         self.timed = torch.tensor(rows, device=model.device)
 
     def measure(self, h2o: H2OConfig | None, texts: list[list[int]] | None) -> dict:
-        """One cell's figures. `h2o` None is the full cache, whose `texts` the others are compared on."""
+        """One cell's figures. `h2o` is None for the full cache; the others are compared on its `texts`."""
         model = self.stock
         if h2o is not None:
             model, model.h2o = self.model, h2o
@@ -370,9 +390,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint with plain weights")
         prompts = tokenize(requests, tokenizer, model, args.model_name)
         warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o=None)
-        with torch.cuda.device(
-            device if device.type == "cuda" else -1
-        ):  # the device whose clock and memory are read; -1: no GPU
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # the device to time and measure; -1: no GPU
             sweep(Lab(args, model, tokenizer, prompts), setup, todo, names[0], file)
     full = file.entries[names[0]]
     try:
@@ -387,17 +405,17 @@ def run(args: argparse.Namespace) -> int:
 def print_units(full: dict, requests: int) -> None:
     """Explain the table's figures. `full`: the full cache's row."""
     over = f"{requests} requests" if requests > 1 else "one request, which has none"
-    print(f"\nROUGE-2, difference to the full cache: points of 100, [95 % interval over {over}].")
+    print(f"\nROUGE-2, difference from the full cache, 0 to 100, [95 % interval over {over}].")
     if 1 < requests < FEW:
         print(f"With fewer than {FEW} requests these intervals are too narrow.")
     calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"
-    print(f"{calls} of {full['batch']} prompts of {full['prompt_tokens']} tokens: first ms: their prefill; ms/step:")
-    print(f"a step that gives each a token; tokens/s: all {full['batch']} together, without prefill.")
+    print(f"{calls} with {full['batch']} prompts of {full['prompt_tokens']} tokens. first ms: their prefill. ms/step:")
+    print(f"a step that gives each prompt a token. tokens/s: all {full['batch']} together, without prefill.")
     print("KL: nats per token. KV MiB: per request.")
 
 
 def cell_name(setup: dict, h2o: H2OConfig | None) -> str:
-    """A hash of all that a cell's figures depend on."""
+    """A hash of everything a cell's figures depend on."""
     settings = None if h2o is None else dataclasses.asdict(h2o)
     return hashlib.sha256(json.dumps([setup, settings]).encode()).hexdigest()[:16]
 

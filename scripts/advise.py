@@ -45,13 +45,13 @@ from utils.costs import held_weights, read_weights, row_held, row_read, weight_f
 
 class Card(NamedTuple):
     bandwidth: float  # TB/s
-    memory: float  # GiB: datasheets say GB, but mean about this
-    tflops: float  # bf16, dense, summed in float32
+    memory: float  # GiB; datasheets write GB but mean roughly GiB
+    tflops: float  # dense bf16 with float32 accumulation
 
 
-ECC = 15 / 16  # of GDDR6 memory is left if error correction stores its bits there, the default of these cards
-# NVIDIA's datasheets of H100, H200, DGX B200 (an eighth of it), A100, L40S, L4 and A10, which from H100 on give TFLOP/s
-# with sparsity, twice the dense ones; for RTX the architecture whitepapers (Ampere GA102, Ada, Blackwell).
+ECC = 15 / 16  # usable share of GDDR6 memory with error correction, which these cards enable by default
+# From NVIDIA's datasheets of H100, H200, DGX B200 (an eighth of it), A100, L40S, L4 and A10; from H100 on they state
+# TFLOP/s with sparsity, twice the dense rate. RTX: architecture whitepapers (Ampere GA102, Ada, Blackwell).
 CARDS = {
     "H100 SXM": Card(3.35, 80, 989),
     "H100 PCIe": Card(2.0, 80, 756),
@@ -71,7 +71,7 @@ CARDS = {
 COPY_SHARE = 0.89  # of the bandwidth: a device copy took 4.27 of 4.8 TB/s on an H200, about 3.0 of 3.35 on an H100
 MATMUL_SHARE = 0.8  # of the TFLOP/s: a large bf16 product took about 790 of 989 on an H200
 USABLE = 0.95  # of the memory, as run_summarization.py --batch_size auto fills it
-LIMIT = 10**9  # tokens and rows beyond which nothing is looked for
+LIMIT = 10**9  # most tokens and rows that are searched
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     max_position_embeddings""".split()
 FULL, H2O = "full cache", "H2O"
@@ -83,15 +83,15 @@ class Prediction:
 
     model: LlamaForCausalLM  # on the meta device
     caches: dict[str, H2OConfig | None]
-    steps: int  # decode steps, of which times are the mean
+    steps: int  # decode steps over which times are averaged
     bits: int | None  # of the projections' weights
     card: Card
     share: float
     gain: float
-    gpus: int = 1  # that hold a part of the model each; all figures are of one of them
+    gpus: int = 1  # GPUs that share the model; all figures are per GPU
 
     def __post_init__(self):
-        # counted once: the searches ask for the same weights again and again
+        # counted once, because the searches need the weights many times
         norms = sum(p.nbytes for name, p in self.model.named_parameters() if "norm" in name)
         # transformers' plan leaves norms on each GPU, that of 5.17 the embedding as well
         self.held = norms + (held_weights(self.model, self.bits) - norms) / self.gpus
@@ -99,7 +99,7 @@ class Prediction:
         self.flops = weight_flops(self.model) / self.gpus
 
     def ms(self, cache: str, batch: int, context: int, attainable: bool = True) -> float:
-        """Milliseconds of a step, at rates that can be reached or at the datasheet's bandwidth."""
+        """Milliseconds of a step at attainable rates, or else at the datasheet's bandwidth."""
         share, tflops = (self.share, MATMUL_SHARE * self.card.tflops) if attainable else (1.0, float("inf"))
         bandwidth = share * self.card.bandwidth
         weights = max(self.read / bandwidth, batch * self.flops / tflops)
@@ -111,7 +111,7 @@ class Prediction:
         return row_read(config, self.model.dtype.itemsize, context, self.steps, self.caches[cache]) / self.gpus
 
     def row_bytes(self, cache: str, context: int) -> float:
-        # the last token is chosen, not fed back: a cache never holds it
+        # the last token is chosen but never fed, so no cache holds it
         config = self.model.config
         row = row_held(config, self.model.dtype.itemsize, context + self.steps, self.caches[cache])
         logits = 8 * config.vocab_size  # each GPU chooses from all of them
@@ -123,7 +123,7 @@ class Prediction:
         return int(min(LIMIT, max(0.0, free / self.row_bytes(cache, context))))
 
     def verdict(self, batch: int, context: int) -> tuple[str, str]:
-        """ "gain", "no gain" or "does not fit", and why."""
+        """ "gain", "no gain" or "does not fit", and the reason."""
         fits = {cache: self.largest(cache, context) for cache in self.caches}
         window, cached = self.caches[H2O].window_length, context + self.steps
         if max(fits.values()) < batch:
@@ -135,9 +135,9 @@ class Prediction:
                 f"nothing is evicted: the window of {window:,} slots holds all of {cached:,} cached tokens",
             )
         if fits[H2O] < batch:
-            return "no gain", f"{batch:,} rows fit with the full cache, not with H2O: give a smaller --window_length"
+            return "no gain", f"{batch:,} rows fit with the full cache but not with H2O: give a smaller --window_length"
         if fits[FULL] < batch:
-            return "gain", f"{batch:,} rows do not fit with the full cache ({fits[FULL]:,} do), with H2O they do"
+            return "gain", f"{batch:,} rows fit with H2O but not with the full cache, which fits {fits[FULL]:,}"
         full, h2o = (self.ms(cache, batch, context) for cache in (FULL, H2O))
         shorter = 1 - h2o / full
         change = f"{abs(shorter):.1%} {'shorter' if shorter >= 0 else 'longer'} ({full:.4g} -> {h2o:.4g} ms)"
@@ -163,7 +163,7 @@ class Prediction:
 
     def pays_from_context(self, batch: int) -> int | None:
         """The shortest prompt for which eviction pays; None if there is none."""
-        # H2O's steps stop growing at the window, the full cache's never do
+        # H2O's steps stop growing at the window; the full cache's never do
         first = bisect.bisect_left(range(1, LIMIT + 1), True, key=lambda context: self.pays(batch, context)) + 1
         return first if first <= LIMIT else None
 
@@ -213,22 +213,47 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; only its config is read"
     )
-    model.add_argument("--shape", choices=SHAPES, help="or a model shape (8b: Llama-3-8B)")
+    model.add_argument("--shape", choices=SHAPES, help="or the shape of a model; 8b: Llama-3-8B (default: 8b)")
     add = parser.add_argument
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: the config's")
-    add("--weight_bits", type=int, choices=(8, 4), help="bits of the layers' projections; the cache is not quantised")
-    add("--context", type=count, default=32768, help="tokens of each prompt (%(default)s)")
-    add("--batch", type=count, default=1, help="sequences decoded together (%(default)s)")
-    add("--new_tokens", type=count, default=64, help="tokens to generate, including prefill's (%(default)s)")
-    add("--window_length", type=count, default=1024, help="slots kept after slimming (%(default)s)")
-    add("--update_interval", type=count, default=16, help="steps between slimmings (%(default)s)")
-    add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (H200)")
-    add("--gpus", type=count, default=1, help="number of GPUs, with --tensor_parallel (%(default)s)")
-    add("--bandwidth", type=positive, help="memory bandwidth in TB/s, from the datasheet, instead of the card's")
-    add("--memory", type=positive, help="memory in GiB, instead of the card's")
-    add("--tflops", type=positive, help="dense bf16 TFLOP/s, instead of the card's; ignored if neither is given")
-    add("--share", type=positive, default=COPY_SHARE, help="share of the bandwidth that can be reached (%(default)s)")
-    add("--gain", type=positive, default=0.1, help="eviction pays if steps become shorter by this share (%(default)s)")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="dtype of weights and cache; auto: the config's (default: %(default)s)",
+    )
+    add(
+        "--weight_bits",
+        type=int,
+        choices=(8, 4),
+        help="bits per weight of the layers' projections (default: those of --dtype)",
+    )
+    add("--context", type=count, default=32768, help="tokens of each prompt (default: %(default)s)")
+    add("--batch", type=count, default=1, help="sequences decoded together (default: %(default)s)")
+    add("--new_tokens", type=count, default=64, help="tokens to generate, the first included (default: %(default)s)")
+    add("--window_length", type=count, default=1024, help="tokens that the cache keeps (default: %(default)s)")
+    add("--update_interval", type=count, default=16, help="steps from one eviction to the next (default: %(default)s)")
+    add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (default: H200)")
+    add(
+        "--gpus",
+        type=count,
+        default=1,
+        help="number of GPUs that the model is split among, as with --tensor_parallel (default: %(default)s)",
+    )
+    add("--bandwidth", type=positive, help="memory bandwidth in TB/s (default: that of --gpu, from its datasheet)")
+    add("--memory", type=positive, help="memory in GiB (default: that of --gpu)")
+    add("--tflops", type=positive, help="dense bf16 TFLOP/s (default: those of --gpu; without --gpu, no limit)")
+    add(
+        "--share",
+        type=positive,
+        default=COPY_SHARE,
+        help="share of the bandwidth that can be reached (default: %(default)s)",
+    )
+    add(
+        "--gain",
+        type=positive,
+        default=0.1,
+        help="eviction pays if steps become shorter by this share (default: %(default)s)",
+    )
     add("--json", action="store_true", help="print one JSON object instead of text and table")
     args = parser.parse_args(argv)
     args.shape = args.shape or "8b"  # no default: argparse would not see both flags in --shape 8b --model-name …
@@ -288,7 +313,7 @@ def run(args) -> None:
         )
     args.gpu = f"{args.gpus} x {args.gpu}" if args.gpus > 1 else args.gpu
     if model.dtype == torch.float32:
-        card = card._replace(tflops=float("inf"))  # datasheets' are of bf16
+        card = card._replace(tflops=float("inf"))  # the datasheets' figure is for bf16
     caches = {FULL: None, H2O: args.h2o}
     prediction = Prediction(
         model, caches, args.new_tokens - 1, args.weight_bits, card, args.share, args.gain, args.gpus
@@ -341,7 +366,7 @@ def print_report(report: dict) -> None:
     if report["tflops"] is None:
         print("The time of matrix products is not counted: large batches take longer.")
     if (needed := context + new_tokens) > positions:
-        print(f"warning: {needed:,} positions are needed, the model has {positions:,}: expect poor text")
+        print(f"warning: {needed:,} positions are needed, but the model has {positions:,}: expect poor text")
     print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
 
 

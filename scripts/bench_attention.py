@@ -40,7 +40,7 @@ from utils.step import Rows, Step
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case
-MODEL_LAYERS, SLIMMING_BYTES = 32, 24e9  # slimming runs over a model's layers, or as many as this holds
+MODEL_LAYERS, SLIMMING_BYTES = 32, 24e9  # slimming runs over a model's layers, or as many as fit into these bytes
 DEFAULTS = {
     "cuda": dict(query_heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", prefill="8192,32768",
                  decode="1x1024,1x32768,32x1024,256x1024", slimming="1,16,256", window_length=1024, repeats=15),
@@ -67,13 +67,13 @@ class Inputs(NamedTuple):
 
 class System(NamedTuple):
     name: str
-    run: Callable[[Inputs], tuple[torch.Tensor | None, torch.Tensor | None]]  # output and mass, None where it has none
+    run: Callable[[Inputs], tuple[torch.Tensor | None, torch.Tensor | None]]  # output and mass; None if not computed
     attends: bool = True  # whether it computes the output
-    scored: int = 0  # how many of the queries, the last ones, add mass
+    scored: int = 0  # how many of the last queries add mass
 
 
 def count_work(args, case: Case, system: System) -> tuple[int, int]:
-    """Bytes and FLOPs of a call: each tensor once, two for a multiply-add, nothing above the diagonal."""
+    """Bytes and FLOPs of a call: each tensor counts once, a multiply-add twice, nothing above the diagonal."""
 
     def logits(queries: int) -> int:
         return case.batch * args.query_heads * (queries * case.width - queries * (queries - 1) // 2)
@@ -88,8 +88,8 @@ def count_work(args, case: Case, system: System) -> tuple[int, int]:
         flops += 4 * args.head_dim * logits(case.columns)
     if system.scored:
         mass_bytes = 4 * case.batch * args.kv_heads * case.width
-        moved += 2 * mass_bytes if case.columns == 1 else mass_bytes  # a decode step adds to what is there
-    if system.scored and case.columns > 1:  # column sums need the log-sum-exps first, so the logits a second time
+        moved += 2 * mass_bytes if case.columns == 1 else mass_bytes  # a decode step updates it in place
+    if system.scored and case.columns > 1:  # column sums need the log-sum-exps first, so logits are computed twice
         flops += 2 * args.head_dim * logits(system.scored)
         if not system.attends:
             moved += key_bytes + query_bytes(system.scored) + 4 * case.batch * args.query_heads * system.scored
@@ -97,7 +97,7 @@ def count_work(args, case: Case, system: System) -> tuple[int, int]:
 
 
 def make_inputs(args, case: Case) -> list[Inputs]:
-    """Sets of inputs, laid out as the model and the cache have them, with keys of at least four L2 caches together."""
+    """Sets of inputs in the layouts of model and cache, enough for their keys to fill at least four L2 caches."""
     kind = dict(dtype=args.dtype, device=args.device)
     sets, q_shape = [], (case.batch, case.columns, args.query_heads, args.head_dim)
     while not sets or len(sets) * sets[0].key.nbytes < 4 * args.l2_bytes:
@@ -118,7 +118,7 @@ def make_inputs(args, case: Case) -> list[Inputs]:
 
 
 def all_scored(case: Case, first: int = 0) -> Step:
-    """A prefill whose queries from column `first` on add mass."""
+    """A prefill in which queries from column `first` on add mass."""
     rows, new, firsts = Rows(case.batch), [case.columns] * case.batch, [first] * case.batch
     return Step(rows, [0] * case.batch, new, case.columns, decode=False, due=True, scored=True, first_scored=firsts)
 
@@ -231,7 +231,7 @@ def find_wrong(case: Case, errors: dict[str, dict[str, float]]) -> list[str]:
 
 
 def bench_case(args, case: Case, rates: dict[str, float]) -> tuple[list[dict], list[str]]:
-    """A row of results for each system, and what is wrong."""
+    """A row of results for each system, and a list of wrong results."""
     sets, systems = make_inputs(args, case), make_systems(args, case)
     errors = check(args, case, systems, sets[0])
     turns = {}
@@ -266,10 +266,10 @@ def bench_case(args, case: Case, rates: dict[str, float]) -> tuple[list[dict], l
 
 
 def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, list[str]]:
-    """update_slimmingH beside update_slimming, a layer's mean over the layers of a model, with a step that is due open.
+    """update_slimmingH against update_slimming, per layer averaged over a model's layers, in an open step that is due.
 
-    Masses are restored before every turn, untimed: what a slimming leaves ranks the same slots for eviction again, and
-    the next one would find most slots in place.
+    Masses are restored before every turn, untimed. Otherwise the next slimming would evict the same slots again and
+    find most slots in place.
     """
     h2o = H2OConfig(window_length=args.window_length, update_interval=16 if args.device == "cuda" else 4)
     new = torch.randn(batch, args.kv_heads, h2o.window_length, args.head_dim, dtype=args.dtype, device=args.device)
@@ -304,7 +304,7 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
     wrong = [f"slimming {batch}: update_slimmingH and update_slimming leave different caches"] * (
         not all(map(torch.equal, *left))
     )
-    # By torch, either waits for the device or allocates what a graph would have to hold.
+    # In torch, both wait for the device or allocate memory that a graph would have to hold.
     kernels = args.device == "cuda" and slimmer.by_kernel
     replay = capture(runs["update_slimmingH"], f"slimming {batch}") if kernels else None
     times = {name: [] for name in [*runs, "graph"]}
@@ -329,17 +329,29 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--query_heads", type=count, help="query heads")
-    parser.add_argument("--kv_heads", type=count, help="KV heads")
-    parser.add_argument("--head_dim", type=count, help="head dimension")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype of the states")
-    parser.add_argument("--prefill", type=sizes("length"), help="prompt lengths, comma-separated; '': none")
+    parser.add_argument("--query_heads", type=count, help="number of query heads (default: %(default)s)")
+    parser.add_argument("--kv_heads", type=count, help="number of KV heads (default: %(default)s)")
+    parser.add_argument("--head_dim", type=count, help="head dimension (default: %(default)s)")
     parser.add_argument(
-        "--decode", type=sizes("batch", "slots"), help="batch x slots, for example 1x1024,32x1024; '': none"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of queries, keys and values (default: %(default)s)",
     )
-    parser.add_argument("--slimming", type=sizes("batch"), help="batch sizes to slim, comma-separated; '': none")
-    parser.add_argument("--window_length", type=count, help="slots kept by slimming")
-    parser.add_argument("--repeats", type=count, help="turns of each system; the median is reported")
+    parser.add_argument(
+        "--prefill", type=sizes("length"), help="prompt lengths, comma-separated; '': none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--decode",
+        type=sizes("batch", "slots"),
+        help="batch x slots of the cache, comma-separated; '': none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--slimming", type=sizes("batch"), help="batch sizes to slim, comma-separated; '': none (default: %(default)s)"
+    )
+    parser.add_argument("--window_length", type=count, help="slots kept by slimming (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=count, help="turns of each system; the median is reported (default: %(default)s)"
+    )
     parser.set_defaults(**DEFAULTS[device])
     args = parser.parse_args(argv)
     if args.query_heads % args.kv_heads:

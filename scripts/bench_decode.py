@@ -67,16 +67,16 @@ from utils.costs import floor_ms, read_weights, row_held
 from utils.memory import allocated, free_memory, peak_allocated
 from utils.results import to_json
 
-BACKENDS = ("sdpa", "flash_attn")  # beside auto
+BACKENDS = ("sdpa", "flash_attn")  # besides auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"
 STOCK, STATIC, UNCAPTURED = "stock DynamicCache", "stock static cache", "H2O uncaptured"
-MARGIN = 4 * 2**30  # bytes left free beside the largest batch: a step's own tensors
-TAKEN_AT_ONCE = 64  # rows that are copied together, so that the copies need no room of their own
+MARGIN = 4 * 2**30  # bytes left free beside the largest batch for a step's own tensors
+TAKEN_AT_ONCE = 64  # rows copied at once, few enough that the copies need little memory
 
 
 @dataclass
 class System:
-    """A model, and how its `generate` is called. Caches are kept by system: systems that take turns evict no graphs."""
+    """A model, and how its `generate` is called. Each system keeps its own caches, so turns evict no graphs."""
 
     name: str
     model: LlamaForCausalLM
@@ -94,7 +94,7 @@ class System:
         return host_ms(lambda: self.generate(prompt, tokens))
 
     def forget(self) -> None:
-        """Drop what earlier calls left: graphs, and the length that a later static cache would take over."""
+        """Drop graphs of earlier calls, and the length that a later static cache would inherit."""
         self.kept = KeptCaches()
         if self.h2o is not None:
             self.model.kept_caches = self.kept
@@ -103,7 +103,7 @@ class System:
 
 
 def make_systems(args, model, stock) -> dict[str, System]:
-    """The systems of the generate part by name; auto is the Triton kernels on CUDA, and captured there."""
+    """The systems of the generate part by name. On CUDA, auto means captured Triton kernels."""
 
     def h2o(name: str, **flags) -> System:
         return System(name, model, dataclasses.replace(args.h2o, **flags))
@@ -123,7 +123,7 @@ def make_systems(args, model, stock) -> dict[str, System]:
         except ValueError as error:
             cli.say(f"left out: {error}")
             continue
-        if backend == "flash_attn":  # it has no scores in a decode step
+        if backend == "flash_attn":  # returns no scores in a decode step
             name = "H2O backend=flash_attn score_every_step=False"
             systems.append(h2o(name, backend=backend, score_every_step=False))
         else:
@@ -138,9 +138,9 @@ def make_systems(args, model, stock) -> dict[str, System]:
 
 
 def prepare(system: System, prompt: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """Compile and record all that calls with this prompt need; and memory."""
+    """Compile and record everything that calls with this prompt need; returns their peak memory."""
     weights, before = sum(p.nbytes for p in system.model.parameters()), allocated()
-    for _ in range(2):  # recorded at the second of each kind
+    for _ in range(2):  # graphs are recorded at the second step of each kind
         system.generate(prompt, new_tokens)
     result = {}
     if torch.cuda.is_available():
@@ -177,7 +177,7 @@ def measure_generate(systems: list[System], prompt: torch.Tensor, new_tokens: in
 
 
 def step_figures(step: Spread, batch: int, floor: float) -> dict[str, float]:
-    """Of a step of `batch` rows; rates are those of its median time."""
+    """Figures of a step of `batch` rows; rates are at the median time."""
     return {
         "decode_ms": step.median,
         "decode_ms_low": step.low,
@@ -216,7 +216,7 @@ def ratios(result: dict, baseline: dict) -> dict[str, float]:
 
 
 class FullLayer(DynamicLayer):
-    """A full cache's layer that appends in place to buffers [B, Hkv, length + room, D]: stock Llama at its best."""
+    """A full cache's layer that appends in place to buffers [B, Hkv, length + room, D]: stock Llama's best case."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
         super().__init__()
@@ -234,7 +234,7 @@ class FullLayer(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """A DynamicCache's layer that holds `length` tokens already."""
+    """A DynamicCache's layer that already holds `length` tokens."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
         super().__init__()
@@ -285,7 +285,7 @@ def prefilled_row(model, h2o: H2OConfig, context: int) -> HHCache:
 
 @torch.no_grad()
 def h2o_ms(args, model, source: HHCache, batch: int) -> Spread:
-    """Milliseconds of a `Decoder`'s step over copies of a prefilled row, the mean of whole update intervals."""
+    """Milliseconds of a `Decoder`'s step over copies of a prefilled row, averaged over whole update intervals."""
     cache = source.with_rows(batch)
     for begin in range(0, batch, TAKEN_AT_ONCE):
         rows = list(range(begin, min(begin + TAKEN_AT_ONCE, batch)))
@@ -299,7 +299,7 @@ def h2o_ms(args, model, source: HHCache, batch: int) -> Spread:
 
     interval = source.h2o.update_interval
     steps = whole_intervals(args.new_tokens, interval)
-    decode(3 * interval)  # a graph runs, is recorded, and is replayed; slimming, too
+    decode(3 * interval)  # steps and slimming run, are recorded, and are replayed
     return Spread.of(host_ms(lambda: decode(steps)) / steps for _ in range(args.repeats))
 
 
@@ -308,7 +308,7 @@ def whole_intervals(steps: int, interval: int) -> int:
 
 
 def largest_batch(row_bytes: float, args) -> int:
-    """Rows that fit into what is free; without CUDA, --max_batch."""
+    """Rows that fit into free memory; without CUDA, --max_batch."""
     if args.device != "cuda":
         return args.max_batch
     free_memory()
@@ -316,7 +316,7 @@ def largest_batch(row_bytes: float, args) -> int:
 
 
 def at_largest_batch(name: str, batch: int, run: Callable[[int], Spread]) -> tuple[int, Spread | None]:
-    """`run(batch)`, with fewer rows where those do not fit after all: the batch and what it returned, if anything."""
+    """Call `run(batch)`, with fewer rows if memory runs out: the final batch, and the result or None."""
     while batch:
         ms = attempt(f"{name}, {batch} rows", run, batch)
         if ms is not None:
@@ -370,7 +370,7 @@ def decode_rows(args, model, stock) -> Iterator[dict]:
 
 
 def decode_figures(args, model, context: int, times: dict[str, dict[int, Spread]], h2o: dict) -> Iterator[dict]:
-    """One row a system and batch size of one context."""
+    """One table row per system and batch size of one context."""
     stock = times[GROWING]
     best = max((batch / ms.median * 1e3 for batch, ms in stock.items()), default=None)
     for name, by_batch in times.items():
@@ -431,7 +431,7 @@ def measure_first(system: System, prompt: torch.Tensor, args) -> dict[str, float
 
 
 def launch_rows(args, model, stock) -> Iterator[dict]:
-    """After all times are taken: once profiled, every later launch of the process costs the host more."""
+    """Call after all timing: once profiled, every later launch of the process costs the host more."""
     if args.prefill_only:
         return
     systems = make_systems(args, model, stock)
@@ -473,41 +473,73 @@ def count_launches(system: System, prompt: torch.Tensor) -> dict[str, int]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
-    parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
-    parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
-    parser.add_argument("--prefill_chunk", type=count, help="prompt tokens between H2O's slimmings (exact prefill)")
-    parser.add_argument("--position_rolling", action="store_true", help="rotate H2O's keys by slot index")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape (default: %(default)s)")
+    parser.add_argument(
+        "--window_length", type=count, default=1024, help="slots kept after slimming (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--update_interval", type=count, default=16, help="steps from one slimming to the next (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefill_chunk", type=count, help="prompt tokens from one slimming to the next (default: all)"
+    )
+    parser.add_argument(
+        "--position_rolling", action="store_true", help="take the positions of H2O's keys from their slots"
+    )
     parser.add_argument(
         "--prompts", type=sizes("length", "batch"), default="2048x1,2048x16,8192x1,32768x1",
-        help="generate part: prompt length x batch, comma-separated; '': none",
+        help="generate part: prompt length x batch, comma-separated; '': none (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--alone", type=count, help="also prefill one prompt of this length with H2O only")
     parser.add_argument(
-        "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="H2O backends to run besides auto"
+        "--alone", type=count, help="also prefill one prompt of this length with H2O only (default: none)"
     )
-    parser.add_argument("--systems", nargs="+", help="generate part: run only these systems, named as in the table")
+    parser.add_argument(
+        "--backends",
+        nargs="*",
+        choices=BACKENDS,
+        default=BACKENDS,
+        help="H2O backends to run besides auto (default: all)",
+    )
+    parser.add_argument(
+        "--systems", nargs="+", help="generate part: run only these systems, named as in the table (default: all)"
+    )
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave out stock's static cache")
     parser.add_argument(
         "--compile", action="store_true", help="also run with compile=True; takes half a minute per size"
     )
     parser.add_argument("--prefill_only", action="store_true", help="skip decode; also run with score_queries=64")
     parser.add_argument(
-        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated (none)"
+        "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated (default: none)"
     )
-    parser.add_argument("--batches", type=counts, default="1,256", help="decode part: batch sizes besides the largest")
-    parser.add_argument("--max_batch", type=count, default=1024, help="decode part: the most rows to try")
+    parser.add_argument(
+        "--batches",
+        type=counts,
+        default="1,256",
+        help="decode part: batch sizes besides the largest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_batch",
+        type=count,
+        default=1024,
+        help="decode part: the largest batch size to try (default: %(default)s)",
+    )
     parser.add_argument(
         "--first", type=sizes("length", "batch"), default="",
-        help="first part: prompt length x batch, comma-separated (none)",
+        help="first part: prompt length x batch, comma-separated (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--new_tokens", type=count, default=65, help="tokens of a call of generate, including prefill's"
+        "--new_tokens",
+        type=count,
+        default=65,
+        help="tokens of a call of generate, the first included (default: %(default)s)",
     )
     parser.add_argument(
-        "--bandwidth", type=positive, default=4.27, help="TB/s for the floor (a device copy on an H200)"
+        "--bandwidth",
+        type=positive,
+        default=4.27,
+        help="TB/s for floor_ms (default: %(default)s, a device copy on an H200)",
     )
-    parser.add_argument("--repeats", type=count, default=3, help="runs; the median is reported")
+    parser.add_argument("--repeats", type=count, default=3, help="runs; the median is reported (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         fields = ("window_length", "update_interval", "prefill_chunk", "position_rolling")

@@ -38,13 +38,13 @@ from utils.cli import OneLineParser, count, count_or_auto, count_or_zero
 from utils.memory import allocated, free_memory, peak_allocated
 from utils.results import to_json
 
-SAMPLED_BATCHES = 4  # of stock Llama's
-SHORTEST = 16  # tokens of a prompt in a soak
+SAMPLED_BATCHES = 4  # batches that stock Llama runs
+SHORTEST = 16  # tokens of the shortest prompt in a soak
 ONE_BY_ONE = "stock, one by one"
 
 
 class PrefillTimer:
-    """Sums up what a model's forwards of several tokens a row take on the device, and waits for nothing."""
+    """Sums the device time of a model's forwards of several tokens per row, without waiting for the device."""
 
     def __init__(self, model: LlamaForCausalLM):
         self.clock, self.moments = Clock(model.device), []
@@ -54,7 +54,7 @@ class PrefillTimer:
         ]
 
     def stop(self) -> float:
-        """Seconds of prefill since the beginning."""
+        """Seconds of prefill so far."""
         for hook in self.hooks:
             hook.remove()
         synchronize()
@@ -73,7 +73,7 @@ class PrefillTimer:
 
 
 def make_requests(args, soak: bool = False) -> list[Sequence]:
-    """Random prompts, always the same; in a soak of all lengths, a third of them sampling."""
+    """Random prompts, always the same; a soak has all lengths, and samples a third of them."""
     chance, vocabulary = random.Random(0), SHAPES[args.shape]["vocab_size"]
     requests = []
     for i in range(args.requests):
@@ -89,7 +89,7 @@ def make_requests(args, soak: bool = False) -> list[Sequence]:
 
 
 def again(requests: list[Sequence]) -> list[Sequence]:
-    """The same requests, not yet answered."""
+    """Fresh copies of the requests, without answers."""
     return [Sequence(r.prompt, r.max_tokens, r.temperature, r.top_p, r.seed) for r in requests]
 
 
@@ -98,7 +98,7 @@ def again(requests: list[Sequence]) -> list[Sequence]:
 
 @torch.no_grad()
 def stock_generate(stock, requests: list[Sequence]) -> None:
-    """One batch through stock Llama, padded on the left; it runs to the longest request's end."""
+    """One left-padded batch through stock Llama, run until the longest request ends."""
     columns = max(len(request.prompt) for request in requests)
     pads = [columns - len(request.prompt) for request in requests]
     ids = torch.tensor([[0] * pad + r.prompt for pad, r in zip(pads, requests, strict=True)])
@@ -118,7 +118,7 @@ def measure_stock(stock, requests: list[Sequence], batch: int) -> dict[str, floa
 
 
 def measure_batcher(args, model, requests: list[Sequence], **flags) -> dict[str, float]:
-    """All requests through a `Batcher` that has done some of them before."""
+    """All requests through a `Batcher` that has been warmed up on some of them."""
     batcher, rows = make_batcher(args, model, requests, **flags)
     some = again(requests[: min(rows, 8)])
     setup_s = seconds(lambda: list(batcher.run(some)))
@@ -130,7 +130,7 @@ def measure_batcher(args, model, requests: list[Sequence], **flags) -> dict[str,
 
 
 def make_batcher(args, model, requests: list[Sequence], **flags) -> tuple[Batcher, int]:
-    """A batcher for these requests, and how many rows it has."""
+    """A batcher for these requests, and its number of rows."""
     settings = {"window_length": args.window_length, "update_interval": args.update_interval}
     model.h2o = H2OConfig(**settings, **flags)
     rows = args.batch_size
@@ -147,7 +147,7 @@ def seconds(run) -> float:
 
 
 def figures(model, requests: list[Sequence], run) -> dict[str, float]:
-    """Rates, peak memory and the share of prefill of `run`, which answers these requests."""
+    """Rates, peak memory and prefill's share of the time of `run`, which answers these requests."""
     timer, elapsed = PrefillTimer(model), []
     try:
         peak = peak_allocated(lambda: elapsed.append(seconds(run)))
@@ -166,7 +166,7 @@ def figures(model, requests: list[Sequence], run) -> dict[str, float]:
 
 
 def measure(args, model, stock) -> Iterator[dict]:
-    """One result a system, as soon as it is there."""
+    """Yield one result per system as soon as it is measured."""
     requests, batch = make_requests(args), args.stock_batch
     systems = {}
     if args.stock_requests:
@@ -195,14 +195,14 @@ def measure(args, model, stock) -> Iterator[dict]:
 
 
 def memory_bytes() -> int:
-    """What the device holds; without a GPU, what the process does (Linux)."""
+    """Bytes of tensors on the GPU; without a GPU, bytes held by the process (Linux)."""
     if torch.cuda.is_available():
         return allocated()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def soak(args, model) -> dict:
-    """Many mixed requests through one batcher: what came back wrong, and memory after each tenth of them."""
+    """Run many mixed requests through one batcher: wrong results, and memory after each tenth of the requests."""
     requests = make_requests(args, soak=True)
     batcher, rows = make_batcher(args, model, requests, compile=args.compile)
     returned, memory, begin = Counter(), [], time.perf_counter()
@@ -237,18 +237,44 @@ def soak(args, model) -> dict:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape")
-    parser.add_argument("--window_length", type=count, default=1024, help="slots kept after slimming")
-    parser.add_argument("--update_interval", type=count, default=16, help="steps between slimmings")
-    parser.add_argument("--requests", type=count, help="number of requests (512; with --soak 2000)")
-    parser.add_argument("--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt")
-    parser.add_argument("--new_tokens", type=count, default=64, help="tokens to generate; with --soak, at most")
-    parser.add_argument("--mixed", action="store_true", help="vary prompts from half to full length")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape (default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=count_or_auto, default="auto", help="rows of the batcher; auto: as many as memory holds"
+        "--window_length", type=count, default=1024, help="slots kept after slimming (default: %(default)s)"
     )
-    parser.add_argument("--stock_requests", type=count_or_zero, default=16, help="sample for one by one; 0: skip")
-    parser.add_argument("--stock_batch", type=count_or_zero, default=16, help="batch size of stock Llama; 0: skip")
+    parser.add_argument(
+        "--update_interval", type=count, default=16, help="steps from one slimming to the next (default: %(default)s)"
+    )
+    parser.add_argument("--requests", type=count, help="number of requests (default: 512; with --soak 2000)")
+    parser.add_argument(
+        "--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new_tokens",
+        type=count,
+        default=64,
+        help="tokens to generate; with --soak, at most so many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mixed", action="store_true", help="vary prompts from half to full length (default: all of full length)"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=count_or_auto,
+        default="auto",
+        help="requests decoded together; auto: as many as memory holds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stock_requests",
+        type=count_or_zero,
+        default=16,
+        help="requests that stock Llama runs one by one; 0: skip (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stock_batch",
+        type=count_or_zero,
+        default=16,
+        help="batch size of stock Llama; 0: skip (default: %(default)s)",
+    )
     parser.add_argument("--compile", action="store_true", help="also run the batcher with compile=True")
     parser.add_argument(
         "--soak", action="store_true", help="look for lost requests and leaked memory instead; works with --compile"

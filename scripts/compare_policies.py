@@ -1,7 +1,7 @@
 """Compare this project's policies, and beside them kvpress' presses, with the full cache: one model, one table.
 
     python scripts/compare_policies.py --model-name M --chat --input-path requests.jsonl --sample_num 100 \\
-        --window_length 64 128 256 --policies mass value_mass,num_heavy_hitters=31/32,head_budgets=plan.json \\
+        --window_length 64 128 256 --policies mass value_mass:31/32,head_budgets=plan.json \\
         --kvpress ~/kvpress
 
 The full cache writes a greedy text for each request. All others are fed that text, and each next token's distribution
@@ -47,13 +47,14 @@ from tqdm import tqdm
 from h2optimizer import H2OConfig
 from h2optimizer.batching import Sequence
 from h2optimizer.fidelity import Recorded, compare
-from h2optimizer.flags import DEMO_REQUESTS, add_model_flags, attention_backend
+from h2optimizer.flags import DEMO_REQUESTS, add_model_flags
 from h2optimizer.loading import end_as_chats_do, fingerprint_of, load_model, quiet_libraries, select_device
+from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL
 from utils.ablation_report import FEW, with_interval
 from utils.bench import print_table, stock_llama
-from utils.cli import InputError, OneLineParser, count, output_file, setting
+from utils.cli import InputError, OneLineParser, count, output_file
 from utils.memory import halving, is_out_of_memory
 from utils.requests import Request, join_articles, read_requests, unheeded
 from utils.results import ResultsFile, fingerprint
@@ -92,8 +93,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--policies",
         nargs="*",
         default=["mass"],
-        metavar="SCORE[,FIELD=VALUE…]",
-        help="a score and other fields of H2OConfig, such as sink,num_heavy_hitters=4 (mass)",
+        metavar="POLICY",
+        help="each as score[:heavy][,flag=value...]: a --score, the value of --num_heavy_hitter_tokens, and other "
+        "flags of the cache, such as mass mass:7/8 value_mass:31/32,head_budgets=plan.json (mass)",
     )
     add("--kvpress", type=Path, metavar="FOLDER", help="kvpress' environment (see the top of this script)")
     add("--presses", nargs="+", choices=PRESSES, metavar="PRESS", help=f"some of {', '.join(PRESSES)} (all)")
@@ -124,23 +126,15 @@ class Cell:
         return f"{request:06d} {self.name}"
 
 
-def policy(text: str, window: int, interval: int, device: torch.device) -> H2OConfig:
+def config_of(policy: str, window: int, interval: int, device: torch.device) -> H2OConfig:
     """The settings of a --policies value. Raises InputError."""
-    score, *others = text.split(",")
-    fields = {"score": score}
-    for other in others:
-        name, equals, value = other.partition("=")
-        if not equals or name not in {field.name for field in dataclasses.fields(H2OConfig)}:
-            raise InputError(f"--policies {text}: {other!r} is not FIELD=VALUE with a field of H2OConfig")
-        if name in ("score", "window_length", "update_interval"):
-            where = "the score comes first" if name == "score" else f"pass --{name}"
-            raise InputError(f"--policies {text}: cannot set {name}; {where}")
-        fields[name] = setting(value)
-    try:
-        h2o = H2OConfig(window_length=window, update_interval=interval, **fields)
-    except ValueError as error:
-        raise InputError(f"--policies {text} at --window_length {window}: {error}") from None
-    attention_backend(h2o, device)
+    given = {"enable_h2o_generation": True, "num_window_length": window, "update_interval": interval}
+    h2o = policy_config(policy, device, argparse.Namespace(**given))
+    for flag, own, shared in (
+        ("window_length", h2o.window_length, window), ("update_interval", h2o.update_interval, interval),
+    ):  # fmt: skip
+        if own != shared:
+            raise InputError(f"--policies {policy}: the window and the interval are the table's; pass --{flag} {own}")
     return h2o
 
 
@@ -148,7 +142,7 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[Cell]:
     """The full cache and all that is compared with it, without repetitions. Raises InputError."""
     cells = [Cell(FULL)]
     for text, window, interval in itertools.product(args.policies, args.window_length, args.update_interval):
-        cells.append(Cell(text, window, policy(text, window, interval, device)))
+        cells.append(Cell(text, window, config_of(text, window, interval, device)))
     if args.presses and args.kvpress is None:
         raise InputError("--presses: needs kvpress' environment; pass --kvpress")
     if args.kvpress is not None:

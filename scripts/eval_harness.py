@@ -115,23 +115,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add_model_flags(parser)
-    add("--tasks", type=names, required=True, help="comma-separated names or patterns of lm_eval tasks, or YAML files")
-    add("--include_path", type=Path, help="a folder with your own tasks")
-    add("--num_fewshot", type=count_or_zero, help="examples before each document (the task's own number)")
-    add("--limit", type=limit, help="use only this many documents of each task, or this share of them")
+    add(
+        "--tasks",
+        type=names,
+        required=True,
+        help="comma-separated names or patterns of lm_eval tasks, or YAML files (required)",
+    )
+    add("--include_path", type=Path, help="a folder with your own tasks (default: none)")
+    add("--num_fewshot", type=count_or_zero, help="examples before each document (default: the task's own number)")
+    add("--limit", type=limit, help="use only this many documents of each task, or this share of them (default: all)")
     add(
         "--batch_size",
         type=count_or_auto,
         default=1,
-        help="contexts computed together; auto: as many as memory holds (%(default)s)",
+        help="contexts computed together; auto: as many as memory holds (default: %(default)s)",
     )
-    add("--max_length", type=count, help="most positions to use (the model's)")
+    add("--max_length", type=count, help="the most positions to use (default: the model's)")
     add("--apply_chat_template", action="store_true", help="wrap contexts in the tokenizer's chat template")
-    add("--metadata", type=json_object, default={}, help="JSON for tasks that need it, such as RULER's max_seq_lengths")
+    add(
+        "--metadata",
+        type=json_object,
+        default={},
+        help="JSON for tasks that need it, such as RULER's max_seq_lengths (default: {})",
+    )
     add("--confirm_run_unsafe_code", action="store_true", help="allow tasks to run code that the model writes")
     add("--log_samples", action="store_true", help="save each document and its answers in the results")
-    add("--output-path", type=output_file, default=Path("out/eval_harness.json"), help="results, JSON (%(default)s)")
-    add("--overwrite", action="store_true", help="replace existing results")
+    add(
+        "--output-path",
+        type=output_file,
+        default=Path("out/eval_harness.json"),
+        help="JSON of results (default: %(default)s)",
+    )
+    add("--overwrite", action="store_true", help="replace existing results (default: stop with an error)")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:

@@ -33,7 +33,7 @@ PROMPT = "###\nArticle: {article}\n\nSummarize the above article in 1 sentence.\
 SHOT = PROMPT + "{summary}\n\n"
 REQUEST = {"max_tokens": 64, "temperature": 0.3, "top_p": 1, "n": 1, "stop": ["###"], "logprobs": 1}
 SHOT_WORDS, ARTICLE_WORDS = (85, 130), (320, 380)
-BACKGROUND_WORDS = 165  # at least so many words end an article
+BACKGROUND_WORDS = 165  # least words of background at the end of an article
 
 # Names: onset + rime + an ending that tells what is named.
 ONSETS = "B Br C Cl Cr D Dr F Fl G Gl Gr H J K L M N P Pr Qu R S Sk St T Th Tr V W Y Z"
@@ -45,7 +45,7 @@ ENDINGS = {
     "nett nock pell quist rick row sley son strand ton vane ven wick wood yard zell",
     "town": "burgh mouth ford stead holm haven ness port bridge minster thwaite combe wold worth marsh cross leigh "
     "fleet staithe bourne cliffe water heath moor pool sands",
-    "head": "anta ovia exa ium ara ique oro undi etto ivar ondo ulea amis eron",  # of organisations and sites
+    "head": "anta ovia exa ium ara ique oro undi etto ivar ondo ulea amis eron",  # for organisations and sites
 }
 TEST_SHARE = 0.15
 
@@ -355,7 +355,7 @@ MONTHS = "January|February|March|April|May|June|July|August|September|October|No
 ROLES = "baker|builder|historian|priest|gardener|pilot|tailor|student|librarian|economist|hairdresser|retired judge"
 CHOICE, SLOT = re.compile(r"\[([^][]*)\]"), re.compile(r"\{(\w+)\}")
 FACTS = {"who": "who", "Ms": "who", "org": "org", "town": "town", "site": "site", "num": "num"}  # slot -> fact
-Pool = dict[str, list[str]]  # names by what they name
+Pool = dict[str, list[str]]  # kind of thing -> names
 
 
 @dataclass
@@ -373,7 +373,7 @@ class Kind:
 
 
 def marked_lines(text: str) -> Iterator[tuple[str, str]]:
-    """(mark, text) of each pattern; a line that starts with a space goes on with the one before."""
+    """(mark, text) of each pattern; a line that starts with a space continues the previous one."""
     for line in re.sub(r"\n +", " ", text).splitlines():
         if line:
             yield line[0], line[2:]
@@ -421,7 +421,7 @@ POOLS = make_pools()
 
 
 def make_number(rng: random.Random, sort: str) -> str:
-    """A number of the sort "few" (two digits), "many" (three) or "money"."""
+    """A random number: "few" (two digits), "many" (three) or "money"."""
     if sort == "money":
         whole, part = rng.randint(11, 989), rng.randint(1, 9)
         return rng.choice((f"{whole},{part}00", f"{whole},000", f"{rng.randint(2, 98)}.{part}m"))
@@ -457,7 +457,7 @@ def make_facts(rng: random.Random, pool: Pool, kind: Kind, event: str) -> dict[s
 
 
 class Filler:
-    """Fills the slots of one sentence: facts as given, the rest (capital slots, {day}, {month}) made up on the way."""
+    """Fills the slots of one sentence: given facts, and invented values for capital slots, {day} and {month}."""
 
     def __init__(self, rng: random.Random, pool: Pool, facts: dict[str, str]):
         self.rng, self.pool, self.facts, self.short = rng, pool, facts, None
@@ -544,7 +544,7 @@ def make_story(rng: random.Random, pool: Pool, repeats: int, words: int, backgro
 
 
 def make_stories(rng: random.Random, pool: Pool, shots: int) -> list[tuple[str, str]]:
-    """(article, summary) of `shots` short examples and of the article in question."""
+    """(article, summary) of `shots` short examples and then of the article to summarise."""
     stories = [make_story(rng, pool, 1, rng.randint(*SHOT_WORDS), 15) for _ in range(shots)]
     return [*stories, make_story(rng, pool, 2, rng.randint(*ARTICLE_WORDS), BACKGROUND_WORDS)]
 
@@ -558,9 +558,19 @@ def make_request(rng: random.Random, pool: Pool, shots: int) -> dict:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output-path", type=output_file, default=ROOT / "data/summarization/demo.jsonl", help="jsonl of requests")
-    add("--requests", type=count, default=200, help="number of requests")
-    add("--seed", type=seed, default=3, help="seed of the requests; it does not change which names are for tests")
+    add(
+        "--output-path",
+        type=output_file,
+        default=ROOT / "data/summarization/demo.jsonl",
+        help="jsonl of requests to write (default: the bundled file)",
+    )
+    add("--requests", type=count, default=200, help="number of requests (default: %(default)s)")
+    add(
+        "--seed",
+        type=seed,
+        default=3,
+        help="seed for the requests; it does not change which names are for tests (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

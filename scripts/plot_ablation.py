@@ -177,7 +177,11 @@ def legend(fig, sweep: Sweep, lines: bool = True, extra: tuple = (), marker: str
 
 
 def draw_quality(sweep: Sweep) -> Figure:
-    measures = [("rouge2", "ROUGE-2 F, points", 1), ("top1", "top-1 agreement, %", 100), ("kl", "KL, nats a token", 1)]
+    measures = [
+        ("rouge2", "ROUGE-2 F, points", 1),
+        ("top1", "top-1 agreement, %", 100),
+        ("kl", "KL, nats per token", 1),
+    ]
     measures = [measure for measure in measures if measure[0] in sweep.full]
     panels = sweep.panels()
     fig = Figure(figsize=(WIDTH, 1.3 + 2.5 * len(panels)))
@@ -483,16 +487,16 @@ def write(folder: Path, drawn: dict[str, tuple[Figure, str, str]], text: str) ->
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input-path", type=Path, required=True, help="jsonl written by scripts/ablate.py")
+    parser.add_argument("--input-path", type=Path, required=True, help="jsonl written by scripts/ablate.py (required)")
     parser.add_argument(
         "--output-path",
         type=output_folder,
-        help="folder for the figures (NAME_figures beside NAME.jsonl, or NAME_SETUP_figures with --setup)",
+        help="folder for the figures (default: NAME_figures beside NAME.jsonl, or NAME_SETUP_figures with --setup)",
     )
-    parser.add_argument("--setup", help="the setup to draw, by the beginning of its hash, if the file holds several")
+    parser.add_argument("--setup", help="which setup to draw if the file holds several, by the beginning of its hash")
     parser.add_argument(
         "--cells", type=lambda text: [part for part in text.split(",") if part], default=[],
-        help="cells whose tokens to draw, as comma-separated beginnings of their hashes (one per policy)",
+        help="cells whose tokens to draw, as comma-separated beginnings of their hashes (default: one per policy)",
     )  # fmt: skip
     return parser.parse_args(argv)
 

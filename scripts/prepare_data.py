@@ -3,7 +3,8 @@
     python scripts/prepare_data.py --dataset xsum --shots 3 --output-path data/xsum_3shot.jsonl
     python scripts/prepare_data.py --input-path news.csv --dataset cnn_dailymail --output-path data/news_0shot.jsonl
 
-Prompts have the form of the H2O project's request files (arXiv 2306.14048), so ROUGE is comparable.
+Prompts have the form of the H2O project's request files (arXiv 2306.14048). ROUGE still differs from published figures:
+scorers and samples are not the same.
 """
 
 import argparse
@@ -229,19 +230,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=FORMS, default="xsum", help="prompt form and hub data set (default: xsum)")
-    add("--input-path", type=Path, help=f"convert this local file ({', '.join(BUILDERS)}) instead of the hub data set")
+    add(
+        "--input-path",
+        type=Path,
+        help=f"convert this local file ({', '.join(BUILDERS)}) instead of the hub data set (default: none)",
+    )
     add(
         "--output-path",
         type=output_file,
         required=True,
-        help="jsonl of requests to write; its folder is created",
+        help="jsonl of requests to write; its folder is created (required)",
     )
     add(
         "--shots",
         type=count_or_zero,
         default=0,
-        help="examples before each request; H2O used 0, 3 or 5 (default: 0). They come from the train split, or are "
-        "rows of the local file, which then do not become requests",
+        help="solved examples before each request; H2O used 0, 3 or 5 (default: 0). They come from the train split, or "
+        "from the rows of the local file, which then do not become requests",
     )
     add("--split", help="split of the hub data set to convert (default: test)")
     add("--sample_num", type=count, help="write only the first SAMPLE_NUM requests (default: all)")
@@ -250,7 +255,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.3, help="sampling temperature; 0 decodes greedily (default: 0.3)")
     for kind, columns in COLUMNS.items():
         add(f"--{kind}_column", help=f"column that holds the {kind} (default: {' or '.join(columns)})")
-    add("--overwrite", action="store_true", help="replace an existing output file")
+    add("--overwrite", action="store_true", help="replace an existing output file (default: stop with an error)")
     args = parser.parse_args(argv)
     check_flags(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.input_path and args.split:

@@ -82,19 +82,36 @@ class Turn:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", default=str(DEMO_REQUESTS), help="jsonl of turns, prompts or requests; -: standard input")
+    add(
+        "--input-path",
+        default=str(DEMO_REQUESTS),
+        help="jsonl of turns, prompts or requests; -: standard input (default: the bundled requests)",
+    )
     add_model_flags(parser)
-    add("--max_tokens", type=count, default=128, help="most tokens of a reply, unless its turn sets them (%(default)s)")
-    add("--stream_tokens", type=count, help="repeat the input until this many tokens have passed (once)")
-    add("--temperature", type=float, default=0.0, help="0: greedy (%(default)s)")
-    add("--top_p", type=float, default=1.0, help="nucleus sampling, at a temperature above 0 (%(default)s)")
-    add("--seed", type=seed, default=42, help="seed of sampling")
+    add(
+        "--max_tokens",
+        type=count,
+        default=128,
+        help="the most tokens of a reply, unless its turn sets them (default: %(default)s)",
+    )
+    add(
+        "--stream_tokens",
+        type=count,
+        help="repeat the input until this many tokens have passed (default: read it once)",
+    )
+    add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default: %(default)s)")
+    add("--top_p", type=float, default=1.0, help="nucleus sampling, at a temperature above 0 (default: %(default)s)")
+    add("--seed", type=seed, default=42, help="seed for sampling (default: %(default)s)")
     add("--chat", action="store_true", help="wrap turns in the tokenizer's chat template, for instruct models")
     add("--quiet", action="store_true", help="print no text")
-    add("--report", type=output_file, help="jsonl of perplexity, ms per token and memory; figures beside it")
-    add("--report_every", type=count, help="tokens per line of the report (1 %% of --stream_tokens, or 1,000)")
-    add("--overwrite", action="store_true", help="replace an existing report")
-    add("--beside", type=Path, nargs="+", default=[], help="other reports to draw in the same figure")
+    add(
+        "--report",
+        type=output_file,
+        help="jsonl of perplexity, ms per token and memory; figures beside it (default: none)",
+    )
+    add("--report_every", type=count, help="tokens per line of the report (default: 1 %% of --stream_tokens, or 1,000)")
+    add("--overwrite", action="store_true", help="replace an existing report (default: stop with an error)")
+    add("--beside", type=Path, nargs="+", default=[], help="other reports to draw in the same figure (default: none)")
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     check_flags(temperature=args.temperature, top_p=args.top_p)

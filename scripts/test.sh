@@ -11,7 +11,8 @@ pytest=(-m pytest -n 2 --timeout 900)  # for what hangs; nothing else is short o
 if [ $# -eq 0 ]; then
   source scripts/setup_oldest.sh
   echo "transformers $version: cache, model and generate, with one grouping of heads"
-  "$oldest" "${pytest[@]}" tests/test_cache.py tests/test_generate.py -k 'not mha and not mqa and not any_script and not any_combination'
+  model=(tests/test_{cache,against_oracle,against_stock,config,model,padding,prefill_chunks,training}.py)
+  "$oldest" "${pytest[@]}" "${model[@]}" -k 'not mha and not mqa and not any_script and not any_combination'
   echo "the newest transformers: everything"
 fi
 .venv/bin/python "${pytest[@]}" --dist loadfile --no-loadscope-reorder "$@"

@@ -147,7 +147,7 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 def train(model: LlamaForCausalLM, batches: Batches, args: argparse.Namespace, device: torch.device) -> list[tuple]:
     """Train to args.steps or args.minutes, whichever comes first; the learning rate falls to 0 by then.
 
-    Returns: (step, minutes, tokens, loss, summary loss, share of summary tokens that are right) every so many steps.
+    Returns: (step, minutes, tokens, loss, summary loss, share of correct summary tokens) every `log_every` steps.
     """
     cuda = device.type == "cuda"
     options = {"prefetch_factor": 4, "pin_memory": cuda} if args.workers else {}
@@ -206,7 +206,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def evaluate(
     folder: Path, requests: list[Request], device: torch.device, batch_size: int = 50
 ) -> tuple[float, list[str]]:
-    """Greedy full-cache ROUGE-2 of the checkpoint as saved, points of 100, computed in float32; and the summaries."""
+    """Greedy full-cache ROUGE-2 of the checkpoint as saved, 0 to 100, computed in float32; and the summaries."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     summaries = []
@@ -232,7 +232,7 @@ invented; no test name occurs in training.
 
 | | |
 |---|---|
-| greedy ROUGE-2 F, points of 100, full cache, {requests} test requests, bfloat16 weights in float32 | {rouge:.2f} |
+| greedy ROUGE-2 F-measure, 0 to 100, full cache, {requests} test requests, bfloat16 weights in float32 | {rouge:.2f} |
 | architecture | {layers} layers, hidden {hidden}, {heads} query and {kv_heads} KV heads of 64, vocabulary {vocab} |
 | training | {steps} steps, {tokens:.0f}M tokens (padding included), {minutes:.1f} minutes |
 | settings | seed {seed}, {batch_tokens} tokens a step, AdamW, peak rate {lr}, summary weight {summary_weight} |
@@ -283,37 +283,60 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--output",
         type=output_folder,
         default=ROOT / "data/demo_model",
-        help="folder of the checkpoint, which is replaced",
+        help="folder of the checkpoint, which is replaced (default: the bundled one)",
     )
     add(
         "--requests",
         type=Path,
         default=ROOT / "data/summarization/demo.jsonl",
-        help="jsonl of requests to evaluate on at the end",
+        help="jsonl of requests to evaluate on at the end (default: the bundled ones)",
     )
-    add("--minutes", type=positive, default=4.2, help="stop after this time, before --steps if necessary")
-    add("--steps", type=count, default=6000, help="optimizer steps")
-    add("--batch_tokens", type=count, default=65536, help="tokens per step, including padding")
-    add("--short_share", type=float, default=0.1, help="share of steps, at the start, that see short documents")
     add(
-        "--summary_weight", type=count, default=2, help="weight of a summary's tokens in the loss; an article's weigh 1"
+        "--minutes",
+        type=positive,
+        default=4.2,
+        help="stop after this time, even if --steps are not done (default: %(default)s)",
     )
-    add("--lr", type=positive, default=1.5e-3, help="peak learning rate")
-    add("--warmup", type=count, default=200, help="steps until the peak")
-    add("--layers", type=count, default=5)
-    add("--hidden_size", type=count, default=256, help="a multiple of 64; also sets the number of heads")
-    add("--vocab_size", type=count, default=3072)
-    add("--tokenizer_documents", type=count, default=4000, help="documents that the vocabulary is learned from")
-    add("--seed", type=seed, default=1)
-    add("--device", default="auto", help="auto: cuda if there is one")
+    add("--steps", type=count, default=6000, help="optimizer steps (default: %(default)s)")
+    add("--batch_tokens", type=count, default=65536, help="tokens per step, including padding (default: %(default)s)")
+    add(
+        "--short_share",
+        type=float,
+        default=0.1,
+        help="share of steps, at the start, that see short documents (default: %(default)s)",
+    )
+    add(
+        "--summary_weight",
+        type=count,
+        default=2,
+        help="weight of a summary's tokens in the loss; an article's weigh 1 (default: %(default)s)",
+    )
+    add("--lr", type=positive, default=1.5e-3, help="peak learning rate (default: %(default)s)")
+    add("--warmup", type=count, default=200, help="steps until the learning rate peaks (default: %(default)s)")
+    add("--layers", type=count, default=5, help="number of layers (default: %(default)s)")
+    add(
+        "--hidden_size",
+        type=count,
+        default=256,
+        help="a multiple of 64; also sets the number of heads (default: %(default)s)",
+    )
+    add("--vocab_size", type=count, default=3072, help="size of the vocabulary (default: %(default)s)")
+    add(
+        "--tokenizer_documents",
+        type=count,
+        default=4000,
+        help="documents that the vocabulary is learned from (default: %(default)s)",
+    )
+    add("--seed", type=seed, default=1, help="seed for weights and documents (default: %(default)s)")
+    add("--device", default="auto", help="auto: cuda if there is one (default: %(default)s)")
     add(
         "--workers",
         type=count_or_zero,
         default=max(0, min(15, len(os.sched_getaffinity(0)) - 1)),
-        help="processes that make documents",
+        help="processes that make documents (default: one per spare CPU core, at most 15)",
     )
     add("--compile", action="store_true", help="torch.compile the layers")
-    add("--log_every", type=count, default=100, help="steps between points of the loss curve")
+    add("--log_every", type=count, default=100, help="steps between points of the loss curve (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.hidden_size % 64:
         raise InputError(f"--hidden_size {args.hidden_size}: must be a multiple of 64")
@@ -356,7 +379,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see utils/cli.py."""
     return cli.run(
-        lambda: run(parse_args(argv)), "training begins anew with the next command", "give smaller --batch_tokens"
+        lambda: run(parse_args(argv)), "run the same command again to start over", "give smaller --batch_tokens"
     )
 
 

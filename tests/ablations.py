@@ -16,7 +16,7 @@ SETUP = {
 POLICIES = {  # H2OConfig's fields, and how much of what it evicts is missed
     "H2O": ({}, 0.25),
     "recent only": ({"num_heavy_hitters": 0}, 1.0),
-    "half sinks": ({"score": "sink"}, 0.9),
+    "sink + recent": ({"score": "sink"}, 0.9),
     "random + recent": ({"score": "random"}, 0.8),
     "decay": ({"score_decay": 0.0}, 0.5),
     "mean": ({"score_norm": "mean"}, 0.2),
@@ -44,7 +44,7 @@ def last_held(rng, config: H2OConfig, layers: int, heads: int, prompt: int, step
 
 
 def made_cells(
-    policies=("H2O", "recent only", "half sinks"),
+    policies=("H2O", "recent only", "sink + recent"),
     windows=(64, 128, 256),
     intervals=(1, 16),
     requests=20,

@@ -21,11 +21,13 @@ if importlib.util.find_spec("triton") is None:  # it is made for Linux only
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from oracle import Oracle
 from utils.cache import HHCache
+from utils.heads import HeadWindows
 from utils.step import Rows, Step
 
+pytest.register_assert_rewrite("gpu_models", "recorded_steps")  # their asserts say what was compared, too
 torch.set_num_threads(1)
 
 VOCAB = 128
@@ -94,6 +96,12 @@ def new_oracle(llamas: Llamas, *, slimming=None, backend=None, **flags) -> Oracl
     return Oracle(llamas.stock, **flags)
 
 
+def with_flags(llamas: Llamas, **flags) -> H2OLlamaForCausalLM:
+    """The H2O model, with these flags from here on."""
+    llamas.h2o.h2o = H2OConfig(**flags)
+    return llamas.h2o
+
+
 def generate(model, rows: list[list[int]], new_tokens: int, **settings):
     """model.generate on left-padded rows; returns its outputs, logits included."""
     return model.generate(
@@ -103,6 +111,18 @@ def generate(model, rows: list[list[int]], new_tokens: int, **settings):
         return_dict_in_generate=True,
         **{"do_sample": False, **settings},
     )
+
+
+def new_tokens(result, rows: list[list[int]]) -> list[list[int]]:
+    """Of each row, what `generate` said after the left-padded prompts."""
+    return result.sequences[:, max(map(len, rows)) :].tolist()
+
+
+def count_captured(monkeypatch) -> list:
+    """A list that grows by one with each `generate` that decodes by captured steps."""
+    taken, original = [], generation.sample
+    monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
+    return taken
 
 
 @torch.no_grad()
@@ -129,7 +149,7 @@ GARBAGE = 1e4  # stands where a row has no slot
 
 def make_step(start, new, decode=False, scored=True, score_queries=None) -> Step:
     """A Step of rows with `start[b]` slots and `new[b]` new tokens, the last `score_queries` of which are scored."""
-    rows = Rows(len(start))
+    rows = Rows(len(start), HeadWindows.of(256, lambda window: window // 2))
     rows.append(start)
     rows.append(new)
     first = [0 if score_queries is None else max(0, n - score_queries) for n in new]
@@ -180,34 +200,82 @@ def assert_close(actual, expected, tolerance=2e-5, what=""):
 
 def assert_row_is_oracles(cache: HHCache, row: int, oracle: Oracle, tolerance=5e-5):
     """A row holds the oracle's slots: how many, of which tokens, with which mass, after as many evictions."""
-    length = oracle.length()
-    held = (cache.lengths[row], cache.seen[row], cache.evictions[row])
-    assert held == (length, oracle.seen, oracle.evictions), f"row {row}: length, seen, evictions"
-    for layer_idx, layer in enumerate(cache.layers):
+    counts = (cache.lengths[row], cache.seen[row], cache.evictions[row])
+    assert counts == (oracle.length(), oracle.seen, oracle.evictions), f"row {row}: length, seen, evictions"
+    for layer_idx in range(len(cache.layers)):
         expected = oracle.positions(layer_idx)
-        assert cache.positions(layer_idx)[row, :, :length].tolist() == expected, f"row {row}, layer {layer_idx}"
-        assert layer.slots.positions[row, :, :length].tolist() == expected
-        if cache.h2o.needs_mass and length:
-            mass = layer.slots.mass[row, :, :length]
-            assert_close(mass, oracle.mass(layer_idx), tolerance, f"mass, row {row}, layer {layer_idx}")
+        positions = [[at for at in head if at >= 0] for head in cache.positions(layer_idx)[row].tolist()]
+        assert positions == expected, f"row {row}, layer {layer_idx}"
+        if cache.h2o.needs_mass:
+            for held, mass in zip(by_head(cache, layer_idx, "mass")[row], oracle.mass(layer_idx), strict=True):
+                assert_close(held[: len(mass)], mass, tolerance, f"mass, row {row}, layer {layer_idx}")
+
+
+def by_head(cache: HHCache, layer_idx: int, name: str) -> torch.Tensor:
+    """A tensor of a layer's slots as [B, Hkv, slots(, D)], padded where heads have capacities of their own."""
+    layer = cache.layers[layer_idx]
+    slots = layer.slots.load(name)
+    return slots.view(-1, layer.slots.heads, *slots.shape[2:])
+
+
+def uneven(llamas: Llamas, window: int) -> tuple:
+    """Windows of their own for all heads, with this mean: the first is very short, and so on in pairs."""
+    config = llamas.stock.config
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    pairs = [w for i in range(heads) for w in (2 + i % (window - 2), 2 * window - 2 - i % (window - 2))]
+    flat = pairs[: heads // 2 * 2] + [window] * (heads % 2)
+    return tuple(zip(*[iter(flat)] * config.num_key_value_heads, strict=True))
+
+
+def of_llamas(flags: dict, llamas: Llamas, window: int = 8) -> dict:
+    """The flags with the windows of `uneven` for this model, where they ask for them."""
+    return flags | ({"head_budgets": uneven(llamas, window)} if flags.get("head_budgets") is uneven else {})
 
 
 def assert_invariants(cache: HHCache, recent: int | None = None):
     """What the docstring of HHCache promises of the slots between any two forwards, `recent` of them the newest."""
     h2o = cache.h2o
-    recent = h2o.recent if recent is None else recent
-    for layer in cache.layers:
-        batch_size, kv_heads = layer.keys.shape[:2]
-        assert layer.keys.shape[2] == h2o.capacity == h2o.window_length + h2o.update_interval
-        assert layer.slots.mass.shape == layer.slots.positions.shape == (batch_size, kv_heads, h2o.capacity)
-        assert layer.slots.mass.dtype == torch.float32 and layer.slots.positions.dtype == torch.int32
-        for b, (length, seen) in enumerate(zip(cache.lengths, cache.seen, strict=True)):
-            assert 0 <= length <= h2o.capacity
-            held = layer.slots.positions[b, :, :length]
-            assert (held.diff(dim=-1) > 0).all(), "slots are not in the order of their tokens"
-            newest = list(range(seen - min(recent, length), seen))
-            assert held[:, length - len(newest) :].tolist() == [newest] * kv_heads, "a recent token is gone"
-            assert not layer.slots.mass[b, :, length:].any(), "mass past the row's length"
+    windows = h2o.head_windows
+    for layer_idx, layer in enumerate(cache.layers):
+        kv_heads = layer.slots.heads
+        table = [h2o.window_length] * kv_heads if windows.even else windows.of_heads(layer_idx, kv_heads)
+        positions, masses = by_head(cache, layer_idx, "positions"), by_head(cache, layer_idx, "mass")
+        stored = sum(table) + kv_heads * h2o.update_interval
+        assert layer.keys[0].numel() == stored * layer.slots.head_dim and layer.slots.mass[0].numel() == stored
+        assert masses.dtype == torch.float32 and positions.dtype == torch.int32
+        for b, seen in enumerate(cache.seen):
+            for head, (window, length) in enumerate(zip(table, layer.lengths[b].tolist(), strict=True)):
+                assert 0 <= length <= min(window + h2o.update_interval, cache.lengths[b])
+                held = positions[b, head, :length]
+                assert (held.diff() > 0).all(), "slots are not in the order of their tokens"
+                of_head = window - h2o.heavy_of(window) if recent is None else recent
+                newest = list(range(seen - min(of_head, length), seen))
+                assert held[length - len(newest) :].tolist() == newest, "a recent token is gone"
+                assert not masses[b, head, length : window + h2o.update_interval].any(), "mass past the row's length"
+
+
+def assert_follows_oracle(result, row, oracle, block):
+    """The logits of each step are the oracle's on the tokens that were emitted; feeds all of them but the last."""
+    logits = torch.stack(result.logits)[:, row]
+    tokens = result.sequences[row, result.sequences.shape[1] - len(logits) :].tolist()
+    for step, token in enumerate(tokens):
+        expected = oracle.forward(block)[-1]
+        assert_close(logits[step], expected, what=f"logits of row {row}, step {step}")
+        block = [token]
+    return tokens
+
+
+def conversation(llamas, caches, flags, blocks):
+    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them."""
+    oracle = new_oracle(llamas, **flags)
+    for block in blocks:
+        expected = oracle.forward(block)
+        for cache in caches:
+            (logits,) = forward(llamas.h2o, [block], cache)
+            assert_close(logits, expected, what=f"{cache.h2o.backend}, forward {oracle.clock}")
+            assert_row_is_oracles(cache, 0, oracle)
+            assert_invariants(cache)
+    return oracle
 
 
 def slot_tensors(cache: HHCache) -> dict[tuple[int, str], torch.Tensor]:

@@ -51,6 +51,7 @@ class Oracle:
         position_rolling=False,
         score_seed=0,
         prefill_chunk=None,
+        head_budgets="even",
     ):
         self.model = copy.deepcopy(model).double().eval()
         self.inv_freq = model.model.rotary_emb.inv_freq.double()
@@ -58,16 +59,19 @@ class Oracle:
         config = model.config
         self.num_query_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.group_size = self.num_query_heads // self.num_kv_heads
-        self.window_length = window_length
-        self.heavy = num_heavy_hitters
-        if num_heavy_hitters == -1:
-            self.heavy = 4 if score == "streaming_llm" else window_length // 2
-        self.recent = window_length - self.heavy
-        assert self.heavy >= 0 and self.recent >= 1, "the window needs at least one recent slot"
-        assert score in ("mass", "sink", "streaming_llm", "random")
+        self.window_length, self.number = window_length, num_heavy_hitters
+        self.score = score
+        layers = range(config.num_hidden_layers)
+        self.windows = head_budgets
+        if head_budgets == "even":
+            self.windows = [[window_length] * self.num_kv_heads for _ in layers]
+        self.heavies = [[self._heavy(window, num_heavy_hitters) for window in row] for row in self.windows]
+        for row, heavies in zip(self.windows, self.heavies, strict=True):
+            assert all(0 <= heavy < window for window, heavy in zip(row, heavies, strict=True)), "no recent slot"
+        assert score in ("mass", "value_mass", "sink", "streaming_llm", "random")
         assert score_norm in ("sum", "mean") and group_reduce in ("sum", "first")
         self.update_interval = update_interval
-        self.score, self.score_norm, self.score_seed = score, score_norm, score_seed
+        self.score_norm, self.score_seed = score_norm, score_seed
         self.score_every_step, self.score_decay, self.score_queries = score_every_step, score_decay, score_queries
         self.group_reduce = group_reduce
         self.position_rolling = position_rolling
@@ -83,8 +87,19 @@ class Oracle:
         self.evictions = 0
 
     def length(self) -> int:
-        """Number of slots kept, the same in every layer and KV head."""
-        return len(self.cache[0][0])
+        """Number of slots kept, by the fullest head where heads have windows of their own."""
+        return max(len(slots) for heads in self.cache for slots in heads)
+
+    def _heavy(self, window, number):
+        """How many slots of a head's window are heavy hitters."""
+        if isinstance(number, str):
+            part, whole = map(int, number.split("/"))
+            return min(window * part // whole, window - 1)
+        if number == -1:
+            return min(4, window - 1) if self.score == "streaming_llm" else window // 2
+        if self.score not in ("sink", "streaming_llm"):
+            number = number * window // self.window_length
+        return min(number, window - 1)
 
     def positions(self, layer) -> list[list[int]]:
         """Original positions of the kept slots, ascending, for each KV head."""
@@ -115,7 +130,7 @@ class Oracle:
             first_adding_query = end
         elif self.clock == 0 and self.score_queries is not None:
             last = len(tokens)
-            if self.length() + end - begin > self.window_length:
+            if self.length() + end - begin > min(min(row) for row in self.windows):
                 last = end  # slots are dropped before the prompt's last queries are there to rank them
             first_adding_query = max(begin, last - self.score_queries)
         first_chunk, tokens = begin == 0, tokens[begin:end]
@@ -127,7 +142,7 @@ class Oracle:
         logits = self.model.lm_head(rms_norm(self.model.model.norm, hidden))
         self.seen += len(tokens)
         if slimming_due:
-            self._slim(self.recent)
+            self._slim(0)
         return logits
 
     def generate(self, prompt: list[int], max_new_tokens: int, eos=None) -> list[int]:
@@ -147,16 +162,17 @@ class Oracle:
         due = self.clock % self.update_interval == 0
         self.clock += 1
         if due:
-            self._slim(self.recent)
+            self._slim(0)
 
     def evict_for_space(self, space_needed: int):
         """Slims to window_length - space_needed slots, taken from the recent part, before a turn of that many tokens.
 
         Raises ValueError when `space_needed` does not fit into the recent part.
         """
-        if space_needed > self.recent:
-            raise ValueError(f"{space_needed} slots do not fit into the recent part of {self.recent}")
-        self._slim(self.recent - space_needed)
+        recent = self.window_length - self._heavy(self.window_length, self.number)
+        if space_needed > recent:
+            raise ValueError(f"{space_needed} slots do not fit into the recent part of {recent}")
+        self._slim(space_needed)
 
     def _attention(self, layer, attn, hidden, first_adding_query, decays):
         """Appends a slot per row of `hidden` [tokens, hidden_size] and attends causally; returns the same shape."""
@@ -205,18 +221,23 @@ class Oracle:
         first, second = vector.chunk(2)
         return torch.cat((first * cos - second * sin, second * cos + first * sin))
 
-    def _slim(self, recent):
-        """Keeps the `recent` newest slots and the `heavy` best of the older ones, in each layer and KV head."""
-        if self.length() <= self.heavy + recent:
-            return
+    def _slim(self, space):
+        """Keeps each head's newest slots and its heavy hitters; of the newest, a share of `space` is left out."""
+        evicts = False
         for layer, heads in enumerate(self.cache):
             for kv_head, slots in enumerate(heads):
+                window, heavy = self.windows[layer][kv_head], self.heavies[layer][kv_head]
+                recent = window - heavy
+                recent -= min(space * window // self.window_length, recent)
+                if len(slots) <= heavy + recent:
+                    continue
                 older = range(len(slots) - recent)
                 scores = [self._score(slots[j], layer, kv_head) for j in older]
                 best_first = sorted(older, key=lambda j: (-scores[j], j))  # the older slot wins a tie
-                heavy_hitters = sorted(best_first[: self.heavy])
+                heavy_hitters = sorted(best_first[:heavy])
                 heads[kv_head] = [slots[j] for j in heavy_hitters] + slots[len(slots) - recent :]
-        self.evictions += 1
+                evicts = True
+        self.evictions += evicts
 
     def _score(self, slot, layer, kv_head):
         """What heavy hitters are chosen by: the greatest scores stay."""
@@ -224,9 +245,12 @@ class Oracle:
             return -slot.position
         if self.score == "random":
             return pseudo_random(slot.position, layer, kv_head, self.score_seed)
+        mass = slot.mass
         if self.score_norm == "mean":
-            return slot.mass / slot.count if slot.count > 0 else 0.0
-        return slot.mass
+            mass = mass / slot.count if slot.count > 0 else 0.0
+        if self.score == "value_mass":
+            return mass * math.sqrt(sum(float(x) ** 2 for x in slot.value))
+        return mass
 
 
 def rms_norm(norm, hidden):

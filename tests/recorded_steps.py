@@ -1,4 +1,5 @@
-"""Fixtures of tests whose steps a GPU would record; a test file takes them by assigning them to names of its own.
+"""Fixtures and checks for tests whose steps a GPU would record. A test file takes the fixtures by assigning them to
+names of its own.
 
 There are no graphs on a CPU: the same static steps are run there. Most tests let torch stand for the kernels
 (kernel_doubles.py); those with `interpreted` run them in Triton's interpreter.
@@ -9,15 +10,16 @@ import os
 import pytest
 import torch
 
-from conftest import GROUPS, left_pad, make_llamas, prompt
+from conftest import GROUPS, assert_close, assert_invariants, by_head, count_captured, left_pad, make_llamas, prompt
 from h2optimizer import H2OConfig, generation
+from utils.cache import HHCache
 
 pytest.importorskip("triton")
 
 import kernel_doubles
 
 MARKS = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="graphs are recorded here: test_gpu.py"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu_graphs.py"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning"),
 ]
 
@@ -30,9 +32,7 @@ def captured(monkeypatch, request):
     """The steps of a graph, run; a list that grows by one with each generate that took them."""
     if "interpreted" not in request.fixturenames:
         kernel_doubles.install(monkeypatch)
-    taken, original = [], generation.sample
-    monkeypatch.setattr(generation, "sample", lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs))
-    return taken
+    return count_captured(monkeypatch)
 
 
 @pytest.fixture
@@ -70,3 +70,49 @@ def run(model, rows=ROWS, **kwargs):
 
 def sequences(output) -> list[list[int]]:
     return (output if isinstance(output, torch.Tensor) else output.sequences).tolist()
+
+
+def both_ways(model, captured, rows=ROWS, flags=None, own=False, **kwargs):
+    """The outputs of a captured and of transformers' own loop, and the caches that were passed, if `own`."""
+    outputs, caches = [], []
+    for capture in (True, False):
+        model.h2o = settings(capture=capture, **(flags or {}))
+        caches.append(HHCache(model.h2o))
+        before = len(captured)
+        passed = {"past_key_values": caches[-1]} if own else {}
+        outputs.append(run(model, rows, **{**kwargs, **passed}))
+        assert (len(captured) > before) == capture
+    return outputs, caches
+
+
+def assert_same_cache(cache, expected):
+    """All that a cache holds or counts, to the rounding of the mass."""
+    for name in ("lengths", "seen", "evictions", "clock"):
+        assert getattr(cache, name) == getattr(expected, name), name
+    assert cache.get_seq_length() == expected.get_seq_length()
+    mirror, _ = cache._rows.mirror(torch.device("cpu")), expected._rows.mirror(torch.device("cpu"))
+    assert mirror.tolist() == [expected.lengths, expected.seen], "what the device counted"
+    for layer_idx, layer in enumerate(cache.layers):
+        assert cache.positions(layer_idx).tolist() == expected.positions(layer_idx).tolist()
+        lengths = layer.lengths.tolist()
+        assert lengths == expected.layers[layer_idx].lengths.tolist()
+        for name in ("keys", "values", *layer.slots.ranked):
+            ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
+            for b, row in enumerate(lengths):
+                for h, length in enumerate(row):
+                    what = f"{name} of row {b}, layer {layer_idx}, head {h}"
+                    assert_close(ours[b, h, :length], theirs[b, h, :length], what=what)
+    assert_invariants(cache)
+
+
+def eos_cases(model):
+    """Tokens that end some rows, all rows at different steps, or none."""
+    model.h2o = settings(capture=False, backend="sdpa")
+    base = run(model, max_new_tokens=20)[:, 13:]
+    first, later, last = base[0, 5].item(), base[1, 9].item(), base[2, 19].item()
+    return {"one": first, "each": [first, later, last], "late": base[2, 17].item(), "at once": base[:, 0].tolist()}
+
+
+def decoders_of(model, cache) -> list:
+    """What decodes over the cache's slots, the last used last."""
+    return list(model.kept_caches.decoders[cache].values())

@@ -380,7 +380,7 @@ def test_grid_as_yaml(ablate, tmp_path, grid, cells):
 
 @pytest.mark.parametrize(("flags", "name"), [
     ({}, "H2O"), ({"num_heavy_hitters": 5}, "H2O, 5 heavy"), ({"num_heavy_hitters": 0}, "recent only"),
-    ({"score": "sink"}, "half sinks"), ({"score": "sink", "num_heavy_hitters": 4}, "StreamingLLM (4 sinks)"),
+    ({"score": "sink"}, "sink + recent"), ({"score": "sink", "num_heavy_hitters": 4}, "StreamingLLM (4 sinks)"),
     ({"score": "streaming_llm"}, "StreamingLLM (4 sinks)"), ({"score": "sink", "num_heavy_hitters": 9}, "9 sinks"),
     ({"score": "streaming_llm", "num_heavy_hitters": 9}, "9 sinks"), ({"score": "random"}, "random + recent"),
 ], ids=str)  # fmt: skip
@@ -417,7 +417,7 @@ def test_spread_of_times_is_recorded_and_shown(sweep, ablate, monkeypatch):
     assert "Median [lowest, highest] of 3 calls of 3 prompts" in outcome.units and "5 requests" in outcome.units
     monkeypatch.setattr(ablate, "prefill_and_whole_ms", lambda generate, tokens: (10.0, 12.0))
     once = sweep("--window_length", "8", "--sample_num", "1")
-    assert "One call" in once.units and "one request, which has none" in once.units
+    assert "One call" in once.units and "one request: no interval" in once.units
 
 
 def test_number_written_otherwise_is_the_same_cell(ablate):

@@ -96,7 +96,7 @@ def test_verdicts(advise):
     gain = advise("--context", 32768, "--batch", 16)
     assert gain["verdict"] == "gain" and "shorter" in gain["reason"]
     only_h2o = advise("--context", 32768, "--batch", 30)
-    assert only_h2o["verdict"] == "gain" and "do not fit with the full cache (29 do)" in only_h2o["reason"]
+    assert only_h2o["verdict"] == "gain" and "not with the full cache, which fits 29" in only_h2o["reason"]
     assert row(only_h2o, FULL, 30)["fits"] == "no" and row(only_h2o, H2O, 30)["fits"] == "yes"
     neither = advise("--context", 32768, "--batch", 5000)
     assert neither["verdict"] == "does not fit" and neither["pays_from_context"] is None

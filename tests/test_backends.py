@@ -36,7 +36,7 @@ from utils.cache import HHCache
 pytest.importorskip("triton")
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here: test_gpu.py"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu_results.py"),
     # the interpreter computes both sides of a tl.where
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning"),
 ]

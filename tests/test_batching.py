@@ -221,7 +221,8 @@ def test_statistics_are_a_real_caches(model, flags):
 
 @pytest.mark.parametrize("kind", ["h2o", "stock"])
 def test_several_sequences_of_one_prompt(gqa, kind):
-    """A prompt that is prefilled for each of its sequences, or whose sequences are all alike."""
+    """A prompt that is prefilled for each of its sequences, or whose sequences are all alike, or another prompt's where
+    the two alternate."""
     model = getattr(gqa, kind)
     gqa.h2o.h2o = settings()
     texts, columns = [prompt(9), prompt(14)], []
@@ -230,15 +231,15 @@ def test_several_sequences_of_one_prompt(gqa, kind):
     )
     try:
         results = []
-        for rows in (1, 4, 6):
+        for rows, order in ((1, None), (4, None), (6, None), (6, [0, 3, 1, 4, 2, 5])):
             columns.clear()
             wanted = [Sequence(texts[i // 3], 9, 1.5, 1.0, (i % 3,)) for i in range(6)]
-            results.append([facts(sequence)[:2] for sequence in batch(model, rows, wanted, eos=set())])
+            results.append([facts(sequence)[:2] for sequence in batch(model, rows, wanted, order, eos=set())])
             if rows == 6:
                 assert columns == [(2, 14)], "each prompt once"
     finally:
         hook.remove()
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
     assert len({tuple(tokens) for tokens, _ in results[0][:3]}) == 3
     again = [Sequence(list(texts[0]), 9, 1.5, 1.0, (2,))]
     assert facts(batch(model, 1, again, eos=set())[0])[:2] == results[0][2], "the seed alone decides"
@@ -307,6 +308,19 @@ def test_a_row_that_is_free_is_taken_at_the_next_slimming(model, interval):
     long, *short = (Sequence(prompt(5, i), 130 if i == 0 else 21) for i in range(5))
     batch(model, 2, [long, *short], eos=set())
     assert [sequence.rows for sequence in short] == [2] * 4
+
+
+@pytest.mark.parametrize("interval", [1, 3, 16, 20])
+def test_looks_are_as_far_apart_as_joining_allows(model, interval):
+    """A look after each slimming, though several fit between two looks: on a GPU each look waits for the device."""
+    model.h2o = settings(backend="sdpa", update_interval=interval)
+    bounded, schedule = decoding.decoding_of(model), model.h2o.schedule
+    bounded.open()
+    for clock in range(1, 2 * interval + 1):
+        bounded.cache.clock = clock
+        steps = bounded.steps(waiting=True)
+        assert schedule.is_due(clock + steps - 1)
+        assert decoding.CHUNK - interval < steps <= max(decoding.CHUNK, schedule.steps_to_due(clock))
 
 
 def test_a_batcher_can_run_again(model):

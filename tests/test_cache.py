@@ -306,7 +306,7 @@ def test_reset_and_reuse_is_a_fresh_cache_in_the_same_place(gqa, flags):
     assert addresses(used) == at
     assert used.lengths == used.seen == used.evictions == [0, 0] and used.clock == used.get_seq_length() == 0
     results = [
-        generate(_with(gqa, cache), [prompt(11, 1), prompt(15, 1)], 10, past_key_values=cache)
+        generate(_with(gqa, cache), [prompt(3, 1), prompt(15, 1)], 10, past_key_values=cache)  # 3: what was there shows
         for cache in (used, fresh)
     ]
     assert torch.equal(results[0].sequences, results[1].sequences)
@@ -326,6 +326,17 @@ def _with(llamas, cache):
     """The model with the cache's settings, so that a mix-up of the two cannot show."""
     llamas.h2o.h2o = cache.h2o
     return llamas.h2o
+
+
+def test_a_reset_forgets_gaps_and_padding():
+    """Positions that a hole left out, or columns without a token, of the text before."""
+    cache = new_cache(window_length=8)
+    cache.begin(1, 4, [2], real=torch.tensor([[1, 0, 0, 1]]).bool())
+    cache.end(gaps=[2])
+    cache.reset()
+    assert cache.begin(1, 3).positions(torch.device("cpu")).tolist() == [[0, 1, 2]]
+    cache.end()
+    cache.check_past(torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_a_reset_cache_takes_another_batch_size(gqa):
@@ -378,6 +389,47 @@ def test_reordered_rows_continue_as_the_rows_they_were(gqa, flags, lengths):
             assert_close(layer.slots.mass, expected.layers[layer_idx].slots.mass)
             if layer.slots.count is not None:
                 assert torch.equal(layer.slots.count, expected.layers[layer_idx].slots.count)
+
+
+NO_ORDERS = {
+    "list": [1, 0],
+    "numpy": np.array([1, 0]),
+    "float32": torch.tensor([1.0, 0.0]),
+    "bool": torch.ones(2).bool(),
+}
+
+
+@pytest.mark.parametrize("order", NO_ORDERS.values(), ids=NO_ORDERS)
+def test_an_order_of_rows_that_is_no_long_tensor_is_refused(gqa, order):
+    """An AttributeError from within, or a mask of rows taken for their numbers. The cache holds what it held."""
+    rows = [prompt(11), prompt(4)]
+    cache, untouched = new_cache(window_length=8), new_cache(window_length=8)
+    for each in (cache, untouched):
+        forward(gqa.h2o, rows, each)
+    with pytest.raises(TypeError, match="must be a LongTensor of row numbers, not "):
+        cache.reorder_cache(order)
+    assert cache.lengths == untouched.lengths
+    for where, tensor in slot_tensors(untouched).items():
+        assert torch.equal(slot_tensors(cache)[where], tensor), where
+
+
+@pytest.mark.parametrize("copied", ["reorder_cache", "take_rows"])
+def test_copied_rows_keep_positions_and_padding_of_their_own(copied):
+    """Gaps in a row's positions that its copy forgets, or padding that two copies of one row share afterwards."""
+    cache = new_cache(window_length=8, update_interval=1)
+    cache.begin(2, 4, [2, 4], real=torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]]).bool())
+    cache.end(gaps=[2, 0])
+    past = torch.tensor([[1, 0, 0, 1]] * 2).bool()
+    if copied == "reorder_cache":
+        cache.reorder_cache(torch.tensor([0, 0]))
+    else:
+        source, cache, past = cache, cache.with_rows(2), past[:, :0]  # a new cache counts columns from 0
+        cache.take_rows([0, 1], source, [0, 0])
+    step = cache.begin(2, 1, [0, 1])
+    assert step.positions(torch.device("cpu"))[-1].tolist() == [4]
+    cache.end()
+    with pytest.raises(ValueError, match=r"hides tokens .*row 1"):
+        cache.check_past(torch.cat([past, torch.tensor([[False], [False]])], dim=1))
 
 
 @pytest.mark.parametrize("rolling", [False, True])

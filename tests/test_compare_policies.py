@@ -104,9 +104,7 @@ def no_model(script, monkeypatch):
 def test_policies_beside_presses(compared, kvpress):
     """A press' numbers under another request, means that do not weigh by tokens, a window's meaning that is not said,
     rows that are not sorted by what they lose."""
-    of = compared(
-        "--policies", "mass", "sink,num_heavy_hitters=4", "--kvpress", kvpress(), "--presses", "TOVA", "LagKV"
-    )
+    of = compared("--policies", "mass", "sink:4", "--kvpress", kvpress(), "--presses", "TOVA", "LagKV")
     rows = {row["policy"]: row for row in of.rows}
     assert next(iter(rows)) == "full cache" and len(of.rows) == 4 and len(of.lines) == 4 * 4
     losses = [row["kl"]["mean"] for row in of.rows]
@@ -159,20 +157,20 @@ def test_other_settings_are_refused(compared, flags):
 
 def test_rouge_of_own_texts(compared, kvpress):
     """ROUGE of the text that was fed: equal for every policy."""
-    of = compared("--rouge", "--policies", "mass,num_heavy_hitters=0", "--presses", "TOVA", "--kvpress", kvpress())
+    of = compared("--rouge", "--policies", "mass:0", "--presses", "TOVA", "--kvpress", kvpress())
     rows = {row["policy"]: row for row in of.rows}
     assert rows["kvpress TOVA"]["rouge1"] == rows["full cache"]["rouge1"]  # that runner says the full cache's text
-    assert rows["mass,num_heavy_hitters=0"]["rouge1"] != rows["full cache"]["rouge1"]
+    assert rows["mass:0"]["rouge1"] != rows["full cache"]["rouge1"]
     assert "ROUGE-2" in of.table[0]
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--policies", "mas"], "--policies mas at --window_length 12"),
-        (["--policies", "mass,heavy=3"], "'heavy=3' is not FIELD=VALUE"),
-        (["--policies", "mass,window_length=8"], "pass --window_length"),
-        (["--policies", "mass,num_heavy_hitters=12"], "num_heavy_hitters"),
+        (["--policies", "mas"], "--policies mas: argument --score"),
+        (["--policies", "mass,heavy=3"], "--policies mass,heavy=3: unrecognized argument"),
+        (["--policies", "mass,num_window_length=8"], "pass --window_length 8"),
+        (["--policies", "mass:12"], "--policies mass:12: --num_heavy_hitter_tokens"),
         (["--policies"], "none given"),
         (["--presses", "TOVA"], "pass --kvpress"),
         (["--kvpress", "/nonexistent"], "kvpress is not installed there"),
@@ -312,5 +310,5 @@ def test_label_is_the_policy(script):
     """Settings that do not reach the cache, or two windows under one name."""
     cells = [script.Cell("mass", w, H2OConfig(window_length=w)) for w in (12, 16)]
     assert len({cell.name for cell in cells} | {script.Cell("full cache").name}) == 3
-    h2o = script.policy("sink,num_heavy_hitters=4,score_every_step=false", 12, 2, torch.device("cpu"))
+    h2o = script.config_of("sink:4,no-score_every_step", 12, 2, torch.device("cpu"))
     assert (h2o.score, h2o.num_heavy_hitters, h2o.score_every_step, h2o.update_interval) == ("sink", 4, False, 2)

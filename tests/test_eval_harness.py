@@ -379,7 +379,7 @@ def test_scores_that_no_window_can_change_are_named(evaluate):
     ("tiny_choice", ("--metadata", "[]"), "--metadata: must be a JSON object"),
     ("tiny_choice", ("--metadata", "{"), "--metadata: must be a JSON object"),
     ("tiny_choice", ("--num_fewshot", "1000"), "--num_fewshot 1000: --tasks tiny_choice cannot make such examples"),
-    ("tiny_choice", ("--num_window_length", "24"), "does nothing without --enable_h2o_generation"),
+    ("tiny_choice", ("--num_window_length", "24"), "has no effect without --enable_h2o_generation"),
     ("tiny_choice", ("--model-name", "/nowhere"), "--model-name /nowhere: cannot be loaded"),
     ("tiny_choice", ("--output-path", "/proc/x/y.json"), "--output-path: /proc/x/y.json is in /proc"),
     ("tiny_text", ("--max_length", "12"), "task tiny_text: 12 tokens are to follow a context"),

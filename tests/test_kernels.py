@@ -635,10 +635,82 @@ def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling)
                 first_head=first_head, rope=(cos, sin) if rolling else None,
             )  # fmt: skip
         else:
-            output = run(states, *step_tables, own_keys, own_values, mass, count, lengths, SCALING, decay, first_head,
-                         rolling).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
+            of_heads = lengths[:, None].expand(3, 2)
+            output = run(states, *step_tables, own_keys, own_values, mass, count, None, of_heads, None, [], SCALING,
+                         decay, first_head, rolling).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
         results.append([output, own_keys, own_values, mass] + [count] * counted)
     for result in results[1:]:
         for each, expected in zip(result, results[0], strict=True):
             assert torch.equal(each, expected)
     assert not torch.equal(results[0][3], torch.ones_like(results[0][3]))
+
+
+# Heads with capacities of their own
+
+
+CAPACITIES = (5, 70, 200)
+
+
+def uneven_states(dtype, device):
+    """Slots of three heads one after the other, lengths of two rows [2, 3], and mass; NaN past a head's end."""
+    generator = torch.Generator().manual_seed(5)
+    offsets = torch.tensor([0, *itertools.accumulate(CAPACITIES)], dtype=torch.int32)
+    lengths = torch.tensor([[5, 33, 200], [1, 70, 64]], dtype=torch.int32)
+    keys, values = torch.randn(2, 2, sum(CAPACITIES), 16, generator=generator).to(dtype)
+    for b, h in itertools.product(range(2), range(3)):
+        keys[b, offsets[h] + lengths[b, h] : offsets[h + 1]] = torch.nan
+        values[b, offsets[h] + lengths[b, h] : offsets[h + 1]] = torch.nan
+    mass = torch.rand(2, sum(CAPACITIES), generator=generator)
+    return [states.to(device) for states in (keys, values, lengths, offsets, mass)]
+
+
+@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
+@pytest.mark.parametrize("processors", [1, 2, 132])
+@pytest.mark.parametrize("rope, scored", [(False, True), (True, True), (False, False)])
+def test_heads_of_their_own_capacities_attend_as_alone(monkeypatch, device, dtype, processors, rope, scored):
+    """Another head's slots, length or mass, or a share of a long head's slots that is lost or counted twice."""
+    monkeypatch.setattr(decode, "_processors", lambda device: processors)
+    decode._divide.cache_clear()
+    keys, values, lengths, offsets, mass = uneven_states(dtype, device)
+    query = torch.randn(2, 12, 1, 16, generator=torch.Generator().manual_seed(6)).to(device, dtype)
+    tables = make_tables(200, 16, dtype, device) if rope else None
+    added, count = mass.clone(), mass.clone()
+    wanted = {"mass": added, "count": count, "decay": 0.5} if scored else {}
+    output = decode.decode_attention(
+        query, keys, values, lengths, SCALING, rope=tables, offsets=offsets, capacities=CAPACITIES, **wanted
+    )
+    decode._divide.cache_clear()
+    for h, (begin, capacity) in enumerate(zip(offsets.tolist(), CAPACITIES, strict=False)):
+        there = slice(begin, begin + capacity)
+        own, own_count = (mass[:, None, there].clone() for _ in range(2))
+        wanted = {"mass": own, "count": own_count, "decay": 0.5} if scored else {}
+        alone = decode.decode_attention(
+            query[:, 4 * h : 4 * h + 4], keys[:, None, there], values[:, None, there], lengths[:, h].contiguous(),
+            SCALING, rope=tables, **wanted,
+        )  # fmt: skip
+        assert_close(output[:, 4 * h : 4 * h + 4], alone, 8 * torch.finfo(dtype).eps, f"head {h}")
+        if scored:
+            assert_close(added[:, there], own[:, 0], 1e-3 if dtype != FP32 else 1e-5, f"mass of head {h}")
+            assert torch.equal(count[:, there], own_count[:, 0])
+
+
+@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
+@pytest.mark.parametrize("rolling", [False, True])
+def test_heads_of_their_own_capacities_append_as_alone(device, dtype, rolling):
+    """A token in another head's slots, a norm that is not its value's, or a token that a row does not bring."""
+    keys, values, lengths, offsets, norms = uneven_states(dtype, device)
+    lengths[0] = 0
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = (torch.randn(2, h, 1, 16, generator=generator).to(device, dtype) for h in (12, 3, 3))
+    cos, sin = make_tables(200, 16, dtype, device) if rolling else make_tables(2, 16, dtype, device)
+    before = [states.clone() for states in (keys, values, norms)]
+    decode.append(query, key, value, cos, sin, keys, values, lengths, rolling, norms, offsets)
+    for h, (begin, capacity) in enumerate(zip(offsets.tolist(), CAPACITIES, strict=False)):
+        there, of_head = slice(begin, begin + capacity), lengths[:, h].contiguous()
+        alone = [states[:, None, there].contiguous() for states in before]
+        part = (query[:, 4 * h : 4 * h + 4], key[:, h : h + 1], value[:, h : h + 1])
+        decode.append(*part, cos, sin, alone[0], alone[1], of_head, rolling, alone[2])
+        for states, expected in zip((keys, values, norms), alone, strict=True):
+            assert torch.equal(states[:, there].nan_to_num(), expected[:, 0].nan_to_num())
+        norm = value[1, h, 0].float().norm()
+        assert_close(norms[1, begin + of_head[1] - 1], norm, 1e-6)

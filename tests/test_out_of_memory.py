@@ -53,8 +53,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(run, memory, error, flags):
     assert_same_results(outcome, expected)
     assert tried == [8, 4, 2, 2, 2, 2, 1], "each size fails once"
     assert [line for line in outcome.stderr if "out of memory" in line] == [
-        "out of memory with 8 sequences: going on with 4",
-        "out of memory with 4 sequences: going on with 2",
+        "out of memory with 8 sequences: continuing with 4",
+        "out of memory with 4 sequences: continuing with 2",
     ]
     assert outcome.metrics["requests"] == 9
 
@@ -108,7 +108,7 @@ def test_out_of_memory_anywhere(run, monkeypatch, owner, name, at, flags):
     if at > 1:
         assert appended[0] < at < appended[-1], "results before it and after it"
     assert [line for line in outcome.stderr if "out of memory" in line] == [
-        "out of memory with 4 sequences: going on with 2"
+        "out of memory with 4 sequences: continuing with 2"
     ]
     assert_same_results(outcome, expected)
 

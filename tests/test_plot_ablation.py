@@ -42,7 +42,7 @@ def means(row, name, scale=1.0):
 def test_quality_shows_the_figures(sweep, cells):
     """Values of another cell, measure or scale; half an interval; a band that is not the full cache's."""
     axes = plot.draw_quality(sweep).axes
-    assert [ax.get_ylabel() for ax in axes] == ["ROUGE-2 F, points", "top-1 agreement, %", "KL, nats a token"]
+    assert [ax.get_ylabel() for ax in axes] == ["ROUGE-2 F, points", "top-1 agreement, %", "KL, nats per token"]
     rows = {row["label"]: row for row in (figures(cell, cells[0], {}) | {"label": cell["cell"]} for cell in cells[1:])}
     for ax, (name, scale) in zip(axes, (("rouge2", 1), ("top1", 100), ("kl", 1)), strict=True):
         drawn = []
@@ -297,7 +297,7 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
     sweep = plot.load(path, name)
     assert len(sweep.rows) == len(cells) - 1 and sweep.setup["batch_size"] == 16
     assert plot.main(["--input-path", str(path), "--setup", "nothing"]) == 2
-    assert "--setup nothing means 0 of" in capsys.readouterr().err
+    assert "--setup nothing matches 0 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines, flags, said", [
@@ -306,9 +306,9 @@ def test_setups_are_not_mixed(cells, tmp_path, capsys):
     (lambda cells: cells[1:], (), "no cell of a full cache"),
     (lambda cells: cells[:1], (), "no cell of a bounded cache"),
     (lambda cells: [cells[0], cells[1] | {"h2o": {"window": 3}}], (), "cannot be read"),
-    (lambda cells: [cells[0], cells[1] | {"rouge": {"rouge1": []}}], (), "line 2 (rouge2 misses)"),
+    (lambda cells: [cells[0], cells[1] | {"rouge": {"rouge1": []}}], (), "line 2 (rouge2 is missing)"),
     (lambda cells: cells, ("--cells", "nothing"), "--cells nothing: means no cell"),
-    (lambda cells: cells, ("--setup", "nothing"), "--setup nothing means 0 of"),
+    (lambda cells: cells, ("--setup", "nothing"), "--setup nothing matches 0 of"),
     (lambda cells: cells, ("--output-path", "cells.jsonl/below"), "cannot be written"),
     (lambda cells: cells, ("--output-path", "cells.jsonl"), "is not a folder"),
     (lambda cells: cells, ("--input-path", "gone.jsonl"), "gone.jsonl: cannot be read"),
@@ -344,7 +344,7 @@ def edited(*path_and_value):
     (edited("fidelity", "tokens", "12"), "tokens must be"),
     (edited("time", "tokens_per_second", None), "tokens_per_second must be a number"),
     (edited("time", "time_per_token", -0.001), "time_per_token must be a number"),
-    (edited("time", []), "another form"),
+    (edited("time", []), "wrong form"),
     (edited("time", "time_per_token_range", [0.001]), "time_per_token_range must be 2 numbers"),
     (edited("time", "time_per_token_range", [1.0, 2.0]), "time_per_token_range must hold time_per_token"),
     (edited("time", "calls", 0), "calls must be a number, at least 1"),
@@ -352,13 +352,13 @@ def edited(*path_and_value):
     (edited("setup", ["a"]), "setup must be an object"),
     (edited("cell", 7), "cell must be a hash"),
     (edited("slots_kept", "12"), "slots_kept must be a number"),
-    (edited("retention", "x"), "another form"),
-    (edited("retention", "last_held", "zlib", "!!!"), "another form"),
+    (edited("retention", "x"), "wrong form"),
+    (edited("retention", "last_held", "zlib", "!!!"), "wrong form"),
     (edited("retention", "last_held", "shape", [1, 2, 3]), ""),
     (edited("retention", "mass_lost", 0, [1]), ""),
     (edited("retention", "mass_lost", 0, 0, math.nan), "mass_lost must be 20x5 numbers, 0 to 1"),
-    (lambda cell: cell["retention"].pop("index"), "index misses"),
-    (lambda cell: cell.pop("kv_bytes"), "kv_bytes misses"),
+    (lambda cell: cell["retention"].pop("index"), "index is missing"),
+    (lambda cell: cell.pop("kv_bytes"), "kv_bytes is missing"),
 ])  # fmt: skip
 def test_edited_cell_is_named_by_its_line(cells, tmp_path, edit, said):
     """A hand-edited figure, NaN or another type: a traceback of the drawing, or a nan in the report."""
@@ -393,7 +393,7 @@ def test_cells_of_other_texts_are_not_compared(cells, tmp_path, capsys):
     other = copy.deepcopy(cells)
     other[0]["fidelity"]["tokens"][0] += 1
     assert plot.main(["--input-path", str(write_cells(tmp_path / "cells.jsonl", other))]) == 2
-    assert "other texts" in capsys.readouterr().err
+    assert "texts other than" in capsys.readouterr().err
 
 
 def test_report_says_what_its_requests_cannot_show():

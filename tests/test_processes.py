@@ -632,4 +632,4 @@ def test_quantised_weights(alone_with, wide, tmp_path, capsys, choice):
     assert error(saved) < error(plain) / 3  # bitsandbytes packs 4 bits anew on a CPU, with scales in bfloat16
     capsys.readouterr()
     assert alone_with("--quantize", choice, *flags, model=tmp_path / "saved", output="other.jsonl") == (2, None)
-    assert "holds quantised weights" in capsys.readouterr().err
+    assert "is already quantised" in capsys.readouterr().err

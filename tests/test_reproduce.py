@@ -118,7 +118,7 @@ def test_table(reproduce, folder):
         assert h2o == ((None, None) if budget == "full" else (int(budget), 1))
     assert "rouge package" in done.stdout and "temperature 0.3, top_p 1, seed 42" in done.stdout
     again = reproduce(MODEL, BUDGETS="64 40")  # goes on; a budget without a published figure
-    assert again.returncode == 0 and "2 of 2 results are there already" in again.stderr
+    assert again.returncode == 0 and "2 of 2 results exist already" in again.stderr
     rows = {line.split()[0]: line.split() for line in again.stdout.splitlines() if line[:2].isdigit()}
     assert rows["40"][-2:] == ["-", "-"] and rows["64"] == next(line.split() for line in lines if line[:2] == "64")
 

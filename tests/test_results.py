@@ -304,6 +304,7 @@ def test_fingerprint_of_a_checkpoint(tmp_path):
         seen.append(checkpoint_fingerprint(str(tmp_path)))
     assert len(set(seen)) == 5 and None not in seen
     (tmp_path / "notes.md").write_text("b")
+    (tmp_path / "head_budgets.json").write_text("{}")  # a plan that names this fingerprint
     assert checkpoint_fingerprint(tmp_path) == seen[-1], "what decides no text"
     (tmp_path / "other.index.json").write_text("[]")
     assert checkpoint_fingerprint(tmp_path) not in seen

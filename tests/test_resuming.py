@@ -54,7 +54,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path
     resumed = run(requests, *flags)
     assert [result["request"] for result in resumed.results] == requests
     assert_same_results(resumed, uninterrupted)
-    assert "6 of 10 results are there already" in resumed.stderr
+    assert "6 of 10 results exist already" in resumed.stderr
     kept = sorted((json.loads(line) for line in left.splitlines()[:-1]), key=lambda result: result["index"])
     again = {result["index"]: result for result in resumed.results}
     assert [again[result["index"]] for result in kept] == kept, "what was there was written anew"
@@ -101,7 +101,7 @@ def test_second_run_over_a_finished_one(run, request):
     request.getfixturevalue("no_model")
     before = first.files
     second = run(requests, *H2O, "--batch_size", "2")
-    assert second.stdout == first.stdout and second.stderr == ["3 of 3 results are there already"]
+    assert second.stdout == first.stdout and second.stderr == ["3 of 3 results exist already"]
     assert first.files == before
 
 
@@ -135,6 +135,7 @@ CHANGES = {
     "--greedy": [*H2O, "--greedy"],
     "--chat": [*H2O, "--chat"],
     "--dtype": [*H2O, "--dtype", "bfloat16"],
+    "--quantize": [*H2O, "--quantize", "torchao-int8"],
 }
 
 
@@ -237,9 +238,9 @@ EDITS = {
     "index true": (lambda result: result.update(index=True), "its index is True"),
     "another request": (lambda result: result.update(index=1), "is not request 1"),
     "edited request": (lambda result: result["request"].update(article="another"), "is not request 0"),
-    "no scores": (lambda result: result.pop("rouge"), "a part of it is missing"),
-    "no count": (lambda result: result.update(tokens_generated=None), "a part of it is missing"),
-    "no cache": (lambda result: result.update(cache={}), "a part of it is missing"),
+    "no scores": (lambda result: result.pop("rouge"), "it is incomplete"),
+    "no count": (lambda result: result.update(tokens_generated=None), "it is incomplete"),
+    "no cache": (lambda result: result.update(cache={}), "it is incomplete"),
 }
 
 

@@ -135,12 +135,12 @@ def test_wall_times_add_up_to_the_run(run, monkeypatch, flags):
 
 
 def test_table_on_stdout(run):
-    """The figures people copy into a paper: points of 100, which the heading says, where the file holds fractions; an
+    """The figures people copy into a paper: 0 to 100, which the heading says, where the file holds 0 to 1; an
     interval of one request; a speed that does not say whether prefill is in it."""
     request = make_requests(1, max_tokens=30)[0]
     said = run([request]).texts[0]
     outcome = run([request | {"summary_gt": said}], "--overwrite")  # scores 1 against itself
-    assert re.match(r"ROUGE, points of 100 \(.*fractions of 1\).*one request has no interval", outcome.stdout)
+    assert re.match(r"ROUGE, 0 to 100 \(.*0 to 1\).*one request has no interval", outcome.stdout)
     assert re.search(r"^ROUGE-1 +100\.00$", outcome.stdout, re.M), outcome.stdout
     assert outcome.metrics["rouge"]["rouge1"]["mean"] == 1
     assert re.search(r"^requests +1 +0 with slots dropped$", outcome.stdout, re.M)
@@ -268,7 +268,7 @@ def test_compile_without_its_kernels(refused, no_model):
         outcome = refused(
             make_requests(1),
             *["--enable_h2o_generation", "--compile", *flags.split()],
-            words="--compile compiles captured steps of kernels: it needs --capture, --slimming H and --backend auto",
+            words="--compile compiles captured Triton steps: it needs --capture, --slimming H and --backend auto",
         )
         assert "=" not in outcome.stderr[0] and "'" not in outcome.stderr[0]
 
@@ -411,7 +411,7 @@ BAD_FLAGS = {
     "--score best": "--score",
     "--slimming h": "--slimming",
     "--backend fast": "--backend",
-    "--backend flash_attn": "set --no-score_every_step, which leaves them to the steps that slim",
+    "--backend flash_attn": "set --no-score_every_step, so that only steps that slim need them",
     "--backend flash_attn --no-score_every_step": "--backend flash_attn needs a CUDA device",
     "--score_norm max": "--score_norm",
     "--group_reduce last": "--group_reduce",

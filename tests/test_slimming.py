@@ -1,5 +1,6 @@
 """The slimming kernels: on a CPU in Triton's interpreter, on a GPU with -m gpu."""
 
+import itertools
 import math
 import os
 
@@ -78,7 +79,7 @@ def pick(device, rank, score_of, heads, heavy, recent, width, lengths, mass, cou
     kept = torch.full((batch, heads, window + 3), -9, dtype=torch.int32, device=device)
     salt = random_salt(3, 11)
     slimming.select(
-        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move, order=order
+        *slots.values(), *sources.values(), width, mirror, kept, heavy, recent, rank, salt=salt, move=move, scores=order
     )  # fmt: skip
     for b, length in enumerate(lengths):
         for head in range(heads):
@@ -287,6 +288,13 @@ FLAGS = {
     "sink": {"score": "sink"},
     "4 sinks": {"score": "streaming_llm"},
     "random": {"score": "random", "score_seed": 5},
+    "value mass": {"score": "value_mass", "num_heavy_hitters": "5/8"},
+    "value mean": {"score": "value_mass", "score_norm": "mean", "num_heavy_hitters": 3},
+    "uneven": {"head_budgets": ((2, 14),), "score_norm": "mean"},
+    "uneven value mass": {"head_budgets": ((13, 3),), "score": "value_mass", "update_interval": 1},
+    "uneven without heavy": {"head_budgets": ((14, 2),), "num_heavy_hitters": "1/4"},
+    "uneven sinks": {"head_budgets": ((3, 13),), "score": "streaming_llm"},
+    "uneven random": {"head_budgets": ((3, 13),), "score": "random", "score_seed": 5},
 }
 SCRIPT = [[13, 3, 8], "decode", "decode", "decode", "reorder", [2, 9, 4], "decode", "space", [1, 2, 1], "decode"]
 
@@ -310,8 +318,9 @@ def run_script(cache, device, script=SCRIPT, slim=None):
         keys, values = states.to(device).transpose(2, 3)
         backend = resolve_backend(cache.h2o.backend, str(device))
         cache.update(keys, values, 0, slimmer=slimmer_of(backend))
-        mass = torch.randint(0, 4, (3, heads, step.width), generator=generator) / 3
-        for b, (start, n) in enumerate(zip(step.start, new, strict=True)):
+        seen = cache.layers[0].seen_by(step)
+        mass = torch.randint(0, 4, (len(seen.new), 3 * heads // len(seen.new), seen.width), generator=generator) / 3
+        for b, (start, n) in enumerate(zip(seen.start, seen.new, strict=True)):
             mass[b, :, start + n :] = 0
         if step.scored:
             cache.add_mass(mass.to(device), 0)
@@ -328,7 +337,8 @@ def test_kernels_leave_the_cache_that_torch_leaves(device, flags, monkeypatch):
         kernel = getattr(slimming, name)
         monkeypatch.setattr(slimming, name, lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args))
     caches = {}
-    for slimming_, backend in (("H", "sdpa"), ("mask", "sdpa"), ("H", "triton"), ("mask", "triton")):
+    ways = ["H"] if "head_budgets" in flags else ["H", "mask"]
+    for slimming_, backend in itertools.product(ways, ["sdpa", "triton"]):
         cache = caches[slimming_, backend] = new_cache(slimming=slimming_, backend=backend, **flags)
         run_script(cache, device, SCRIPT[:1])
         at = addresses(cache)

@@ -402,7 +402,7 @@ def test_positions_that_run_out_are_said_once(streamed):
     ([{"prompt": "a"}], ["--report", "."], "--report: . is a folder"),
     ([{"prompt": "a"}], ["--report", "r.png"], "--report r.png: this name is for a figure"),
     (['{"prompt": "\\ud800"}'], [], "line 1: is not valid UTF-8 text"),
-    ([{"prompt": "a"}], ["--num_window_length", "16"], "--num_window_length: does nothing without"),
+    ([{"prompt": "a"}], ["--num_window_length", "16"], "--num_window_length: has no effect without"),
     ("a\n", ["--stream_tokens", "9"], "--stream_tokens repeats a file"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(streamed, lines, flags, words):

@@ -6,13 +6,13 @@ Units are seconds, bytes and nats; values per request are in the order of the fi
   device, versions, …); `h2o`: every field of H2OConfig, or null for the full cache.
 - `rouge`: by type, each request's F-measure, from 0 to 1. `texts`, of the full cache only: each request's tokens.
 - `fidelity`: by name in `h2optimizer.fidelity.SUMS`, each request's sum.
-- `time`: of `batch` prompts of `prompt_tokens` each, decoded together: `time_to_first_token`; `time_per_token`, of a
-  step, which gives each of them a token; `tokens_per_second` of all of them, without prefill. Medians of `calls`; the
+- `time`: for `batch` prompts of `prompt_tokens` each, decoded together: `time_to_first_token`; `time_per_token`, of a
+  step that gives each prompt a token; `tokens_per_second` of all prompts, without prefill. Medians of `calls`; the
   first two with `…_range`, [lowest, highest].
-- `kv_bytes`, `slots_kept`: mean of a request; `peak_memory_bytes`: of the timed calls, null without a GPU.
-- `retention`, not of the full cache: for one request (`index`; `setup` says by which rule it was chosen),
-  `prompt_tokens`, `last_held` (`pack`ed int16 [layers, KV heads, tokens]: the last decode step, from 1, at which a
-  token was there to attend to; 0: not after prefill) and `mass_lost` [steps][layers].
+- `kv_bytes`, `slots_kept`: means per request; `peak_memory_bytes`: of the timed calls, null without a GPU.
+- `retention`, not for the full cache: for one request (`index`; `setup` names the rule that chose it),
+  `prompt_tokens`, `last_held` (`pack`ed int16 [layers, KV heads, tokens]: the last decode step, from 1, that could
+  attend to a token; 0: none) and `mass_lost` [steps][layers].
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from utils.requests import read_lines
 from utils.results import read_entries
 from utils.rouge import ROUGE_TYPES, mean_with_interval
 
-if TYPE_CHECKING:  # h2optimizer stands on utils, not the other way
+if TYPE_CHECKING:  # utils does not import h2optimizer
     from h2optimizer import H2OConfig
 
 FULL, RECENT = "full cache", RECENT_ONLY.label
 # Fields that a policy's name covers; others that differ from their defaults are appended to it.
-NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters")
+NAMED = ("window_length", "update_interval", "score", "num_heavy_hitters", "head_budgets")
 
 
 def pack(array: np.ndarray) -> dict:
@@ -55,8 +55,8 @@ def unpack(packed: dict) -> np.ndarray:
 def held_shares(retention: dict, layer: int, h2o: H2OConfig) -> tuple[np.ndarray, np.ndarray]:
     """Shares [steps, tokens] of a layer's KV heads that hold a token, at steps from 1: heavy hitters, recent tokens.
 
-    Recent are the `recent` newest of the last slimming before the step, and those that came after it: of these none
-    has had to be a heavy hitter yet.
+    Recent tokens are the `recent` newest at the last slimming before the step, and all later ones; none of these has
+    had to be a heavy hitter yet.
     """
     last_held, prompt = unpack(retention["last_held"])[layer], retention["prompt_tokens"]
     step, token = np.arange(1, len(retention["mass_lost"]) + 1)[:, None], np.arange(last_held.shape[-1])
@@ -82,7 +82,7 @@ def of_one_setup(path: Path, cells: list[dict], prefix: str | None) -> list[dict
         keys = [key for key in keys if len({repr(setup.get(key)) for setup in setups.values()}) > 1]
         named = {name: ", ".join(f"{key}={setup.get(key)}" for key in keys) for name, setup in setups.items()}
         listed = "; ".join(f"{name}: {what}" if what else name for name, what in named.items())
-        problem = f"--setup {prefix} means {len(chosen)} of the setups in it" if prefix else "holds several setups"
+        problem = f"--setup {prefix} matches {len(chosen)} of its setups" if prefix else "holds several setups"
         raise InputError(f"{path}: {problem} ({listed}); choose one with --setup")
     return list({cell["cell"]: cell for cell in cells if setup_id(cell["setup"]) == chosen[0]}.values())
 
@@ -96,11 +96,13 @@ def policy_name(h2o: dict | None, defaults: dict) -> str:
         name = RECENT
     elif (policy := POLICIES[score]).keeps_oldest:
         sinks = policy.heavy if heavy == -1 and policy.heavy is not None else heavy
-        name = "half sinks" if sinks == -1 else f"{sinks} sinks"
+        name = "sink + recent" if sinks == -1 else f"{sinks} sinks"
         name = f"{STREAMING_LLM.label} ({name})" if sinks == STREAMING_LLM.heavy else name
     else:
         name = policy.label + (f", {heavy} heavy" if heavy != -1 else "")
     others = [f"{key}={value}" for key, value in h2o.items() if key not in NAMED and value != defaults.get(key)]
+    if h2o.get("head_budgets", "even") != "even":
+        others.append("measured budgets")
     return ", ".join([name, *others])
 
 
@@ -137,7 +139,7 @@ def check_cell(cell: dict) -> None:
                 be(measured[0] <= cell["time"][name] <= measured[1], f"{name}_range must hold {name}")
                 numbers(cell["time"]["calls"], "calls", (), 1)
         for name in ("kv_bytes", "slots_kept", "peak_memory_bytes"):
-            be(name in cell, f"{name} misses")
+            be(name in cell, f"{name} is missing")
             if cell[name] is not None:
                 numbers(cell[name], name, (), 0)
         if (retention := cell.get("retention")) is not None:
@@ -147,13 +149,13 @@ def check_cell(cell: dict) -> None:
             if steps := tokens - retention["prompt_tokens"]:
                 numbers(retention["mass_lost"], "retention's mass_lost", (steps, layers), 0, 1)
     except KeyError as error:
-        raise ValueError(f"{error.args[0]} misses") from None
+        raise ValueError(f"{error.args[0]} is missing") from None
     except (TypeError, AttributeError, zlib.error):
-        raise ValueError("a field has another form") from None
+        raise ValueError("a field has the wrong form") from None
 
 
 def read_cells(path: Path) -> list[dict]:
-    """The cells of a file, in its order; a last line that a crash cut short is left out. Raises InputError."""
+    """The cells of a file, in order, without a last line that a crash cut short. Raises InputError."""
     lines = (line for _, line in read_lines(path, "--input-path"))
     try:
         cells = [cell for cell, _ in read_entries(lines, "cell", check_cell)]
@@ -177,7 +179,7 @@ def signed(of: dict[str, float]) -> str:
 
 
 def with_range(row: dict, key: str, scale: float = 1.0, digits: int = 2) -> str:
-    """A measured figure of a row, with the lowest and highest of its calls if there were several."""
+    """A measured figure of a row, with the lowest and highest of its calls if there are several."""
     median = f"{scale * row[key]:.{digits}f}"
     if f"{key}_range" not in row or row["calls"] == 1:
         return median
@@ -188,13 +190,13 @@ def with_range(row: dict, key: str, scale: float = 1.0, digits: int = 2) -> str:
 def figures(cell: dict, full: dict, defaults: dict) -> dict:
     """A row of the table: means over requests, each quality as {mean, low, high} (95 % bootstrap over requests).
 
-    ROUGE in points of 100, and `_delta`: its difference to the full cache, request by request. `top1` and `mass_lost`
-    are shares, `kl` nats a token.
+    ROUGE is in points of 100; `_delta` is its difference to the full cache, request by request. `top1` and `mass_lost`
+    are shares, `kl` is in nats per token.
 
-    Raises: ValueError where the two were measured on other texts.
+    Raises: ValueError if the two were measured on different texts.
     """
     if cell["fidelity"]["tokens"] != full["fidelity"]["tokens"]:
-        raise ValueError("it was measured on other texts than the full cache's")
+        raise ValueError("it was measured on texts other than the full cache's")
     h2o, sums = cell["h2o"], {name: np.asarray(values) for name, values in cell["fidelity"].items()}
     row = {"policy": policy_name(h2o, defaults)}
     row |= {key: h2o and h2o[key] for key in ("window_length", "update_interval")}
@@ -209,6 +211,6 @@ def figures(cell: dict, full: dict, defaults: dict) -> dict:
     row |= cell["time"]
     if "time_per_token_range" in row:
         least, most = row["time_per_token_range"]
-        # a step within the clock's noise bounds no speed
+        # a step within the clock's noise gives no upper bound
         row["tokens_per_second_range"] = [row["batch"] / most, row["batch"] / least if least > 0 else math.inf]
     return row | {key: cell[key] for key in ("kv_bytes", "slots_kept", "peak_memory_bytes")}

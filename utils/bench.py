@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: models, clocks, CUDA graphs, ceilings, a table; utils/costs.py counts."""
+"""Shared by the benchmark scripts: models, timers, CUDA graphs, ceilings and a table. utils/costs.py counts costs."""
 
 import copy
 import statistics
@@ -33,8 +33,8 @@ SHAPES = {
 def make_models(ours: type[LlamaForCausalLM], shape: str, device: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     """A model of class `ours` and stock Llama over the same random weights: bf16 on a GPU, else float32.
 
-    No token ends a sequence. The projections are merged first, as `generate` does on a GPU: merging moves them, and
-    stock Llama would keep the old ones beside them.
+    No token ends a sequence. The projections are merged first, as `generate` does on a GPU. Merging moves the weights;
+    afterwards, stock Llama would hold a second copy.
     """
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
@@ -47,11 +47,11 @@ def make_models(ours: type[LlamaForCausalLM], shape: str, device: str) -> tuple[
 
 
 def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Stock Llama over the very weights of a model of a class derived from it, which are not copied."""
-    with torch.device("meta"):  # nothing is allocated that would be thrown away
+    """Stock Llama that shares the weights of a model of a derived class, without a copy."""
+    with torch.device("meta"):  # allocate no weights only to replace them
         stock = LlamaForCausalLM(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict(), assign=True)
-    stock.tie_weights()  # assigned apart, a tied head would be counted, and moved, as another weight
+    stock.tie_weights()  # otherwise a tied head would be counted, and moved, as a separate weight
     stock.model.rotary_emb, stock.generation_config = model.model.rotary_emb, copy.deepcopy(model.generation_config)
     return stock.eval()
 
@@ -61,12 +61,12 @@ def device_report(device: str) -> dict[str, str]:
 
 
 def attempt(name: str, run: Callable, *args, failures: tuple = (torch.OutOfMemoryError,)):
-    """What `run(*args)` returns, or None, after one line on stderr, where it fails so."""
+    """The result of `run(*args)`; None, after one line on stderr, if it raises one of `failures`."""
     try:
         return run(*args)
     except failures as error:
         print(f"left out: {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-    free_memory(compiled=False)  # systems that it takes turns with may have compiled theirs
+    free_memory(compiled=False)  # keep the compiled code of the other systems
     return None
 
 
@@ -80,7 +80,7 @@ def host_ms(run: Callable) -> float:
 
 
 def host_us(run: Callable) -> float:
-    """Microseconds of `run` on the host's clock, the device drained before and after."""
+    """Microseconds of `run` on the host's clock, with the device synchronised before and after."""
     synchronize()
     begin = time.perf_counter()
     run()
@@ -89,13 +89,13 @@ def host_us(run: Callable) -> float:
 
 
 def prefill_and_whole_ms(generate: Callable[[int], None], tokens: int) -> tuple[float, float]:
-    """Milliseconds of `generate(1)` and `generate(tokens)`, one after the other."""
+    """Milliseconds of `generate(1)`, and then of `generate(tokens)`."""
     first = host_ms(lambda: generate(1))
     return first, host_ms(lambda: generate(tokens)) if tokens > 1 else first
 
 
 class Spread(NamedTuple):
-    """The median of several measurements, the lowest and the highest."""
+    """Median, lowest and highest of several measurements."""
 
     median: float
     low: float
@@ -108,15 +108,15 @@ class Spread(NamedTuple):
 
 
 def prefill_and_step_ms(times: list[tuple[float, float]], tokens: int) -> tuple[Spread, Spread]:
-    """Over what `prefill_and_whole_ms` gave: the prefill, and what each further token adds to it."""
+    """Spreads of the prefill, and of the time per further token, from the results of `prefill_and_whole_ms`."""
     steps = ((whole - first) / max(tokens - 1, 1) for first, whole in times)
     return Spread.of(first for first, _ in times), Spread.of(steps)
 
 
 def device_us(run: Callable, ahead: bool = False) -> float:
-    """Microseconds of `run` between CUDA events, without CUDA on the host's clock.
+    """Microseconds of `run` between CUDA events; without CUDA, on the host's clock.
 
-    With `ahead` the host enqueues all of it while the device is still busy, so that no launch is waited for.
+    With `ahead`, the host enqueues everything while the device is still busy, so launch latency is not measured.
     """
     if not torch.cuda.is_available():
         return host_us(run)
@@ -132,7 +132,7 @@ def device_us(run: Callable, ahead: bool = False) -> float:
 
 
 def capture(run: Callable, name: str) -> Callable | None:
-    """The replay of a CUDA graph of `run`, which has run before; None, with a line on stderr, where that fails."""
+    """The replay of a CUDA graph of `run`, which must have run before; None, with a line on stderr, on failure."""
     if not torch.cuda.is_available():
         return None
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -152,7 +152,7 @@ def capture(run: Callable, name: str) -> Callable | None:
 
 
 def measure_ceilings(dtype: torch.dtype, repeats: int = 10) -> dict[str, float]:
-    """Rates of a device copy, bytes read and written, and of a large square matrix product."""
+    """Rates of a device copy (bytes read plus written) and of a large square matrix product."""
     device, size, n = ("cuda", 2**30, 8192) if torch.cuda.is_available() else ("cpu", 2**20, 128)
     source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
     matrix = torch.randn(n, n, dtype=dtype, device=device)
@@ -167,14 +167,14 @@ def measure_ceilings(dtype: torch.dtype, repeats: int = 10) -> dict[str, float]:
 
 
 def print_row(result: dict) -> dict:
-    """Prints a result as soon as it is there, on one line; returns it with its floats rounded."""
+    """Print a result on one line at once, and return it with floats rounded."""
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
     print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row
 
 
 def print_table(rows: Iterable[dict], columns: dict[str, str]) -> None:
-    """`columns` maps a key of the rows to the format of its values; "-" where a row has none."""
+    """Print rows as a table. `columns` maps a key of the rows to the format of its values; missing values print "-"."""
     cells = [list(columns)]
     for row in rows:
         cells.append(["-" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()])

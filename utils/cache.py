@@ -13,10 +13,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from utils.heads import HeadWindows, LayerRows
 from utils.padding import Padding, check_past
 from utils.slimming import Slimming, TorchSlimmer
-from utils.slots import Slots, gather_by_mask
-from utils.step import Rows, Step
+from utils.slots import HeadSlots, Slots, gather_by_mask, norms_of
+from utils.step import Rows, Step, plan_of, to_rows
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What transformers' models call their cache, as argument and as output: `cache` from 5.24 on.
@@ -24,16 +25,16 @@ CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name 
 
 
 def kernels_take(states: torch.Tensor) -> bool:
-    """Whether dtype and head_dim of [B, H, n, D] are such that the Triton kernels can take them."""
+    """Whether the Triton kernels support the dtype and head_dim of states [B, H, n, D]."""
     head_dim = states.shape[-1]
     return states.dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * states.element_size() % 16 == 0
 
 
 class HHLayer(CacheLayerMixin):
-    """One layer: its slots, allocated at its first forward, and what a forward of several tokens adds to them.
+    """One layer: its slots, allocated at the first forward, and the pending block of a forward of several tokens.
 
-    `block` holds such a forward's keys and values (and then mass, count) until its slimming brings them into the slots.
-    `keys` and `values` are the slots', for code that knows transformers' layers; `lengths` [B] int32 are the rows'.
+    `block` holds that forward's keys and values (later also mass and count) until slimming moves them into the slots.
+    `keys` and `values` alias the slots, as transformers' cache layers expose them; `lengths` [B] int32 are the rows'.
     """
 
     def __init__(self, h2o, layer_idx: int):
@@ -42,80 +43,109 @@ class HHLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.slimmer = TorchSlimmer()
         self.block: dict[str, torch.Tensor] | None = None
+        self._seen: tuple[Step, Step] | None = None  # a forward, and `seen_by` of it
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        ranked = ("mass", "count") if self.h2o.score_norm == "mean" else ("mass",)
-        ranked *= self.h2o.needs_mass
-        self.own(Slots(key_states, value_states, self.h2o.capacity, ranked))
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: Rows) -> None:
+        h2o, policy = self.h2o, self.h2o.policy
+        needs = {"mass": policy.by_mass, "count": policy.by_mass and h2o.score_norm == "mean", "norms": policy.by_value}
+        ranked = tuple(name for name, needed in needs.items() if needed)
+        if rows.windows.even:
+            slots = Slots(key_states, value_states, h2o.capacity, ranked)
+        else:
+            windows = rows.windows.of_heads(self.layer_idx, key_states.shape[1])
+            slots = HeadSlots(key_states, value_states, [window + h2o.update_interval for window in windows], ranked)
+        self.own(slots)
+        self.join(rows)
 
     def own(self, slots: Slots) -> None:
-        """Hold these slots from here on."""
-        self.slots, self.keys, self.values = slots, *slots.read()
+        """Use these slots from now on."""
+        self.slots, self.keys, self.values = slots, slots.keys, slots.values
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.by_kernel = self.slimmer.by_kernel and kernels_take(self.keys) and self.keys.dtype == self.values.dtype
+        if slots.offsets is not None:  # torch does not slim these without waiting for the device
+            self.by_kernel &= slots.capacity <= self.slimmer.most_slots
         self.is_initialized = True
 
     def join(self, rows: Rows) -> None:
-        """Take the rows' lengths from their mirror, and allocate now what a CUDA graph must not allocate."""
-        self.lengths = rows.mirror(self.device)[0]
-        if self.slimmer.by_kernel:
-            rows.kept(self.device, self.slots.heads, self.h2o.window_length)
+        """Read row lengths from the device mirror, and allocate now what must not be allocated in a CUDA graph."""
+        self.rows = rows if rows.windows.even else LayerRows(rows, self.layer_idx, self.slots.heads, self.device)
+        lengths = self.rows.mirror(self.device)[0]
+        self.lengths = (
+            lengths[:, None].expand(-1, self.slots.heads) if self.rows is rows else lengths.view(-1, self.slots.heads)
+        )
+        self.kept = self.rows.kept(self.slots) if self.slimmer.by_kernel else None
+
+    def seen_by(self, step: Step) -> Step:
+        """The forward as this layer's slots see it: where heads have windows of their own, a row is a head of a row.
+
+        A prompt in an empty cache is the same for all heads.
+        """
+        if not isinstance(self.rows, LayerRows) or (step.max_start == 0 and not step.decode):
+            return step
+        if self._seen is None or self._seen[0] is not step:
+            self._seen = step, step.of_heads(self.rows)
+        return self._seen[1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, slimmer: TorchSlimmer):
         if not self.is_initialized or (step.max_start == 0 and not self.slots.suit(key_states, value_states)):
             self.slimmer = slimmer
-            self.lazy_initialization(key_states, value_states)
-            self.join(step.rows)
-        held = self.slots.heads, self.keys.shape[3]
+            self.lazy_initialization(key_states, value_states, step.rows)
+        held = self.slots.heads, self.slots.head_dim
         if held != (new := (key_states.shape[1], key_states.shape[3])):
             raise ValueError(f"this HHCache holds {held} KV heads and head_dim, the model has {new}: reset() it first")
+        step = self.seen_by(step)
+        key_states, value_states = (to_rows(states, step) for states in (key_states, value_states))
         if step.decode:
             extended = None
             if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-                # slots carry no gradient, and later steps write to them
+                # slots carry no gradient, and later steps overwrite them
                 extended = self.slots.extended(key_states, value_states, step)
             self.slots.append(key_states, value_states, step)
-            return extended or self.slots.read(self.h2o.capacity if step.static else step.width)
+            return extended or self.slots.read(self.slots.capacity if step.static else step.width)
         keys, values = self.slots.extended(key_states, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
         return keys, values
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:
-        """Add this forward's mass [B, Hkv, step.width]; what is there decays first."""
-        decay = self.h2o.score_decay
+        """Add this forward's mass, in the shape of what `update` returned without D, after decaying the stored mass."""
+        decay, step = self.h2o.score_decay, self.seen_by(step)
         added = {"mass": mass}
         if self.slots.count is not None:
             added["count"] = step.scored_queries(mass.device)[:, None].expand_as(mass)
         for name, addition in added.items():
-            slots = getattr(self.slots, name)
+            slots = self.slots.load(name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays:
                 old.mul_(torch.where(step.brought(old.device) > 0, decay, 1.0)[:, None, None] if step.padded else decay)
             if step.decode:
                 old.add_(addition)
+                self.slots.store(name, slots)
             else:
                 total = addition.clone() if name == "count" else addition
-                total[:, :, : step.max_start].add_(old)
+                if step.max_start:
+                    total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
-    def slim(self, rows: Rows, heavy: int, recent: int, by_mask: bool, static: bool = False) -> None:
-        """Bring slots, or the pending block, into the first heavy + recent slots (boolean mask, or gather).
+    def slim(self, windows: HeadWindows, by_mask: bool, static: bool = False) -> None:
+        """Slim the slots, or the pending block, to `windows` (by boolean mask, or by gather).
 
-        With `static` the same is enqueued whatever the rows' lengths.
+        With `static`, the same work is enqueued whatever the row lengths.
         """
         block, self.block = self.block, None
-        width = self.h2o.capacity if block is None else block["keys"].shape[2]
-        plan = rows.plan(self.device, width, self.h2o.capacity, heavy, recent)
-        plan.ragged |= static
-        if plan.longest <= plan.window and not static:
+        if block is not None:
+            block = {name: to_rows(old, len(self.rows.mirror(self.device)[0])) for name, old in block.items()}
+            if self.slots.norms is not None:
+                block["norms"] = norms_of(block["values"])
+        capacity = self.slots.capacity
+        plan = plan_of(self.rows, self.device, capacity if block is None else block["keys"].shape[2], capacity, windows)
+        if static:
+            plan.ragged = True
+        elif not plan.drops:
             if block is not None:
                 self.slots.fill({name: old[:, :, : plan.longest] for name, old in block.items()}, plan)
-            return  # positions are right: they are counted on past the row's end
-        kept = None
-        if self.slimmer.by_kernel:
-            kept = rows.kept(self.device, self.slots.heads, self.h2o.window_length)
-        slimming = Slimming(self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, kept)
-        if by_mask:
+            return  # positions past a row's end are already those of the tokens to come
+        slimming = Slimming(self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, self.kept)
+        if by_mask and plan.even:
             self.slots.compact(slimming.tensors(), self.slimmer.pick(slimming), plan, gather_by_mask)
         else:
             self.slimmer.slim(slimming)
@@ -128,7 +158,7 @@ class HHLayer(CacheLayerMixin):
         if self.is_initialized:
             self.slots.clear()
 
-    # The mask sizes and lengths that transformers asks of a layer belong to the whole cache here.
+    # transformers asks each layer for mask sizes and lengths; here only the whole cache knows them.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         raise NotImplementedError("ask the HHCache")
 
@@ -136,7 +166,7 @@ class HHLayer(CacheLayerMixin):
         raise NotImplementedError("ask the HHCache")
 
     def get_max_length(self) -> int:
-        return -1  # tokens never run out of slots
+        return -1  # no maximum
 
 
 class HHCache(Cache):
@@ -144,25 +174,25 @@ class HHCache(Cache):
 
     Invariants, for every layer:
 
-    - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: one slot
-      index means the same token in all four. A row's slots are filled from 0; past its length mass is zero.
+    - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: a slot
+      index refers to the same token in all four. A row fills its slots from 0; mass is zero past its length.
     - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
     - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.
-    - `get_seq_length()` counts the columns seen (as a full cache would hold them), not the slots stored.
-    - Padding is dropped on entry, wherever it stands: a row's slots are what they would be alone. So is what `generate`
-      feeds to a row that has ended while others go on.
-    - The step clock is the number of forwards since the cache was reset; slimming is due after forwards of several
-      tokens and after every `update_interval`-th forward. A forward that takes its columns in chunks is one forward
-      (one tick, one decay of mass), slimmed after each chunk.
-    - The slots are allocated at the first forward of a batch size and stay at their addresses; a decode step makes
-      no host wait for the device.
-    - Rows are independent: one may be replaced right after a slimming (`take_rows`), and goes on as it would alone.
+    - `get_seq_length()` counts the columns seen, as a full cache would store them, not the slots in use.
+    - Padding in any column is dropped on entry, so batching does not change a row's slots. The tokens that `generate`
+      feeds to finished rows are dropped too.
+    - The step clock is the number of forwards since the last reset. Slimming is due after forwards of several tokens
+      and after every `update_interval`-th forward. A forward taken in chunks counts as one (one tick, one decay of
+      mass), but is slimmed after each chunk.
+    - The slots are allocated at the first forward of a batch size and keep their addresses. A decode step never makes
+      the host wait for the device.
+    - Rows are independent: a row can be replaced right after a slimming (`take_rows`) and decodes as if it were alone.
 
     `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`. The
-    attention hands the slimmer that goes with its backend to `update`.
+    attention passes its backend's slimmer to `update`.
 
     Args:
-        h2o: an `H2OConfig`; the cache's own settings, whatever the model's are.
+        h2o: an `H2OConfig`. The cache uses these settings even if the model's differ.
     """
 
     def __init__(self, h2o):
@@ -170,11 +200,11 @@ class HHCache(Cache):
             raise ValueError(f"HHCache: give an H2OConfig, not a {type(h2o).__name__}")
         super().__init__(layers=[])
         self.h2o = h2o
-        self.schedule = h2o.schedule
-        self.step: Step | None = None  # the forward under way
+        self.schedule, self.windows = h2o.schedule, h2o.head_windows
+        self.step: Step | None = None  # the forward in progress
         self.clock = 0
         self._columns = 0
-        self._chunked = 0  # columns of a forward in chunks that have been taken, 0 between forwards
+        self._chunked = 0  # columns already processed of a chunked forward, 0 between forwards
         self._rows: Rows | None = None
 
     # One forward
@@ -188,16 +218,16 @@ class HHCache(Cache):
         chunk: tuple[int, int] | None = None,
         real: torch.Tensor | None = None,
     ) -> Step:
-        """Open a forward of [batch_size, columns] tokens; `new[b]` of row b's are real, all unless given.
+        """Open a forward of [batch_size, columns] tokens, of which `new[b]` are real in row b (default: all).
 
-        `real`, bool [batch_size, columns] on the host, says in which columns these stand: the last ones unless given.
+        `real`, bool [batch_size, columns] on the host, marks the columns of real tokens (default: the last `new[b]`).
 
-        Of a forward in chunks, `chunk` says which columns (begin, end) are taken now; the others come before and after,
-        each opened and closed in turn. Where `score_queries` counts the last queries of a prompt, those are the last of
-        a chunk that drops slots, and of the whole prompt: slots cannot be ranked by queries that are still to come.
+        In a chunked forward, `chunk` gives the columns (begin, end) to process now; every chunk is opened and closed in
+        turn. `score_queries` then counts the last queries of each chunk that drops slots, as well as those of the whole
+        prompt: slots cannot be ranked by queries that have not run yet.
 
-        With `static`, a decode step tells the device nothing that changes from step to step, so that a CUDA graph can
-        hold it: what the device counts, it counts in `Rows.count_step` and `slim_all`, which are recorded with it.
+        `static` makes a decode step safe for CUDA graphs: the host sends no value that changes from step to step. The
+        device counts for itself in `Rows.count_step` and `slim_all`, which are recorded with the step.
 
         Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset.
         """
@@ -205,7 +235,7 @@ class HHCache(Cache):
         if self.step is not None or begin != self._chunked:
             raise RuntimeError("the last forward with this HHCache did not finish: reset() it before the next one")
         if self._rows is None or (self.clock == 0 and len(self._rows.lengths) != batch_size):
-            self._rows, self.layers = Rows(batch_size), []
+            self._rows, self.layers = Rows(batch_size, self.windows), []
         rows, h2o = self._rows, self.h2o
         if len(rows.lengths) != batch_size:
             raise ValueError(f"this HHCache holds {len(rows.lengths)} rows, the input {batch_size}: reset() it first")
@@ -222,16 +252,21 @@ class HHCache(Cache):
             rows.bring(new)
         later = [max(0, n - end) for n in new]
         new = [min(max(0, n - begin), end - begin) for n in new]
-        first_scored = [0] * batch_size
-        if self.clock == 0 and h2o.score_queries is not None:
-            for b, length in enumerate(rows.lengths):
-                last = new[b] + (later[b] if length + new[b] <= h2o.window_length else 0) - h2o.score_queries
-                first_scored[b] = min(max(0, last), new[b])
+        first_scored = self._first_scored(new, later)
         scored = h2o.needs_mass and (h2o.score_every_step or due) and (decode or first_scored != new)
         self._chunked = end % columns
         self.step = Step(rows, rows.lengths, new, end - begin, decode, due, scored, first_scored, begin == 0, static)
         rows.append(new, on_device=not static)
         return self.step
+
+    def _first_scored(self, new: list[int], later: list[int]) -> list[int]:
+        """The first query of each row that adds mass, of `new` ones now; `later` ones of the same forward follow."""
+        queries = self.h2o.score_queries
+        if self.clock > 0 or queries is None:
+            return [0] * len(new)
+        drops = [length + n > self.windows.smallest for length, n in zip(self._rows.lengths, new, strict=True)]
+        last = [n if drop else n + more for n, more, drop in zip(new, later, drops, strict=True)]
+        return [min(max(0, end - queries), n) for end, n in zip(last, new, strict=True)]
 
     def update(
         self,
@@ -244,12 +279,12 @@ class HHCache(Cache):
     ):
         """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
 
-        A decode step returns views of the slots, a forward of several tokens the slots followed by the new tokens.
-        Slots carry no gradient: it reaches the new tokens, and those only. `slimmer`, torch's unless given, slims the
-        layer from its first forward on.
+        A decode step returns views of the slots. A forward of several tokens returns the slots followed by the new
+        tokens. Slots carry no gradient; it reaches only the new tokens. `slimmer` (default: torch's) is set at the
+        layer's first forward.
 
-        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, which alone would slim the cache; ValueError for
-            a model of another shape than the one whose tokens it holds.
+        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, the only model that slims the cache; ValueError
+            for a model whose shape differs from that of the tokens in the cache.
         """
         if self.step is None:
             raise RuntimeError(
@@ -264,35 +299,35 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def add_mass(self, mass: torch.Tensor, layer_idx: int) -> None:
-        """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots (after score_decay)."""
+        """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots, after `score_decay`."""
         self.layers[layer_idx].add_mass(mass, self.step)
 
     @torch.no_grad()
     def update_slimmingH(self, layer_idx: int) -> None:
-        """Slim a layer by gathering the kept slots into place; the slots are not reallocated."""
+        """Slim a layer by gathering the kept slots into place, without reallocating them."""
         static = self.step is not None and self.step.static
-        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=False, static=static)
+        self.layers[layer_idx].slim(self.windows, by_mask=False, static=static)
 
     @torch.no_grad()
     def update_slimming(self, layer_idx: int) -> None:
-        """Slim a layer as H2O does, by a boolean mask over the slots and a copy; leaves the same cache."""
-        self.layers[layer_idx].slim(self._rows, self.h2o.heavy, self.h2o.recent, by_mask=True)
+        """Slim a layer as H2O does, by a boolean mask over the slots and a copy. The resulting cache is the same."""
+        self.layers[layer_idx].slim(self.windows, by_mask=True)
 
     def slim(self, layer_idx: int) -> None:
-        """The slimming that the settings name."""
+        """Slim a layer in the way that `H2OConfig.slimming` names."""
         (self.update_slimmingH if self.h2o.slimming == "H" else self.update_slimming)(layer_idx)
 
     @torch.no_grad()
     def slim_all(self) -> None:
-        """Slim all layers in a static step, whose layers leave it to the end, and count that on the device."""
+        """Slim all layers at the end of a static step, and update the row lengths on the device."""
         for layer_idx in range(len(self.layers)):
             self.update_slimmingH(layer_idx)
-        self._rows.cut_there(self.h2o.window_length)
+        self._rows.cut_there(self.windows)
 
     def end(self, gaps: list[int] | None = None) -> None:
-        """Close the forward after its last layer. `gaps`: positions that each row has left out in it."""
+        """Close the forward after its last layer. `gaps`: positions that each row skipped in it."""
         if self.step.due:
-            self._rows.cut(self.h2o.window_length, on_device=not self.step.static)
+            self._rows.cut(self.windows, on_device=not self.step.static)
         self._columns += self.step.columns
         self.clock += self._chunked == 0
         if gaps is not None and not self._chunked:
@@ -302,12 +337,12 @@ class HHCache(Cache):
 
     @property
     def due(self) -> bool:
-        """Whether slimming follows the next forward, if that is a decode step."""
+        """Whether slimming follows the next forward, if it is a decode step."""
         return self.schedule.is_due(self.clock)
 
     @property
     def can_join(self) -> bool:
-        """Whether the last forward slimmed, or nothing has been seen: where `take_rows` may exchange rows."""
+        """Whether `take_rows` may replace rows: right after a slimming, or before any token has been seen."""
         between = self.step is None and not self._chunked
         return between and (self.clock == 0 or self.schedule.is_due(self.clock - 1))
 
@@ -315,9 +350,9 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def evict_for_space(self, space_needed: int) -> None:
-        """Slim every row to window_length - space_needed slots, taken from its recent part, before a turn of so many.
+        """Make room for a turn of `space_needed` tokens: slim every row to window_length - space_needed slots.
 
-        Raises: ValueError where space_needed is negative, or more than the recent part.
+        The slots are taken from the recent part. Raises: ValueError if space_needed is negative or exceeds that part.
         """
         if not isinstance(space_needed, Integral) or space_needed < 0:
             raise ValueError(f"space_needed={space_needed!r:.60}: must be a whole number of at least 0")
@@ -325,17 +360,17 @@ class HHCache(Cache):
         if space_needed > self.h2o.recent:
             raise ValueError(
                 f"space_needed={space_needed} does not fit into the {self.h2o.recent} recent slots of the window: "
-                "raise window_length, lower num_heavy_hitters, or split the turn"
+                "raise window_length, lower num_heavy_hitters or split the turn"
             )
         if self._rows is None:
             return
-        recent = self.h2o.recent - space_needed
+        windows = self.windows.sparing(space_needed)
         for layer in self.layers:
-            layer.slim(self._rows, self.h2o.heavy, recent, by_mask=False)
-        self._rows.cut(self.h2o.heavy + recent)
+            layer.slim(windows, by_mask=False)
+        self._rows.cut(windows)
 
     def reset(self) -> None:
-        """Forget all tokens and counts, and set the clock to 0; the slots stay allocated, for a next use."""
+        """Forget all tokens and counts, and set the clock to 0. The slots stay allocated for reuse."""
         self.step, self.clock, self._columns, self._chunked = None, 0, 0, 0
         if self._rows is not None:
             self._rows.clear()
@@ -343,9 +378,9 @@ class HHCache(Cache):
             layer.reset()
 
     def with_rows(self, batch_size: int) -> HHCache:
-        """Another cache with `batch_size` empty rows and slots as this one's, for `take_rows`."""
+        """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""
         other = HHCache(self.h2o)
-        other._rows = Rows(batch_size)
+        other._rows = Rows(batch_size, self.windows)
         for layer in self.layers:
             other.layers.append(HHLayer(self.h2o, layer.layer_idx))
             other.layers[-1].slimmer = layer.slimmer
@@ -355,23 +390,29 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def take_rows(self, rows: list[int], source: HHCache, source_rows: list[int]) -> None:
-        """Replace `rows` by copies of another cache's rows, which then go on here as they would there.
+        """Replace `rows` with copies of another cache's rows, which then decode here as they would there.
 
-        Raises: ValueError unless both caches have the same settings and have just slimmed: a row's own slimmings then
-        fall on the same of its steps.
+        Raises: ValueError unless both caches have the same settings and have just slimmed, which keeps each row's
+        slimmings on the same steps.
         """
         if self.h2o != source.h2o or len(self.layers) != len(source.layers):
             raise ValueError("take_rows: the caches' settings or layers differ")
         if not (self.can_join and source.can_join):
-            raise ValueError("take_rows: rows change right after a slimming only (where `can_join` holds)")
+            raise ValueError("take_rows: rows can be replaced right after a slimming only (check `can_join`)")
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             mine.slots.take_rows(rows, theirs.slots, source_rows)
         self._rows.take(rows, source._rows, source_rows)
-        self.clock = max(self.clock, 1)  # what a row brings begins with its prefill
+        self.clock = max(self.clock, 1)  # the rows have had their prefill
 
     @torch.no_grad()
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Let row b continue row beam_idx[b], [B] int64, in place. Raises ValueError for another number of rows."""
+        """Let row b continue row beam_idx[b], [B] int64, in place.
+
+        Raises: TypeError for anything but a tensor of whole numbers; ValueError for another number of rows.
+        """
+        if not isinstance(beam_idx, torch.Tensor) or beam_idx.dtype not in (torch.int64, torch.int32):
+            given = beam_idx.dtype if isinstance(beam_idx, torch.Tensor) else type(beam_idx).__name__
+            raise TypeError(f"beam_idx: must be a LongTensor of row numbers, not {given}")
         if beam_idx.shape != (len(self.lengths),):
             raise ValueError(f"beam_idx {tuple(beam_idx.shape)}: this HHCache holds {len(self.lengths)} rows")
         for layer in self.layers:
@@ -382,7 +423,7 @@ class HHCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Raises NotImplementedError."""
         raise NotImplementedError(
-            "the rows of an HHCache are fixed: reorder_cache exchanges them, reset() makes new ones"
+            "the number of rows of an HHCache is fixed: use reorder_cache to reorder them, or reset() to change it"
         )
 
     batch_repeat_interleave = batch_select_indices
@@ -390,12 +431,12 @@ class HHCache(Cache):
     def crop(self, tokens_to_remove: int = 0) -> None:
         """Raises NotImplementedError."""
         raise NotImplementedError(
-            "an HHCache cannot take tokens back (evicted ones are gone): assisted decoding needs a full cache"
+            "an HHCache cannot be cropped, as evicted tokens are gone: assisted decoding needs a full cache"
         )
 
-    activate_past_recording = crop  # what assisted decoding asks for first
+    activate_past_recording = crop  # assisted decoding calls this first
 
-    # What it holds
+    # State
 
     @property
     def lengths(self) -> list[int]:
@@ -404,8 +445,13 @@ class HHCache(Cache):
 
     @property
     def seen(self) -> list[int]:
-        """Tokens each row has seen, padding not counted."""
+        """Tokens that each row has seen, without padding."""
         return list(self._rows.seen) if self._rows else []
+
+    @property
+    def longest(self) -> int:
+        """Slots allocated for a head, or for the one with the largest window."""
+        return self.windows.largest + self.h2o.update_interval
 
     @property
     def evictions(self) -> list[int]:
@@ -418,17 +464,19 @@ class HHCache(Cache):
         return sum(layer.slots.nbytes for layer in self.layers if layer.is_initialized)
 
     def positions(self, layer: int) -> torch.Tensor:
-        """Original positions that a layer's slots hold, int32 [B, Hkv, longest row], -1 past a row's length."""
-        positions = self.layers[layer].slots.positions[:, :, : max(self.lengths)]
-        lengths = self._rows.mirror(positions.device)[0, :, None, None]
-        return positions.masked_fill(torch.arange(positions.shape[-1], device=positions.device) >= lengths, -1)
+        """Original positions of a layer's slots, int32 [B, Hkv, longest row], -1 past a row's length."""
+        of, longest = self.layers[layer], max(self.lengths)
+        positions = of.slots.load("positions").view(len(of.lengths), of.slots.heads, -1)[:, :, :longest]
+        slot = torch.arange(positions.shape[-1], device=positions.device)
+        positions = positions.masked_fill(slot >= of.lengths[..., None], -1)
+        return torch.nn.functional.pad(positions, (0, longest - positions.shape[-1]), value=-1)
 
     def check_past(self, past: torch.Tensor) -> None:
-        """Raise ValueError unless a mask of the columns so far, bool [B, n] on the host, is that of the tokens seen."""
+        """Raise ValueError unless a mask of past columns, bool [B, n] on the host, matches the tokens seen."""
         check_past(past, self._columns, [Padding()] * len(past) if self._rows is None else self._rows.padding)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen, padding included: where a full cache, and so `generate`, would be."""
+        """Columns seen, padding included: the length of a full cache, which `generate` expects."""
         return self._columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -138,6 +138,14 @@ def count_or_all(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{error}, or all") from None
 
 
+def number_or_share(text: str) -> int | str:
+    """An argparse type: a whole number, or a share such as 31/32."""
+    try:
+        return int(text)
+    except ValueError:
+        return text  # H2OConfig says what is wrong with it
+
+
 def counts(text: str) -> list[int]:
     """An argparse type: 1,256 is [1, 256]; "" is []."""
     return [count(part) for part in text.split(",")] if text else []
@@ -164,16 +172,6 @@ def seed(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 10 and int(text) < 2**32):
         raise argparse.ArgumentTypeError(f"{text[:100]!r}: must be a whole number between 0 and {2**32 - 1}")
     return int(text)
-
-
-def setting(text: str) -> bool | int | float | str | None:
-    """An argparse type: the value of a setting of any type, written as in Python or as the flag of that setting."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False, "none": None, "all": None}.get(text.lower(), text)
 
 
 def positive(text: str) -> float:

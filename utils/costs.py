@@ -1,4 +1,4 @@
-"""Bytes that a decode step reads and a cache holds, and the operations it takes: counted; utils/bench.py measures.
+"""Counts the bytes that a decode step reads and a cache holds, and a step's FLOPs. utils/bench.py measures times.
 
 `h2o` is an H2OConfig, or None for the full cache.
 """
@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def held_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
-    """Bytes of all weights. With `bits`, those of the layers' projections take so many each, their scales not counted.
+    """Bytes of all weights. With `bits`, weights of the layers' projections take that many bits each, without scales.
 
-    Quantisers leave the rest as it is: embedding, head and norms.
+    Quantisers do not change embedding, head and norms.
     """
     return sum(
         p.nbytes if bits is None or not name.endswith("_proj.weight") else p.numel() * bits // 8
@@ -19,7 +19,7 @@ def held_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
 
 
 def unread_embedding(model: LlamaForCausalLM) -> torch.Tensor | None:
-    """An embedding of which a step reads a row a token; None where it is the head as well, which is read whole."""
+    """The embedding, of which a step reads one row per token; None if it is also the head, which is read whole."""
     embedding = model.get_input_embeddings().weight
     return None if embedding is model.get_output_embeddings().weight else embedding
 
@@ -31,13 +31,13 @@ def read_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
 
 
 def weight_flops(model: LlamaForCausalLM) -> int:
-    """Operations that the matrices take for a token in a decode step; attention's, a few a byte it reads, left out."""
+    """FLOPs of the weight matrices per token in a decode step, without attention's, which are few per byte read."""
     unread = unread_embedding(model)
     return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not unread)
 
 
 def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float:
-    """Bytes that a decode step moves for a slot of a row: K and V of all layers and, where scored, mass in and out.
+    """Bytes that a decode step moves per slot of a row: K and V of all layers and, if scored, mass in and out.
 
     `scored` is the share of steps that add mass, float32.
     """
@@ -45,14 +45,14 @@ def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float
 
 
 def slots_read(prompt: int, steps: int, h2o=None) -> float:
-    """Slots of a row that a decode step attends to, the mean of `steps` steps: a full cache's, or H2O's."""
+    """Slots of a row that a decode step attends to, averaged over `steps` steps, for the full cache or H2O's."""
     if h2o is None:
         return prompt + (steps + 1) / 2
     return h2o.schedule.slots_read(prompt, steps)
 
 
 def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:
-    """Bytes of a row's cache that a mean decode step moves: keys, values and mass; no slimming."""
+    """Bytes of a row's cache that an average decode step moves: keys, values and mass, without slimming."""
     scored = 0.0
     if h2o is not None and h2o.needs_mass:
         scored = 1.0 if h2o.score_every_step else 1 / h2o.update_interval
@@ -60,9 +60,9 @@ def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=No
 
 
 def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
-    """Bytes of memory that a row takes: a full cache of `tokens`, or H2O's slots of any number, and a step's logits.
+    """Bytes of memory per row: a full cache of `tokens` tokens, or H2O's slots for any number, plus a step's logits.
 
-    H2O's slots have mass and position beside them (float32, int32), and one layer at a time what slimming picks.
+    H2O's slots also have mass (float32) and position (int32), and one layer at a time the slots picked by slimming.
     """
     logits = 8 * config.vocab_size
     if h2o is None:
@@ -72,6 +72,6 @@ def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
 
 
 def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
-    """Milliseconds that reading weights and slots takes in a mean decode step at `bandwidth` TB/s; no slimming."""
+    """Milliseconds to read weights and slots in an average decode step at `bandwidth` TB/s, without slimming."""
     row = row_read(model.config, model.dtype.itemsize, prompt, steps, h2o)
     return (read_weights(model) + batch * row) / bandwidth / 1e9

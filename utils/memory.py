@@ -1,4 +1,4 @@
-"""The memory of devices: what is held, what the peak was, and how work goes on where it runs out."""
+"""Device memory: what is allocated, the peak, and how to continue when it runs out."""
 
 import gc
 import resource
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def free_memory(compiled: bool = True) -> None:
-    """Give back the GPU's memory that nothing needs: cycles, `compiled` functions and their graphs, blocks."""
+    """Free unused GPU memory: reference cycles, `compiled` functions with their graphs, and cached blocks."""
     if not torch.cuda.is_available():
         return
     if compiled and "torch._dynamo" in sys.modules:
@@ -22,12 +22,12 @@ def free_memory(compiled: bool = True) -> None:
 
 
 def allocated() -> int:
-    """Bytes of tensors on the GPU; 0 without one."""
+    """Bytes of tensors on the GPU; 0 without a GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def peak_allocated(run: Callable) -> int:
-    """The most bytes of tensors on the GPU during `run`, those from before it counted in; 0 without one."""
+    """Peak bytes of tensors on the GPU during `run`, including earlier tensors; 0 without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     run()
@@ -35,7 +35,7 @@ def peak_allocated(run: Callable) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the process's peak so far: of the GPU, or without one of the host."""
+    """The process's peak bytes so far, on the GPU or, without one, on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -47,14 +47,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def halving(work: Callable[[int], Iterable[T]], size: int, fewer: Callable[[int], int] | None = None) -> Iterator[T]:
-    """What `work(size)` yields; where memory runs out, what it yields when it is called again with half the size.
+    """Yield from `work(size)`; if memory runs out, call it again with half the size.
 
-    `work` keeps account of what it has yielded, and leaves that out when it is called again.
+    `work` must remember what it has yielded and skip that when it is called again.
 
     Args:
-        fewer: gives the size to go on with, in place of half, or raises what there is to say.
+        fewer: returns the next size in place of half, or raises an error of its own.
 
-    Raises: torch's error where a size of 1 is too much, unless `fewer` says more.
+    Raises: torch's error if a size of 1 is too large, unless `fewer` is given.
     """
     while True:
         try:
@@ -63,7 +63,7 @@ def halving(work: Callable[[int], Iterable[T]], size: int, fewer: Callable[[int]
         except RuntimeError as error:
             if not is_out_of_memory(error) or (size == 1 and fewer is None):
                 raise
-        # out here, where the traceback no longer holds the tensors
+        # outside the handler, where the traceback no longer holds the tensors
         free_memory(compiled=False)
         size = half(size) if fewer is None else fewer(size)
 

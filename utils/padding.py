@@ -1,4 +1,4 @@
-"""Columns without a token: what a row was fed as padding, and whether later masks say the same."""
+"""Columns without a token: which columns of a row were padding, and whether later masks agree."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Run = tuple[int, int]  # columns (begin, end)
 
 @dataclass
 class Padding:
-    """The runs of columns in which one row had no token; `ended` holds those of them that decode steps fed."""
+    """The runs of columns in which one row had no token; `ended` holds those from decode steps."""
 
     runs: list[Run] = field(default_factory=list)
     ended: list[Run] = field(default_factory=list)
 
     def add(self, run: Run, decode: bool) -> None:
-        """Account for new columns without a token."""
+        """Record new columns without a token."""
         for runs in (self.runs, self.ended)[: 1 + decode]:
             if runs and runs[-1][1] == run[0]:
                 runs[-1] = runs[-1][0], run[1]
@@ -36,17 +36,17 @@ def runs_without(real: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 def check_past(past: torch.Tensor, columns: int, rows: list[Padding]) -> None:
-    """Raise ValueError unless a mask of the columns so far, bool [B, n] on the host, is that of the tokens seen.
+    """Raise ValueError unless a mask of past columns, bool [B, n] on the host, matches the tokens seen.
 
-    Of the padding that decode steps fed to rows that had ended it may say what it likes: it is in no slot.
+    The mask may have either value at padding that decode steps fed to finished rows, because no slot holds it.
 
-    Args: columns: seen so far; rows: what each row has had for padding in them.
+    Args: columns: seen so far; rows: each row's padding in them.
     """
     seen = torch.ones(len(rows), columns, dtype=torch.bool)
-    shown = past[:, max(0, past.shape[1] - columns) :]  # what is to the left of all columns must be padding
+    shown = past[:, max(0, past.shape[1] - columns) :]  # anything left of all columns must be padding
     if shown.shape != seen.shape or past[:, : past.shape[1] - columns].any():
         raise ValueError(
-            f"attention_mask: shows {past.shape[1]} columns before this input, the cache has seen "
+            f"attention_mask: shows {past.shape[1]} columns before this input, but the cache has seen "
             f"{columns}; give the mask of all columns or of the new ones only, or reset() the cache"
         )
     ended = torch.zeros_like(seen)
@@ -55,10 +55,13 @@ def check_past(past: torch.Tensor, columns: int, rows: list[Padding]) -> None:
             seen[row, begin:end] = False
         for begin, end in padding.ended:
             ended[row, begin:end] = True
-    for fault, what in ((seen & ~shown, "hides tokens that"), (shown & ~seen & ~ended, "shows padding that")):
+    for fault, what in (
+        (seen & ~shown, "hides a token that the cache has seen"),
+        (shown & ~seen & ~ended, "shows a token where the cache has seen padding"),
+    ):
         if fault.any():
             row, column = fault.nonzero()[0].tolist()
             raise ValueError(
-                f"attention_mask: {what} the cache has taken as such (row {row}, column {column}); tokens cannot "
-                "be hidden or shown afterwards: give the mask of the new columns only, or reset() the cache"
+                f"attention_mask: {what} (row {row}, column {column}); a mask cannot "
+                "change afterwards: give the mask of the new columns only, or reset() the cache"
             )

@@ -1,4 +1,4 @@
-"""When slimming is due, and how many slots a row holds then: the arithmetic alone, for caches and for predictions."""
+"""When slimming is due, and how many slots a row holds: pure arithmetic, for caches and for predictions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Held(NamedTuple):
-    """What a row holds after a text."""
+    """The state of a row after a text."""
 
     slots: int
     evictions: int  # slimmings that dropped slots
@@ -16,9 +16,9 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Slimming to `window` slots after each chunk of a prompt, and after every decode step that `interval` divides.
+    """Slimming to `window` slots after each chunk of a prompt, and after every `interval`-th decode step.
 
-    The clock counts forwards: a prompt is forward 0, however many chunks it comes in, and decode steps follow from 1.
+    The clock counts forwards: a prompt is forward 0, in however many chunks, and decode steps count from 1.
     """
 
     window: int
@@ -26,15 +26,15 @@ class Schedule:
     chunk: int | None = None  # prompt tokens between slimmings; None = all
 
     def is_due(self, clock: int) -> bool:
-        """Whether slimming follows forward number `clock`, be that a decode step."""
+        """Whether slimming follows forward number `clock`, if that is a decode step."""
         return clock % self.interval == 0
 
     def last_due(self, clock):
-        """The last forward up to number `clock` that slimming follows; an int, or an array of them."""
+        """The last forward, up to number `clock`, that was followed by slimming; for an int or an array."""
         return clock // self.interval * self.interval
 
     def steps_to_due(self, clock: int) -> int:
-        """How many decode steps, of which `clock` is the first one's number, end with the next slimming."""
+        """How many decode steps, starting with number `clock`, it takes to include the next slimming."""
         return -clock % self.interval + 1
 
     def columns_at_once(self, prompt: int) -> int:
@@ -42,15 +42,15 @@ class Schedule:
         return prompt if self.chunk is None else min(prompt, self.chunk)
 
     def evicts(self, prompt: int, steps: int) -> bool:
-        """Whether slots of a row have been dropped after a prompt and so many decode steps."""
+        """Whether a row has lost slots after a prompt and `steps` decode steps."""
         return prompt + self.last_due(steps) > self.window
 
     def evicts_in_prefill(self, prompt: int) -> bool:
-        """Whether slots are dropped before the last chunk of a prompt, which then does not see them."""
+        """Whether slots are dropped before the last chunk of a prompt, which therefore does not see them."""
         return self.chunk is not None and (prompt - 1) // self.chunk * self.chunk > self.window
 
     def held_after(self, prompt: int, steps: int) -> Held:
-        """What a row holds after a prompt and so many decode steps."""
+        """The state of a row after a prompt and `steps` decode steps."""
         slots = evictions = 0
         for new, due in self._forwards(prompt, steps):
             slots += new
@@ -60,7 +60,7 @@ class Schedule:
         return Held(slots, evictions)
 
     def slots_read(self, prompt: int, steps: int) -> float:
-        """Slots of a row that a decode step attends to, its own included: the mean of `steps` steps after a prompt."""
+        """Slots that a decode step attends to, including its own, averaged over `steps` steps after a prompt."""
         start = min(prompt, self.window)
         # steps up to the first slimming that leaves a full window
         growing = min(steps, -(-(self.window - start) // self.interval) * self.interval)
@@ -78,5 +78,5 @@ class Schedule:
 
 
 def sum_of_growing(start: int, steps: int) -> int:
-    """Slots that so many decode steps read together where nothing is dropped: the first reads start + 1."""
+    """Total slots read by `steps` decode steps if nothing is dropped; the first step reads start + 1."""
     return steps * start + steps * (steps + 1) // 2

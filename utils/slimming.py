@@ -1,4 +1,4 @@
-"""Slimming one layer: picking the slots that stay, by a policy, and bringing them to the front."""
+"""Slimming one layer: a policy picks the slots to keep, which then move to the front."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from utils.step import SlimmingPlan
 
 
 class Slimming:
-    """One slimming of one layer: its slots, or a pending block, as the policy's candidates, and where the kept go.
+    """One slimming of one layer: the policy's candidates (its slots, or a pending block), and their destination.
 
     Args:
-        slots: of the layer.
-        block: keys and values, mass and count [B, Hkv, width(, D)] of slots and new tokens that are not in the slots
-            yet; None where the slots themselves are slimmed.
-        plan: of all layers on the device.
-        policy: that ranks.
-        layer_idx, seed: what random ranks depend on.
-        kept: int32 [B, Hkv, window_length + 1], `Rows.kept`, where the slimmer is made of kernels.
+        slots: the layer's slots, the destination.
+        block: keys, values, mass and count [B, Hkv, width(, D)] of the slots followed by new tokens that are not in
+            the slots yet; None to slim the slots themselves.
+        plan: shared by all layers on the device.
+        policy: ranks the candidates.
+        layer_idx, seed: inputs of random ranks.
+        kept: int32 [B, Hkv, window_length + 1], `Rows.kept`, if the slimmer uses kernels.
     """
 
     def __init__(
@@ -35,46 +35,87 @@ class Slimming:
         kept: torch.Tensor | None = None,
     ):
         self.slots, self.plan, self.policy, self.layer_idx, self.seed = slots, plan, policy, layer_idx, seed
-        self.kept = kept
-        self._source = slots.tensors() if block is None else block
-        self.keys, self.values = self._source["keys"], self._source["values"]
-        self.mass, self.count = self._source.get("mass"), self._source.get("count")
+        self.kept, self.block, self.heads = kept, block, slots.heads
+
+    def stored(self, name: str) -> torch.Tensor | None:
+        """A tensor of the slots as stored, or of the block, [B, Hkv, width(, D)]; None where nothing ranks by it."""
+        if self.block is None:
+            return self.slots.stored().get(name)
+        of = self.block.get(name)
+        rows = len(self.slots.keys)  # of the batch, where the plan's are heads
+        return of if of is None or len(of) == rows else of.view(rows, -1, *of.shape[2:])
+
+    @cached_property
+    def _source(self) -> dict[str, torch.Tensor]:
+        return self.slots.tensors() if self.block is None else self.block
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._source["keys"]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._source["values"]
+
+    @property
+    def mass(self) -> torch.Tensor | None:
+        return self._source.get("mass")
+
+    @property
+    def count(self) -> torch.Tensor | None:
+        return self._source.get("count")
+
+    @property
+    def norms(self) -> torch.Tensor | None:
+        return self._source.get("norms")
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """int32 [B, Hkv, width]; a block's are joined when they are asked for: the kernels do without."""
+        """int32 [B, Hkv, width]. A block's are built on demand, because the kernels do not need them."""
         if "positions" in self._source:
             return self._source["positions"]
-        slots, width = self.slots.positions, self.plan.slots
+        slots, width = self.slots.load("positions"), self.plan.slots
         filled = min(slots.shape[2], width)
+        if self.slots.capacities:  # a short head has no position for each of the block's columns
+            past = torch.arange(filled, device=slots.device) >= self.plan.of_rows(self.slots.offsets.diff())
+            slots = torch.where(past, self.plan.masks.appended[..., :filled], slots[:, :, :filled])
         new = self.plan.masks.appended[..., filled:width].expand(*slots.shape[:2], -1)
         return torch.cat([slots[:, :, :filled], new], dim=-1)
 
     def scores(self) -> torch.Tensor:
-        """float32 [B, Hkv, width], the greatest are kept."""
+        """float32 [B, Hkv, width]; the greatest are kept."""
         return self.policy.score(self)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that moves with a token, by name."""
+        """All tensors that move with a token, by name."""
         return self._source | {"positions": self.positions}
 
 
 class TorchSlimmer:
-    """Slimming in torch. The kernels' has the same two methods."""
+    """Slimming in torch. The Triton slimmer has the same two methods."""
 
-    by_kernel = False  # whether kernels slim, which pass `Rows.kept` on
+    most_slots = 0  # that kernels can pick from
+    by_kernel = False  # whether kernels slim and need `Rows.kept`
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
-        """The slots that stay, ascending: int64 or int32 [B, Hkv, window]. Nothing moves."""
+        """The slots to keep, ascending: int64 or int32 [B, Hkv, window]. Moves nothing."""
         masks = slimming.plan.masks
-        return select_slots(slimming.scores(), masks.empty, masks.recent, slimming.plan.window)
+        plan = slimming.plan
+        windows = None if plan.even else plan.limits[0]
+        return select_slots(slimming.scores(), masks.empty, masks.recent, plan.window, windows)
 
     def slim(self, slimming: Slimming) -> None:
-        """Bring the slots that stay to the front."""
+        """Move the slots to keep to the front."""
         slimming.slots.compact(slimming.tensors(), self.pick(slimming), slimming.plan, gather)
 
 
-def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor, window: int) -> torch.Tensor:
+def select_slots(
+    score: torch.Tensor,
+    empty: torch.Tensor,
+    recent: torch.Tensor,
+    window: int,
+    windows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The slots to keep: all recent ones and, of the older ones, those with the greatest score, `window` together.
 
     Args:
@@ -82,9 +123,15 @@ def select_slots(score: torch.Tensor, empty: torch.Tensor, recent: torch.Tensor,
         empty, recent: bool [B, 1, slots]; recent slots are kept whatever their score, empty ones only where a row is
             shorter than the window, to fill it up.
         window: slots to keep; all `slots` when there are no more.
+        windows: int [B, 1, 1], the rows' own windows where they differ; `window` is the largest. A shorter row ends
+            with the last slot, repeated.
 
     Returns: int64 [B, Hkv, min(window, slots)], ascending. Of equal scores the older slot is kept. A row that is not
     longer than the window keeps every slot where it is.
     """
     score = score.masked_fill(recent, torch.inf).masked_fill(empty, -torch.inf)
-    return score.sort(dim=-1, descending=True, stable=True).indices[..., :window].sort(dim=-1).values
+    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :window]
+    if windows is not None:
+        rank = torch.arange(best.shape[-1], device=best.device)
+        best = best.masked_fill(rank >= windows, score.shape[-1] - 1)
+    return best.sort(dim=-1).values

@@ -1,80 +1,99 @@
-"""Storage of one layer: where each token's key, value, mass and position lie, and how they move."""
+"""Storage of one layer: where each token's key, value, mass and position are stored, and how they move."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 
 from utils.step import SlimmingPlan, Step
 
-Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # kept slots [B, Hkv, m(, D)] of all, and which they are
+Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (all slots, indices to keep) -> [B, Hkv, m(, D)]
 
 
 class Slots:
-    """The slots of one layer, allocated once and never moved. One slot index means the same token in all tensors.
+    """The slots of one layer, allocated once and never moved. A slot index refers to the same token in all tensors.
 
-    keys, values [B, Hkv, capacity, D]; mass (and count, where it is asked for) [B, Hkv, capacity] float32, zero past a
-    row's length; positions [B, Hkv, capacity] int32, counted on past a row's end: appending need not write them.
+    keys, values [B, Hkv, capacity, D]; mass, and if slots are ranked by them count and norms (L2, of the values), all
+    [B, Hkv, capacity] float32, zero past a row's length. positions [B, Hkv, capacity] int32,
+    continued past a row's end so that appends need not write them.
 
     Args:
-        key_states, value_states: [B, Hkv, any, D], of the dtypes and on the device that slots get.
-        capacity: slots of a row and head.
-        ranked: "mass" and "count", as far as slots are ranked by them.
+        key_states, value_states: [B, Hkv, any, D], with the dtypes and device of the slots.
+        capacity: slots per row and KV head.
+        ranked: those of "mass", "count" and "norms" that slots are ranked by.
     """
 
-    @torch.inference_mode(False)  # slots outlive the mode they are made in
+    offsets: torch.Tensor | None = None  # where each head begins, if heads have capacities of their own
+    capacities: tuple[int, ...] = ()  # and these
+
+    @torch.inference_mode(False)  # slots outlive the caller's inference mode
     def __init__(
         self, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int, ranked: tuple[str, ...] = ()
     ):
-        slots = (*key_states.shape[:2], capacity)
-        self.device, self.capacity, self.ranked = key_states.device, capacity, ranked
-        self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(*slots, value_states.shape[-1])
-        self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
+        self.capacity = capacity
+        batch, self.heads, _, self.head_dim = key_states.shape
+        positions = torch.arange(capacity, dtype=torch.int32, device=key_states.device)
+        self._allocate(key_states, value_states, positions.expand(batch, self.heads, -1).contiguous(), ranked)
+
+    def _allocate(self, key_states, value_states, positions: torch.Tensor, ranked: tuple[str, ...]) -> None:
+        self.device, self.ranked, self.positions = key_states.device, ranked, positions
+        self.keys = key_states.new_zeros(*positions.shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*positions.shape, value_states.shape[-1])
+        self.mass = torch.zeros_like(positions, dtype=torch.float32)
         self.count = torch.zeros_like(self.mass) if "count" in ranked else None
-        self.positions = torch.arange(capacity, dtype=torch.int32, device=self.device).expand(slots).contiguous()
+        self.norms = torch.zeros_like(self.mass) if "norms" in ranked else None
 
     def empty_like(self, batch_size: int) -> Slots:
-        """Others of the same kind, for so many rows."""
-        states = (of[:1].expand(batch_size, -1, -1, -1) for of in (self.keys, self.values))
-        return Slots(*states, self.capacity, self.ranked)
+        """New empty slots of the same kind for `batch_size` rows."""
+        return Slots(*self._states(batch_size), self.capacity, self.ranked)
+
+    def _states(self, batch_size: int) -> list[torch.Tensor]:
+        """No keys and values, of the slots' shapes and dtypes: [batch_size, Hkv, 0, D]."""
+        return [of.new_empty(batch_size, self.heads, 0, of.shape[-1]) for of in (self.keys, self.values)]
 
     def suit(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether states are of the dtypes, device, heads and head_dims of these slots."""
-        pairs = (self.keys, key_states), (self.values, value_states)
+        """Whether states match the dtypes, device, heads and head_dims of these slots."""
+        pairs = zip(self._states(1), (key_states, value_states), strict=True)
         return all(
-            (slots.dtype, slots.device, slots.shape[1], slots.shape[3])
+            (mine.dtype, mine.device, mine.shape[1], mine.shape[3])
             == (states.dtype, states.device, states.shape[1], states.shape[3])
-            for slots, states in pairs
+            for mine, states in pairs
         )
-
-    @property
-    def heads(self) -> int:
-        return self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots, filled or not."""
-        tensors = (self.keys, self.values, self.positions, self.mass, self.count)
+        tensors = (self.keys, self.values, self.positions, self.mass, self.count, self.norms)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What moves with a token, by name: mass and count only where slots are ranked by them."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """What moves with a token, by name, as it is stored; mass, count and norms only if slots are ranked by them."""
         return {name: getattr(self, name) for name in ("keys", "values", "positions", *self.ranked)}
+
+    def load(self, name: str) -> torch.Tensor:
+        """A tensor as [B, Hkv, capacity(, D)]: itself, which `store` then need not write."""
+        return getattr(self, name)
+
+    def store(self, name: str, slots: torch.Tensor) -> None:
+        """Write what `load` gave back."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What moves with a token, by name, as `load` gives it."""
+        return {name: self.load(name) for name in self.stored()}
 
     # A forward
 
     def read(self, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `width` slots, or of all, as views: [B, Hkv, width, D]."""
-        if width is None:
-            return self.keys, self.values
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        """Keys and values of the first `width` slots, or of all: [B, Hkv, width, D], views where heads are alike."""
+        keys, values = self.load("keys"), self.load("values")
+        return (keys, values) if width is None else (keys[:, :, :width], values[:, :, :width])
 
     @torch.no_grad()
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
         """Write a decode step's keys and values [B, Hkv, 1, D] behind each row that brings a token."""
-        for slots, new in zip(self.read(), self._cast(key_states, value_states), strict=True):
+        for slots, new in self._appended(key_states, value_states):
             if step.partial:
                 bring = [b for b, n in enumerate(step.new) if n]
                 rows = torch.tensor(bring, dtype=torch.long, device=slots.device)
@@ -85,61 +104,141 @@ class Slots:
                 at = step.starts(slots.device)
                 slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
 
+    def _appended(self, key_states, value_states) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Stored tensors, and what a token brings to each."""
+        keys, values = self._cast(key_states, value_states)
+        pairs = [(self.keys, keys), (self.values, values)]
+        return pairs if self.norms is None else [*pairs, (self.norms, norms_of(values))]
+
     def extended(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of each row's filled slots, then its new tokens: [B, Hkv, step.width, D] beside the slots."""
+        """Copies of each row's filled keys and values followed by its new tokens: [B, Hkv, step.width, D]."""
         key_states, value_states = self._cast(key_states, value_states)
-        return _join(self.keys, key_states, step), _join(self.values, value_states, step)
+        if step.max_start == 0:
+            return key_states, value_states
+        keys, values = self.read()
+        return _join(keys, key_states, step), _join(values, value_states, step)
 
     def _cast(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A turn under autocast, or one after it, may compute in another dtype than that of the slots."""
+        """States in the slots' dtypes, which autocast may have changed."""
         return key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
 
     # Slimming
 
     def fill(self, block: dict[str, torch.Tensor], plan: SlimmingPlan) -> None:
-        """Take over a block, [B, Hkv, n(, D)] by name, into the first n slots; nothing past a row's end."""
+        """Write a block, [B, Hkv, n(, D)] by name, to the first n slots, but nothing past a row's end."""
         for name, kept in block.items():
-            slots = getattr(self, name)[:, :, : kept.shape[2]]
+            whole = self.load(name)
+            slots = whole[:, :, : kept.shape[2]]
             if plan.ragged:
                 filled = plan.masks.filled[..., : kept.shape[2]]
                 kept = torch.where(filled if kept.ndim == 3 else filled[..., None], kept, slots)
             slots.copy_(kept)
+            self.store(name, whole)
 
     def compact(self, source: dict[str, torch.Tensor], keep: torch.Tensor, plan: SlimmingPlan, take: Gather) -> None:
-        """Bring the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear what follows them."""
+        """Move the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear those after them."""
         for name, old in source.items():
             self.fill({name: take(old, keep)}, plan)
-        for slots in (self.mass, self.count):
-            if slots is not None:
-                slots[:, :, plan.window :].zero_()
-        torch.where(plan.masks.filled, self.positions, plan.masks.upcoming, out=self.positions)
+        for name in ("mass", "count", "norms"):
+            if getattr(self, name) is not None:
+                slots = self.load(name)
+                if plan.even:
+                    slots[:, :, plan.window :].zero_()
+                else:
+                    slots.masked_fill_(~plan.masks.filled, 0.0)
+                self.store(name, slots)
+        positions = self.load("positions")
+        torch.where(plan.masks.filled, positions, plan.masks.upcoming, out=positions)
+        self.store("positions", positions)
 
     # Rows
 
     def reorder(self, order: torch.Tensor) -> None:
         """Let row b continue row order[b]."""
-        for slots in self.tensors().values():
+        for slots in self.stored().values():
             slots.copy_(slots.index_select(0, order.to(slots.device)))
 
     def take_rows(self, rows: list[int], source: Slots, source_rows: list[int]) -> None:
-        """Replace rows by copies of another layer's."""
+        """Replace rows by copies of another layer's rows."""
         to, of = (torch.tensor(indices, device=self.device) for indices in (rows, source_rows))
-        for name, slots in self.tensors().items():
-            slots.index_copy_(0, to, getattr(source, name).index_select(0, of))
+        theirs = source.stored()
+        for name, slots in self.stored().items():
+            slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
     def clear(self) -> None:
-        for slots in (self.keys, self.values, self.mass, self.count):
+        for slots in (self.keys, self.values, self.mass, self.count, self.norms):
             if slots is not None:
                 slots.zero_()
-        self.positions.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
+        positions = self.load("positions")
+        positions.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
+        self.store("positions", positions)
+
+
+class HeadSlots(Slots):
+    """Slots of heads with capacities of their own, which lie one after the other in one buffer.
+
+    keys, values [B, total, D]; mass, count, norms and positions [B, total]: head h has the slots from offsets[h] to
+    offsets[h + 1], int32 [Hkv + 1]. Torch's methods take each head of a row for a row of one head, padded to the
+    longest: states and blocks are [B * Hkv, 1, n(, D)], and what `load` gives is a copy that `store` writes back.
+
+    Args:
+        key_states, value_states: [B, Hkv, any, D].
+        capacities: slots of each KV head.
+        ranked: as in `Slots`.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, key_states: torch.Tensor, value_states: torch.Tensor, capacities: list[int], ranked=()):
+        device, self.capacities, self.capacity = key_states.device, tuple(capacities), max(capacities)
+        batch, self.heads, _, self.head_dim = key_states.shape
+        begins = [0, *itertools.accumulate(capacities)]
+        self.offsets = torch.tensor(begins, dtype=torch.int32, device=device)
+        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in capacities])
+        # where the slots of the buffer lie in [Hkv, longest], and those in the buffer; past a head's end its last slot
+        heads = torch.arange(self.heads).repeat_interleave(torch.tensor(capacities))
+        self._to_buffer = (heads * self.capacity + positions).to(device)
+        slot = torch.arange(self.capacity).expand(self.heads, -1)
+        last = torch.tensor(capacities)[:, None] - 1
+        self._to_heads = (torch.tensor(begins[:-1])[:, None] + slot.minimum(last)).flatten().to(device)
+        positions = positions.to(device).expand(batch, -1).contiguous()
+        self._allocate(key_states, value_states, positions, tuple(ranked))
+
+    def empty_like(self, batch_size: int) -> HeadSlots:
+        return HeadSlots(*self._states(batch_size), self.capacities, self.ranked)
+
+    def load(self, name: str) -> torch.Tensor:
+        slots = getattr(self, name)[:, self._to_heads]
+        return slots.view(-1, 1, self.capacity, *slots.shape[2:])
+
+    def store(self, name: str, slots: torch.Tensor) -> None:
+        buffer = getattr(self, name)
+        buffer.copy_(slots.view(len(buffer), -1, *slots.shape[3:])[:, self._to_buffer])
+
+    @torch.no_grad()
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
+        begins = self.offsets[:-1].long().repeat(len(self.keys))
+        row = torch.arange(len(self.keys), device=self.device).repeat_interleave(self.heads)
+        at = row * self.positions.shape[1] + begins + step.starts(self.device)
+        for slots, new in self._appended(key_states, value_states):
+            buffer, new = slots.flatten(0, 1), new[:, 0, 0]
+            if step.partial:
+                bring = torch.tensor([r for r, n in enumerate(step.new) if n], dtype=torch.long, device=self.device)
+                buffer[at[bring]] = new[bring]
+            else:
+                buffer[at] = new
+
+
+def norms_of(values: torch.Tensor) -> torch.Tensor:
+    """L2 norms of [..., D], in float32."""
+    return torch.linalg.vector_norm(
+        values, dim=-1, dtype=torch.float32 if values.dtype != torch.float64 else None
+    ).float()
 
 
 def _join(slots: torch.Tensor, new: torch.Tensor, step: Step) -> torch.Tensor:
-    """Each row's filled slots, then its new tokens: [B, Hkv, step.width, D]."""
-    if step.max_start == 0:
-        return new
+    """Each row's filled slots followed by its new tokens: [B, Hkv, step.width, D]."""
     if step.min_start == step.max_start:
         return torch.cat([slots[:, :, : step.max_start], new], dim=2)
     joined = new.new_zeros(*new.shape[:2], step.width, new.shape[-1])
@@ -153,12 +252,12 @@ def gather(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     if old.ndim == 3:
         return old.gather(2, keep)
     dtype = old.dtype
-    if old.shape[-1] * old.itemsize % 8 == 0:  # move 8 bytes with each index, not 2
+    if old.shape[-1] * old.itemsize % 8 == 0:  # move 8 bytes per index, not 2
         old = old.view(torch.int64)
     return old.gather(2, keep[..., None].expand(*keep.shape, old.shape[-1])).view(dtype)
 
 
 def gather_by_mask(old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The same as H2O does it: a boolean mask over the slots, and a copy of what it leaves."""
+    """The kept slots as H2O takes them: by a boolean mask over the slots and a copy."""
     mask = torch.zeros(old.shape[:3], dtype=torch.bool, device=old.device).scatter(2, keep.long(), True)
     return old[mask].view(*keep.shape, *old.shape[3:])

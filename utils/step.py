@@ -1,13 +1,15 @@
-"""One forward as every layer sees it: which rows bring how many tokens, and what slimming them shares."""
+"""One forward as every layer sees it: how many tokens each row brings, and the slimming plan all layers share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from utils.heads import HeadRows, HeadWindows, LayerRows
 from utils.padding import Padding, runs_without
 
 
@@ -15,12 +17,12 @@ from utils.padding import Padding, runs_without
 class Step:
     """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
 
-    A row's tokens come first and its padding last, so query column i stands at slot start[b] + i and sees the slots up
-    to there. The lists live on the host: shapes and branches follow from them without waiting for the device. A row
-    that brings no token is left as it is, but for slimming.
+    A row's tokens come first and its padding last, so query column i sits at slot start[b] + i and sees all slots up to
+    it. The lists live on the host, so shapes and branches need no wait for the device. Only slimming changes a row that
+    brings no token.
     """
 
-    rows: Rows
+    rows: Rows | LayerRows
     start: list[int]
     new: list[int]
     columns: int
@@ -28,8 +30,8 @@ class Step:
     due: bool  # slimming follows the attention
     scored: bool  # attention reports the mass of its queries
     first_scored: list[int]  # query columns from here to new[b] add mass
-    decays: bool = True  # mass that is there decays: once a forward, in its first chunk
-    static: bool = False  # a decode step that tells the device nothing that changes from step to step: a CUDA graph's
+    decays: bool = True  # stored mass decays once a forward, in its first chunk
+    static: bool = False  # graph-safe: every per-step value is read on the device
 
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
@@ -38,8 +40,14 @@ class Step:
         self.partial = self.decode and self.padded
         self._on: dict[tuple, torch.Tensor] = {}
 
+    def of_heads(self, rows: LayerRows) -> Step:
+        """The same forward as the heads of a layer see it, each with windows of its own: a row is a head of a row."""
+        new = rows.repeat(self.new)
+        start = [length - n for length, n in zip(rows.lengths, new, strict=True)]
+        return replace(self, rows=rows, start=start, new=new, first_scored=rows.repeat(self.first_scored))
+
     def starts(self, device: torch.device) -> torch.Tensor:
-        """`start` on `device`, int64 [B]; in a decode step from the lengths that are there already."""
+        """`start` on `device`, int64 [B]. A decode step derives it from the lengths already on the device."""
         if self.decode:
             brought = self.brought(device) if self.partial else 1
             return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - brought)
@@ -53,7 +61,7 @@ class Step:
         return self._once(device, "brought", lambda: torch.tensor(bring, dtype=torch.int32, device=device))
 
     def attended(self, device: torch.device) -> torch.Tensor:
-        """How many slots each row's query of a decode step sees: int32 [B], none where a row brings no token."""
+        """How many slots each row's query sees in a decode step: int32 [B], 0 for rows that bring no token."""
         lengths = self.rows.mirror(device)[0]
         if not self.partial:
             return lengths
@@ -80,13 +88,14 @@ class Step:
             positions = self.rows.mirror(device)[1].long()[:, None] - 1
             return positions + self.rows.gap(device)[:, None] if any(gaps) else positions
         seen, gap, last = torch.tensor([seen, gaps, self.rows.seen], device=device)[..., None]
-        return gap + torch.minimum(seen + column, last - 1)  # padding stands nowhere: frequencies follow the farthest
+        # Clamp padding to the last real token: dynamic RoPE scales with the largest position.
+        return gap + torch.minimum(seen + column, last - 1)
 
     def slot_positions(self, device: torch.device) -> torch.Tensor:
-        """Positions of slots and new columns where slots are the positions (position_rolling): int64 [1, width].
+        """Positions of slots and new columns under position_rolling, where slots are the positions: int64 [1, width].
 
-        Columns past the longest row are padding in every row; they stand at its last slot, for some frequencies follow
-        the farthest position.
+        Columns past the longest row are padding in every row. They are clamped to its last slot, because some RoPE
+        frequencies depend on the largest position.
         """
         longest = max(start + new for start, new in zip(self.start, self.new, strict=True))
         slots = torch.arange(self.width, device=device)
@@ -134,36 +143,42 @@ class Step:
 class Rows:
     """Row lengths and tokens seen, on the host and mirrored at a fixed address on each device that holds a layer.
 
-    During a forward both include its new tokens; they are cut to the window once all layers are slimmed. `padding`
-    says in which columns a row had no token. `gaps` are the positions that a row has left out, for holes in a mask.
+    During a forward both include its new tokens; lengths are cut to the window once all layers are slimmed. `padding`
+    records the columns in which a row had no token. `gaps` counts the positions that a row skipped at holes in a mask.
+    Where heads have windows of their own, `lengths` are those of the fullest head, and `heads` counts for each.
     """
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, windows: HeadWindows):
+        self.windows = windows
         self.lengths = [0] * batch_size
         self.seen = [0] * batch_size
         self.evictions = [0] * batch_size
         self.padding = [Padding() for _ in range(batch_size)]
         self.gaps = [0] * batch_size
-        self._bring = [1] * batch_size  # what `brought` says on the device
+        self._bring = [1] * batch_size  # the host's copy of `brought`
         self._brought: dict[torch.device, torch.Tensor] = {}
         self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
         self._kept: dict[tuple, torch.Tensor] = {}
-        self._plans: dict[tuple, SlimmingPlan] = {}
+        self.plans: dict[tuple, SlimmingPlan] = {}
+        self.heads = None if windows.even else HeadRows(self, windows)
 
     def mirror(self, device: torch.device) -> torch.Tensor:
         """int32 [2, B] on `device`: lengths and tokens seen."""
         if device not in self._mirrors:
-            with torch.inference_mode(False):  # outlives the mode it is made in
+            with torch.inference_mode(False):  # outlives the caller's inference mode
                 self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
         return self._mirrors[device]
 
-    def kept(self, device: torch.device, heads: int, window: int) -> torch.Tensor:
-        """int32 [B, heads, window + 1] on `device`, at a fixed address: what slimming kernels pass on."""
-        key = device, heads, window
+    def kept(self, slots) -> torch.Tensor:
+        """int32 [B, KV heads, window + 1], at a fixed address: passed from one slimming kernel to the next."""
+        return self.passed_on(slots.device, (len(self.lengths), slots.heads, self.windows.largest + 1))
+
+    def passed_on(self, device: torch.device, shape: tuple[int, ...]) -> torch.Tensor:
+        """int32 of this shape, the same for all layers."""
+        key = device, shape
         if key not in self._kept:
             with torch.inference_mode(False):
-                shape = (len(self.lengths), heads, window + 1)
                 self._kept[key] = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._kept[key]
 
@@ -182,22 +197,24 @@ class Rows:
         return self._brought[device]
 
     def bring(self, new: list[int]) -> None:
-        """Say on the device which rows bring a token to the next static steps, before these are replayed."""
+        """Tell the devices which rows bring a token to the next static steps; call it before these are replayed."""
         if new != self._bring:
             self._bring = list(new)
             for there in self._brought.values():
                 there.copy_(torch.tensor(new, dtype=torch.int32))
 
     def pad(self, columns: int, real: torch.Tensor, decode: bool) -> None:
-        """Account for the padding among new columns, the first of which is number `columns`; real: bool [B, n]."""
+        """Record the padding among new columns, counted from column `columns`. real: bool [B, n]."""
         for row, begin, end in runs_without(real):
             self.padding[row].add((columns + begin, columns + end), decode)
 
     def append(self, new: list[int], on_device: bool = True) -> None:
-        """Account for new tokens; on the device as well, unless `count_step` does so there."""
+        """Count new tokens, on the device as well unless `count_step` does that."""
         self.lengths = [length + n for length, n in zip(self.lengths, new, strict=True)]
         self.seen = [seen + n for seen, n in zip(self.seen, new, strict=True)]
-        self._plans.clear()
+        self.plans.clear()
+        if self.heads is not None:
+            self.heads.append(new)
         if not on_device:
             return
         if set(new) == {1}:
@@ -206,36 +223,46 @@ class Rows:
             self.upload()
 
     def count_step(self, partial: bool = False) -> None:
-        """On the device: each row has one more token, or with `partial` each that `brought` says."""
+        """Count one more token on the device for each row, or with `partial` only for the rows in `brought`."""
         for device, mirror in self._mirrors.items():
             mirror.add_(self.brought(device) if partial else 1)
+        if self.heads is not None:
+            self.heads.count_step(self.brought if partial else None)
 
-    def cut(self, window: int, on_device: bool = True) -> None:
-        """Account for a slimming to `window` slots that all layers have done; on the device unless `cut_there` does."""
-        self.evictions = [n + (length > window) for n, length in zip(self.evictions, self.lengths, strict=True)]
-        self.lengths = [min(length, window) for length in self.lengths]
-        self._plans.clear()
+    def cut(self, windows: HeadWindows, on_device: bool = True) -> None:
+        """Cut lengths to `windows` after all layers were slimmed, on the device too unless `cut_there` does that."""
+        longest = windows.largest
+        longer = [length > longest for length in self.lengths] if self.heads is None else self.heads.cut(windows)
+        self.evictions = [n + cut for n, cut in zip(self.evictions, longer, strict=True)]
+        self.lengths = [min(length, longest) for length in self.lengths]
+        self.plans.clear()
         if on_device:
-            self.cut_there(window)
+            self.cut_there(windows)
 
-    def cut_there(self, window: int) -> None:
-        """On the device: no row has more than `window` slots."""
+    def cut_there(self, windows: HeadWindows) -> None:
+        """Cut the lengths on the device to `windows`."""
         for mirror in self._mirrors.values():
-            mirror[0].clamp_(max=window)
+            mirror[0].clamp_(max=windows.largest)
+        if self.heads is not None:
+            self.heads.cut_there(windows)
 
     def clear(self) -> None:
+        if self.heads is not None:
+            self.heads.held[:] = 0
         self.lengths, self.seen, self.evictions = ([0] * len(self.lengths) for _ in range(3))
         self.padding = [Padding() for _ in self.lengths]
         self.gaps = [0] * len(self.lengths)
-        self._plans.clear()
+        self.plans.clear()
         self.upload()
 
     def reorder(self, order: torch.Tensor) -> None:
         state = list(zip(self.lengths, self.seen, self.evictions, self.gaps, self.padding, strict=True))
-        if any(row != state[0] for row in state):  # alike rows stay so: beams of one length need no wait for the device
+        if any(row != state[0] for row in state):  # reading `order` waits for the device; equal rows do not need it
             columns = map(list, zip(*(state[i] for i in order.tolist()), strict=True))
             self.lengths, self.seen, self.evictions, self.gaps, padding = columns
             self.padding = [of_row.copy() for of_row in padding]
+            if self.heads is not None:
+                self.heads.held = self.heads.held[order.tolist()]
             self.upload()
 
     def take(self, rows: list[int], source: Rows, source_rows: list[int]) -> None:
@@ -243,7 +270,9 @@ class Rows:
             self.lengths[row], self.seen[row] = source.lengths[of], source.seen[of]
             self.evictions[row], self.gaps[row] = source.evictions[of], source.gaps[of]
             self.padding[row] = source.padding[of].copy()
-        self._plans.clear()
+        if self.heads is not None:
+            self.heads.held[rows] = source.heads.held[source_rows]
+        self.plans.clear()
         self.upload()
 
     def upload(self) -> None:
@@ -251,45 +280,96 @@ class Rows:
             mirror.copy_(torch.tensor([self.lengths, self.seen], dtype=torch.int32), non_blocking=True)
         for gap in self._gaps.values():
             gap.copy_(torch.tensor(self.gaps, dtype=torch.int32), non_blocking=True)
+        if self.heads is not None:
+            self.heads.upload()
 
-    def plan(self, *key) -> SlimmingPlan:
-        """The `SlimmingPlan` for (device, slots, capacity, heavy, recent), made once for all layers."""
-        if key not in self._plans:
-            self._plans[key] = SlimmingPlan(self, *key)
-        return self._plans[key]
+    def split(self, windows: HeadWindows) -> np.ndarray:
+        """Slots kept by score, and newest ones, the same for all heads: int [2, 1]."""
+        return np.stack([windows.heavy, windows.recent])
+
+
+def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:
+    """The `SlimmingPlan` for (device, slots, capacity, windows), made once for all layers if they share the rows."""
+    if isinstance(rows, LayerRows):
+        return SlimmingPlan(rows, *key)
+    if key not in rows.plans:
+        rows.plans[key] = SlimmingPlan(rows, *key)
+    return rows.plans[key]
+
+
+def to_rows(states: torch.Tensor, step: Step | int) -> torch.Tensor:
+    """States [B, H, n(, D)] for the rows of a step, or so many: [rows, H / heads, n(, D)] if heads are rows."""
+    rows = step if isinstance(step, int) else len(step.new)
+    return states if len(states) == rows else states.reshape(rows, -1, *states.shape[2:])
 
 
 class SlotMasks(NamedTuple):
-    """Which slots are which in a slimming of `slots` columns to the window, and their positions. bool and int32."""
+    """Masks (bool) and positions (int32) of the slots in a slimming of `slots` columns to the window."""
 
     empty: torch.Tensor  # [B, 1, slots]
     recent: torch.Tensor  # [B, 1, slots]
     appended: torch.Tensor  # [B, 1, slots], positions of the tokens since the last slimming
     filled: torch.Tensor  # [B, 1, capacity], afterwards
-    upcoming: torch.Tensor  # [B, 1, capacity], positions counted on past the row's end: appending need not write them
+    upcoming: torch.Tensor  # [B, 1, capacity], positions continued past the row's end, so that appends need not write
 
 
 class SlimmingPlan:
-    """One slimming of `slots` columns to heavy + recent, as far as all layers on a device share it."""
+    """What a slimming of `slots` columns to `windows` needs to know. Layers on a device share it if heads are alike.
 
-    def __init__(self, rows: Rows, device: torch.device, slots: int, capacity: int, heavy: int, recent: int):
-        self.slots, self.capacity = slots, capacity
-        self.heavy, self.recent, self.window = heavy, recent, heavy + recent
-        self.longest = max(rows.lengths)
-        self.ragged = min(rows.lengths) < min(self.longest, self.window)  # a row leaves slots empty that others fill
+    `window` is that of the heads, or the largest of their windows. Where these differ, a row here is a head of a row.
+    """
+
+    def __init__(self, rows: Rows | LayerRows, device: torch.device, slots: int, capacity: int, windows: HeadWindows):
+        self.rows, self.slots, self.capacity, self.even = rows, slots, capacity, windows.even
+        self.windows_of = windows
+        self.heavy, self.recent = rows.split(windows)  # int [1], or [KV heads]
+        self.windows = self.heavy + self.recent
+        self.window = int(self.windows.max())
         self.mirror = rows.mirror(device)
 
     @cached_property
+    def split_there(self) -> torch.Tensor:
+        """Heavy and recent slots of the heads on the device: int32 [2, KV heads]."""
+        return self.rows.split_there(self.windows_of, self.mirror.device)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.rows.lengths)
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether a slot is dropped."""
+        lengths = np.array(self.rows.lengths).reshape(-1, len(self.windows))
+        return bool((lengths > self.windows).any())
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether a row leaves slots empty that others fill."""
+        return not self.even or min(self.rows.lengths) < min(self.longest, self.window)
+
+    @cached_property
     def masks(self) -> SlotMasks:
-        """Made when torch picks or moves the slots; the kernels do without."""
+        """Built only when torch picks or moves the slots; the kernels do not need them."""
         lengths, seen = self.mirror[:, :, None, None].unbind(0)  # [B, 1, 1]
         slot = torch.arange(max(self.slots, self.capacity), dtype=torch.int32, device=lengths.device)
         age = lengths - slot[: self.slots]  # 1 = the newest slot
-        kept = lengths.clamp(max=self.window)
+        window, recent = self.limits
+        kept = lengths.clamp(max=window)
         return SlotMasks(
             empty=age <= 0,
-            recent=(age > 0) & (age <= self.recent),
+            recent=(age > 0) & (age <= recent),
             appended=(seen - lengths + slot).to(torch.int32),
             filled=slot[: self.capacity] < kept,
             upcoming=(seen - kept + slot[: self.capacity]).to(torch.int32),
         )
+
+    @cached_property
+    def limits(self) -> tuple[int | torch.Tensor, int | torch.Tensor]:
+        """The rows' windows, and how many of their newest slots stay: two numbers, or int32 [B, 1, 1] each."""
+        if self.even:
+            return self.window, int(self.recent[0])
+        return self.of_rows(self.split_there.sum(dim=0, dtype=torch.int32)), self.of_rows(self.split_there[1])
+
+    def of_rows(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """What the heads have, for each row: [heads] -> [B, 1, 1]."""
+        return of_heads.repeat(self.mirror.shape[1] // len(of_heads))[:, None, None]

@@ -1,4 +1,4 @@
-"""What the kernels share."""
+"""Helpers shared by the kernels."""
 
 import functools
 
@@ -11,10 +11,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
-    """Go on with a softmax over more slots (Milakov and Gimelshein, arXiv 1805.02867).
+    """Extend a running softmax by more slots (Milakov and Gimelshein, arXiv 1805.02867).
 
-    Args: logits [rows, slots] to base 2, -inf where hidden; v [slots, D]; the rows' greatest logit, sum of
-    exponentials and weighted sum of v [rows, D] so far, in float32. Returns: the latter three.
+    Args: logits [rows, slots] to base 2, -inf where hidden; v [slots, D]; each row's greatest logit, sum of
+    exponentials and weighted sum of v [rows, D] so far, in float32. Returns: the last three, updated.
     """
     higher = tl.maximum(top, tl.max(logits, 1))
     p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
@@ -23,17 +23,17 @@ def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
 
 
 def padded(head_dim: int) -> int:
-    """Columns of a tile that holds heads of this size: a power of two that a matrix product takes."""
+    """Tile width for this head_dim: a power of two that a matrix product accepts."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a matrix product: float32 stays float32; half precision has one way only."""
+    """`input_precision` of a matrix product: float32 stays float32; for half precision it makes no difference."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def on_its_device(launch):
-    """Triton launches on the current device: make that its tensors', where layers are spread over several."""
+    """Launch on the device of the tensors: Triton uses the current device, and layers may be spread over several."""
 
     @functools.wraps(launch)
     def launch_there(*args, **kwargs):

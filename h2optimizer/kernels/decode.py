@@ -1,13 +1,14 @@
-"""A decode step over the slots: rotate and append in one kernel, then attention with the mass update in the same pass.
+"""A decode step over the slots: one kernel rotates and appends, the next computes attention and mass in one pass.
 
-The query heads of a KV head go together, so keys and values are read once. A program that has a row's KV head to itself
-keeps the logits in registers and finishes alone; where that would leave the device idle, or the slots are too many for
-it, several programs share the slots, leave logits and partial sums in memory, and a second kernel combines them (as
-FlashDecoding splits the keys: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Lengths are
-read on the device and grids follow from shapes alone, so that a CUDA graph can hold the launches.
+The query heads of a KV head are processed together, so keys and values are read once. Normally one program handles a
+row's KV head and keeps its logits in registers. If that would leave the device idle, or there are too many slots,
+several programs split the slots and write logits and partial sums to memory, and a second kernel combines them (as in
+FlashDecoding: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The launches are graph-safe:
+lengths are read on the device, and grids depend on shapes alone.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
 
-MOST_KEPT = 136  # logits that a thread can hold in registers, beside half-precision tiles, without spilling
-COMBINED = 2048  # logits that a program of the second kernel turns into mass
+MOST_KEPT = 136  # most logits that a thread can keep in registers beside half-precision tiles without spilling
+COMBINED = 2048  # logits that each program of the second kernel turns into mass
 
 
 @triton.jit
@@ -35,12 +36,31 @@ def _rotate_head(head, target, offset, inside, cos, sin, HALF: tl.constexpr):
 
 
 @triton.jit
-def _append_kernel(query, key, value, cos, sin, rotated, keys, values, lengths, stride_qb, stride_qh, stride_kb,
-                   stride_kh, stride_vb, stride_vh, stride_b, stride_h, stride_n, stride_rope, HEADS: tl.constexpr,
-                   GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROLLING: tl.constexpr):  # fmt: skip
+def _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h, stride_n, slots, HEADS: tl.constexpr,
+               RAGGED: tl.constexpr):  # fmt: skip
+    """A row's KV head: its length, where its keys and values begin, and the index of its first slot."""
+    length = tl.load(lengths + b * stride_lb + h * stride_lh)
+    b, h = b.to(tl.int64), h.to(tl.int64)
+    if RAGGED:
+        first = tl.load(offsets + h)
+        at = b * stride_b + first.to(tl.int64) * stride_n
+        first = b * slots + first
+    else:
+        at = b * stride_b + h * stride_h
+        first = (b * HEADS + h) * slots
+    return length, at, first
+
+
+@triton.jit
+def _append_kernel(query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, stride_qb, stride_qh,
+                   stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
+                   stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(lengths + b) - 1
+    length, at, first = _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h, stride_n, slots,
+                                   HEADS, RAGGED)  # fmt: skip
+    slot = length - 1
     if slot < 0:  # a row without a token of its own
         return
     offset = tl.arange(0, BD // 2)
@@ -49,17 +69,21 @@ def _append_kernel(query, key, value, cos, sin, rotated, keys, values, lengths, 
     c = tl.load(cos + turn + offset, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + turn + offset, mask=inside, other=0.0).to(tl.float32)
     for head in range(h * GROUP, (h + 1) * GROUP):
-        at = query + b * stride_qb + head * stride_qh
-        _rotate_head(at, rotated + (b * HEADS * GROUP + head) * D, offset, inside, c, s, D // 2)
+        of_head = query + b * stride_qb + head * stride_qh
+        _rotate_head(of_head, rotated + (b * HEADS * GROUP + head) * D, offset, inside, c, s, D // 2)
     key += b * stride_kb + h * stride_kh
     value += b * stride_vb + h * stride_vh
-    at_slot = b * stride_b + h.to(tl.int64) * stride_h + slot * stride_n
+    at += slot * stride_n
     whole = tl.arange(0, BD)
     if ROLLING:
-        tl.store(keys + at_slot + whole, tl.load(key + whole, mask=whole < D), mask=whole < D)
+        tl.store(keys + at + whole, tl.load(key + whole, mask=whole < D), mask=whole < D)
     else:
-        _rotate_head(key, keys + at_slot, offset, inside, c, s, D // 2)
-    tl.store(values + at_slot + whole, tl.load(value + whole, mask=whole < D), mask=whole < D)
+        _rotate_head(key, keys + at, offset, inside, c, s, D // 2)
+    v = tl.load(value + whole, mask=whole < D, other=0.0)
+    tl.store(values + at + whole, v, mask=whole < D)
+    if NORMS:
+        v = v.to(tl.float32)
+        tl.store(norms + first + slot, tl.sqrt(tl.sum(v * v)))
 
 
 @triton.jit
@@ -71,7 +95,7 @@ def _load_rows(states, stride, slot, end, offset_d, width: tl.constexpr):
 @triton.jit
 def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end, D: tl.constexpr, BH: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
-    """q·k [heads, BN] of keys that are rotated here by slot index, in float32, both halves of a head at once."""
+    """q·k [heads, BN] in float32, with keys rotated here by slot index, both halves of a head at once."""
     half = tl.arange(0, BH)
     low = _load_rows(key, stride, slot, end, half, D // 2)
     high = _load_rows(key + D // 2, stride, slot, end, half, D // 2)
@@ -88,7 +112,7 @@ def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end
 
 @triton.jit
 def _add_received(mass, count, received, slot, length, decay, COUNT: tl.constexpr):
-    """mass = mass * decay + received in place, and as much for the number of queries that could see the slot."""
+    """In place: mass = mass * decay + received, and count = count * decay + 1 for the query that sees the slot."""
     filled = slot < length
     old = tl.load(mass + slot, mask=filled, other=0.0)
     tl.store(mass + slot, old * decay + received, mask=filled)
@@ -100,7 +124,7 @@ def _add_received(mass, count, received, slot, length, decay, COUNT: tl.constexp
 @triton.jit
 def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COUNTED: tl.constexpr,
               COUNT: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """The mass of logits that were kept in registers, [TILES, G, BN], with the heads' log-sum-exps [G]."""
+    """Add the mass of logits kept in registers, [TILES, G, BN], given the heads' log-sum-exps [G]."""
     p = tl.exp2(logits - lse[None, :, None])
     p = tl.where((tl.arange(0, G) < COUNTED)[None, :, None], p, 0.0)
     slot = first_slot + tl.arange(0, TILES)[:, None] * BN + offset_n[None, :]
@@ -108,19 +132,30 @@ def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COU
 
 
 @triton.jit
-def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, logits, sums, partial, stride_qb,
-                   stride_qh, stride_b, stride_h, stride_n, stride_rope, slots, scale_log2, decay,
-                   HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr,
+def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, logits, sums, partial, offsets, shares,
+                   stride_qb, stride_qh, stride_lb, stride_lh, stride_b, stride_h, stride_n, stride_rope, batch, slots,
+                   scale_log2, decay, HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr,
                    BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
                    TILES: tl.constexpr, MORE_TILES: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
-                   ROPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """One row's KV head, or one of SPLIT shares of its slots."""
+                   ROPE: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+                   OVERLAP: tl.constexpr):  # fmt: skip
+    """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names."""
     if OVERLAP:
         gdc_launch_dependents()  # the next kernel may take its place and wait there
-    head, share = tl.program_id(0), tl.program_id(1)
-    b, h = head // HEADS, head % HEADS
-    length = tl.load(lengths + b)
-    per_share = tl.cdiv(tl.cdiv(length, SPLIT), BN) * BN
+    if RAGGED:
+        line, b = tl.program_id(0) // batch, tl.program_id(0) % batch
+        h, share = tl.load(shares + line * 3), tl.load(shares + line * 3 + 1)
+        split = tl.load(shares + line * 3 + 2)
+        part = b * (tl.num_programs(0) // batch) + line
+    else:
+        head, share, split = tl.program_id(0), tl.program_id(1), SPLIT
+        b, h = head // HEADS, head % HEADS
+        part = head * SPLIT + share
+    length, at, first = _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h, stride_n, slots,
+                                   HEADS, RAGGED)  # fmt: skip
+    if RAGGED:
+        slots = tl.load(offsets + h + 1) - tl.load(offsets + h)
+    per_share = tl.cdiv(tl.cdiv(length, split), BN) * BN
     begin = share * per_share
     end = tl.minimum(length, begin + per_share)
 
@@ -128,11 +163,11 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
     real = offset_g < GROUP
     query += b.to(tl.int64) * stride_qb + (h * GROUP + offset_g) * stride_qh
     q = tl.load(query[:, None] + offset_d[None, :], mask=real[:, None] & (offset_d < D)[None, :], other=0.0)
-    key += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    value += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    mass += head.to(tl.int64) * slots
-    count += head.to(tl.int64) * slots
-    at_logits = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots
+    key += at
+    value += at
+    mass += first
+    count += first
+    at_logits = logits + (first * GROUP + offset_g.to(tl.int64) * slots)[:, None]
 
     top = tl.full([GP], -float("inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -150,18 +185,26 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
         s = tl.where((slot < end)[None, :], s * scale_log2, -float("inf"))
         v = _load_rows(value, stride_n, slot, end, offset_d, D)
         top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION)
+        if MASS and (RAGGED or TILES == 0):
+            shown = real[:, None] & (slot < end)[None, :]
+            if TILES > 0:
+                shown = shown & (split > 1)
+            tl.store(at_logits + slot[None, :], s, mask=shown)
         if TILES > 0:
             tile = i // BN
             s = tl.sum(tl.reshape(tl.where(real[:, None], s, 0.0), [GP // G, G, BN]), 0)  # padding heads are zero
             kept = tl.where((tl.arange(0, TILES) == tile)[:, None, None], s[None, :, :], kept)
             if MORE_TILES > 0:
                 more = tl.where((tl.arange(0, MORE_TILES) + TILES == tile)[:, None, None], s[None, :, :], more)
-        elif MASS:
-            tl.store(at_logits + slot[None, :], s, mask=real[:, None] & (slot < end)[None, :])
 
-    if SPLIT == 1 and (TILES > 0 or not MASS):
+    finishes: tl.constexpr = TILES > 0 or not MASS  # a program that has a head to itself
+    if RAGGED and finishes:
+        alone = split == 1
+    else:
+        alone = SPLIT == 1 and finishes
+    if alone:
         inside = real[:, None] & (offset_d < D)[None, :]
-        at_output = output + (head * GROUP + offset_g)[:, None] * D + offset_d[None, :]
+        at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + offset_d[None, :]
         divisor = tl.where(total == 0.0, 1.0, total)  # a row without a token sees nothing: zero, not NaN
         tl.store(at_output, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
         if TILES > 0:
@@ -172,45 +215,63 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
                     mass, count, more, lse, TILES * BN, offset_n, length, decay, COUNTED, COUNT, MORE_TILES, G, BN
                 )
     else:
-        part = (head * SPLIT + share) * GROUP + offset_g
-        tl.store(sums + part * 2, top, mask=real)
-        tl.store(sums + part * 2 + 1, total, mask=real)
-        tl.store(partial + part[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
+        of_group = part * GROUP + offset_g
+        tl.store(sums + of_group * 2, top, mask=real)
+        tl.store(sums + of_group * 2 + 1, total, mask=real)
+        tl.store(partial + of_group[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
 
 
 @triton.jit
-def _combine_kernel(lengths, output, mass, count, logits, sums, partial, slots, decay, HEADS: tl.constexpr,
-                    GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr,
-                    SPLIT: tl.constexpr, BR: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """The first GROUP programs of a KV head combine one query head's output each, the others BR slots' mass each."""
-    head, block = tl.program_id(0), tl.program_id(1)
+def _combine_kernel(lengths, output, mass, count, logits, sums, partial, offsets, blocks, stride_lb, stride_lh, batch,
+                    lines, slots, decay, HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr,
+                    D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr,
+                    COUNT: tl.constexpr, RAGGED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """The first GROUP programs of a KV head combine one query head's output each, the others BR slots' mass each.
+
+    With RAGGED a line of `blocks` says which: head, block, first of its shares, and how many these are.
+    """
     share = tl.arange(0, SPLIT)
+    if RAGGED:
+        line, b = tl.program_id(0) // batch, tl.program_id(0) % batch
+        h, block = tl.load(blocks + line * 4), tl.load(blocks + line * 4 + 1)
+        split = tl.load(blocks + line * 4 + 3)
+        share += b * lines + tl.load(blocks + line * 4 + 2)
+        there = tl.arange(0, SPLIT) < split
+    else:
+        head, block = tl.program_id(0), tl.program_id(1)
+        b, h = head // HEADS, head % HEADS
+        share += head * SPLIT
+        there = share >= 0
     if OVERLAP:
         gdc_wait()  # for all that the other kernel writes
     if block < GROUP:
-        part = (head * SPLIT + share) * GROUP + block
-        top, total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
+        part = share * GROUP + block
+        top = tl.load(sums + part * 2, mask=there, other=-float("inf"))
+        total = tl.load(sums + part * 2 + 1, mask=there, other=0.0)
         weight = tl.where(total > 0.0, tl.exp2(top - tl.max(top, 0)), 0.0)
         offset_d = tl.arange(0, BD)
-        acc = tl.load(partial + part[:, None] * BD + offset_d[None, :])
+        acc = tl.load(partial + part[:, None] * BD + offset_d[None, :], mask=there[:, None], other=0.0)
         divisor = tl.sum(total * weight, 0)
         acc = tl.sum(acc * weight[:, None], 0) / tl.where(divisor == 0.0, 1.0, divisor)
-        tl.store(output + (head * GROUP + block) * D + offset_d, acc.to(output.dtype.element_ty), mask=offset_d < D)
+        at_output = output + ((b * HEADS + h) * GROUP + block) * D + offset_d
+        tl.store(at_output, acc.to(output.dtype.element_ty), mask=offset_d < D)
     else:
-        length = tl.load(lengths + head // HEADS)
+        length, _, first = _find_head(lengths, offsets, b, h, stride_lb, stride_lh, 0, 0, 0, slots, HEADS, RAGGED)
+        if RAGGED:
+            slots = tl.load(offsets + h + 1) - tl.load(offsets + h)
         offset_g = tl.arange(0, G)
         real = (offset_g < COUNTED)[:, None]
         slot = (block - GROUP) * BR + tl.arange(0, BR)
-        at = logits + (head * GROUP + offset_g).to(tl.int64)[:, None] * slots + slot[None, :]
+        at = logits + (first * GROUP + offset_g.to(tl.int64) * slots)[:, None] + slot[None, :]
         s = tl.load(at, mask=real & (slot < length)[None, :], other=-float("inf"))
-        parts = (head * SPLIT + share[None, :]) * GROUP + offset_g[:, None]
-        tops = tl.load(sums + parts * 2, mask=real, other=0.0)
-        totals = tl.load(sums + parts * 2 + 1, mask=real, other=1.0)
+        parts = share[None, :] * GROUP + offset_g[:, None]
+        tops = tl.load(sums + parts * 2, mask=real & there[None, :], other=-float("inf"))
+        totals = tl.load(sums + parts * 2 + 1, mask=real & there[None, :], other=0.0)
         highest = tl.max(tops, 1)
-        lse = highest + tl.log2(tl.sum(totals * tl.exp2(tops - highest[:, None]), 1))
+        weights = tl.where(totals > 0.0, tl.exp2(tops - highest[:, None]), 0.0)
+        lse = highest + tl.log2(tl.sum(totals * weights, 1))
         received = tl.sum(tl.where(real, tl.exp2(s - lse[:, None]), 0.0), 0)
-        row = head.to(tl.int64) * slots
-        _add_received(mass + row, count + row, received, slot, length, decay, COUNT)
+        _add_received(mass + first, count + first, received, slot, length, decay, COUNT)
 
 
 @functools.cache
@@ -220,7 +281,7 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
-    """Whether the second kernel can be launched while the first one runs (programmatic dependent launch)."""
+    """Whether the second kernel can launch while the first one runs (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -235,31 +296,81 @@ def append(
     values: torch.Tensor,
     lengths: torch.Tensor,
     rolling: bool,
+    norms: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate a decode step's queries and keys, the same arithmetic as apply_rotary_pos_emb, and append to the slots.
 
     Args:
         query, key, value: [B, Hq or Hkv, 1, D], not rotated; D contiguous and even.
         cos, sin: [1 or B, D] at the rows' positions, the same in both halves of D; with `rolling` [slots, D] by slot.
-        keys, values: [B, Hkv, slots, D], same dtype and strides: slot lengths[b] - 1 of row b is written.
-        lengths: int32 [B], the new slot included; 0 where a row has no token to append.
+        keys, values: [B, Hkv, slots, D], or [B, slots of all heads, D] with `offsets`; same dtype and strides. Slot
+            lengths[b, h] - 1 of a head is written.
+        lengths: int32 [B] or [B, Hkv], the new slot included; 0 where a row has no token to append.
         rolling: append the keys unrotated, and rotate the queries by their slot.
+        norms: float32, as keys without D: takes the L2 norm of the values.
+        offsets: int32 [Hkv + 1], where each head's slots begin, if heads have capacities of their own.
 
     Returns: the queries, rotated, [B, Hq, 1, D].
     """
     batch, q_heads, _, dim = query.shape
-    heads = keys.shape[1]
+    heads, ragged = key.shape[1], offsets is not None
     rotated = query.new_empty(batch, q_heads, 1, dim)
     stride_rope = cos.stride(0) if len(cos) > 1 else 0
     assert keys.stride() == values.stride() and cos.stride() == sin.stride()
     assert all(states.stride(-1) == 1 for states in (query, key, value, keys, cos))
     _append_kernel[batch, heads](
-        query, key, value, cos, sin, rotated, keys, values, lengths, *query.stride()[:2], *key.stride()[:2],
-        *value.stride()[:2], *keys.stride()[:3], stride_rope, HEADS=heads, GROUP=q_heads // heads, D=dim,
-        BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling, num_warps=1 if dim <= 128 else 2,
+        query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, *query.stride()[:2],
+        *key.stride()[:2], *value.stride()[:2], *_of_heads(lengths), *_slot_strides(keys), stride_rope, keys.shape[-2],
+        HEADS=heads, GROUP=q_heads // heads, D=dim, BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling,
+        NORMS=norms is not None, RAGGED=ragged, num_warps=1 if dim <= 128 else 2,
         enable_fp_fusion=False,  # a product and a sum as one would round once where torch rounds twice
     )  # fmt: skip
     return rotated
+
+
+def _of_heads(lengths: torch.Tensor) -> tuple[int, int]:
+    """Strides of lengths [B] or [B, Hkv] over rows and heads."""
+    return (lengths.stride(0), lengths.stride(1) if lengths.ndim > 1 else 0)
+
+
+def _slot_strides(keys: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of slots over rows, heads (0 if they lie one after the other in a row) and slots."""
+    return keys.stride()[:3] if keys.ndim == 4 else (keys.stride(0), 0, keys.stride(1))
+
+
+class Shares(NamedTuple):
+    """How programs divide the heads of a layer, whose capacities differ. Tables on the device, int32."""
+
+    longest: int  # slots of a share
+    shares: torch.Tensor  # [n, 3]: head, its share, and how many it has; the longest first
+    most: int  # shares of a head
+    blocks: torch.Tensor  # [m, 4]: what `_combine_kernel` needs
+
+
+@functools.cache
+def _divide(
+    capacities: tuple[int, ...], batch: int, group: int, block: int, all_combined: bool, mass: bool, device
+) -> Shares:
+    """Shares of about equal length that fill the device, none longer than the mean head; a short head has one."""
+    total = sum(capacities)
+    longest = triton.cdiv(total * batch, 2 * _processors(device) * 64) * 64
+    longest = min(max(longest, 64), triton.cdiv(total, len(capacities) * 64) * 64)
+    longest = max(longest, triton.cdiv(max(capacities), 64 * 64) * 64)  # 64 shares of a head at most
+    heads = sorted(range(len(capacities)), key=lambda h: -capacities[h])
+    split = {h: triton.cdiv(capacities[h], longest) for h in heads}
+    heads.sort(key=lambda h: -capacities[h] / split[h])
+    shares = [(h, share, split[h]) for h in heads for share in range(split[h])]
+    first = {h: line for line, (h, share, _) in enumerate(shares) if share == 0}
+    blocks = [
+        (h, i, first[h], split[h])
+        for h in heads
+        if split[h] > 1 or all_combined
+        for i in range(group + (triton.cdiv(capacities[h], block) if mass else 0))
+    ]
+    tables = (torch.tensor(table, dtype=torch.int32).to(device) for table in (shares, blocks))
+    shares, blocks = tables
+    return Shares(longest, shares, max(split.values()), blocks)
 
 
 @on_its_device
@@ -275,65 +386,83 @@ def decode_attention(
     decay: float = 1.0,
     first_head: bool = False,
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    offsets: torch.Tensor | None = None,
+    capacities: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Softmax attention of one query per row over the row's slots; adds to the slots' mass in place.
 
     Args:
         query: [B, Hq, 1, D], float32, float16 or bfloat16, rotated; D at most 256.
-        keys, values: [B, Hkv, slots, D], same dtype and strides, D contiguous; nothing past a row's length is used.
-        lengths: int32 [B]: filled slots of each row, the query's own included; 0 where a row has no query: its mass
+        keys, values: [B, Hkv, slots, D], or [B, slots of all heads, D] with `offsets`; same dtype and strides, D
+            contiguous; nothing past a row's length is used.
+        lengths: int32 [B] or [B, Hkv]: filled slots, the query's own included; 0 where a row has no query: its mass
             stays as it is, its output is zero.
         scaling: of q·k.
-        mass: float32 [B, Hkv, slots], contiguous: mass = mass * decay + probability, summed over a group's query heads.
+        mass: float32, as keys without D, contiguous: mass = mass * decay + probability, summed over a group's query
+            heads.
         count: as mass: count = count * decay + 1.
         first_head: take mass from the first query head of each group only.
         rope: cos and sin [longest row or more, D] by slot index, the same in both halves of D, to rotate the keys with.
+        offsets, capacities: where the slots of each KV head begin, int32 [Hkv + 1], and how many they are, if heads
+            have capacities of their own.
 
     Returns: [B, Hq, 1, D]. Where two kernels are needed, what passes between them is allocated at each call.
     """
     batch, q_heads, _, dim = query.shape
-    heads, slots = keys.shape[1:3]
+    ragged = offsets is not None
+    heads = len(capacities) if ragged else keys.shape[1]
+    slots = keys.shape[-2]  # of a head, or of all heads of a row
     group = q_heads // heads
     width = padded(dim) if rope is None else 2 * padded(dim // 2)
     group_width, programs = triton.next_power_of_2(group), batch * heads
-    split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
-    split = min(split, triton.next_power_of_2(triton.cdiv(slots, 64) + 1) // 2)
-    of_a_thread = triton.cdiv(slots * group_width, 32 * 4)  # logits, when four warps keep them
-    keeping = split == 1 and mass is not None and of_a_thread <= MOST_KEPT and query.element_size() == 2
-    alone = split == 1 and (mass is None or keeping)
+    block = max(16, COMBINED // group_width)
+    halves = query.element_size() == 2
+    plan, split = None, 1
+    if ragged:
+        plan = _divide(capacities, batch, group, block, mass is not None and not halves, mass is not None, query.device)
+        longest, split = plan.longest, triton.next_power_of_2(plan.most)
+    else:
+        split = min(triton.next_power_of_2(triton.cdiv(_processors(query.device), programs)), 64)
+        split = min(split, triton.next_power_of_2(triton.cdiv(slots, 64) + 1) // 2)
+        longest = slots
+    of_a_thread = triton.cdiv(longest * group_width, 32 * 4)  # logits, when four warps keep them
+    keeping = (ragged or split == 1) and mass is not None and of_a_thread <= MOST_KEPT and halves
+    alone = len(plan.blocks) == 0 if ragged else split == 1 and (mass is None or keeping)
     small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps: more programs at once
     tile = 32 if small or rope is not None else 64  # tiles of cosines and sines take shared memory too
     tile = max(16, min(tile, 16384 // (width * query.element_size())))
-    tiles = triton.cdiv(slots, tile)
+    tiles = triton.cdiv(longest, tile)
     kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
     more = triton.next_power_of_2(tiles - kept) if keeping and tiles > kept else 0
     overlap = not alone and _overlaps(query.device)
-    assert keys.stride() == values.stride() and keys.stride(3) == 1 and query.stride(3) == 1
+    assert keys.stride() == values.stride() and keys.stride(-1) == 1 and query.stride(3) == 1
 
     output = query.new_empty(batch, q_heads, 1, dim)
     logits = sums = partial = output  # not used
+    lines = len(plan.shares) if ragged else heads * split
     if not alone:
-        parts = (batch, heads, split, group)
+        parts = (batch, lines, group)
         sums = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
         partial = torch.empty(*parts, width, dtype=torch.float32, device=query.device)
         if mass is not None:
-            logits = torch.empty(batch, q_heads, slots, dtype=torch.float32, device=query.device)
+            logits = torch.empty(mass.numel() * group, dtype=torch.float32, device=query.device)
     added = (output if mass is None else mass, output if count is None else count)
     cos, sin = (output, output) if rope is None else rope
     shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=width,
-                 G=group_width, SPLIT=split, COUNT=count is not None)  # fmt: skip
-    _decode_kernel[programs, split](
-        query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, query.stride(0), query.stride(1),
-        *keys.stride()[:3], cos.stride(0), slots, scaling * LOG2_E.value, float(decay),
+                 G=group_width, SPLIT=split, COUNT=count is not None, RAGGED=ragged)  # fmt: skip
+    _decode_kernel[(batch * lines,) if ragged else (programs, split)](
+        query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, offsets,
+        plan.shares if ragged else None, query.stride(0), query.stride(1), *_of_heads(lengths), *_slot_strides(keys),
+        cos.stride(0), batch, slots, scaling * LOG2_E.value, float(decay),
         **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
         ROPE=rope is not None, PRECISION=precision(query.dtype),
         OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
     )  # fmt: skip
     if not alone:
-        block = max(16, COMBINED // group_width)
         blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
-        _combine_kernel[programs, blocks](
-            lengths, output, *added, logits, sums, partial, slots, float(decay), **shape, BR=block, OVERLAP=overlap,
+        _combine_kernel[(batch * len(plan.blocks),) if ragged else (programs, blocks)](
+            lengths, output, *added, logits, sums, partial, offsets, plan.blocks if ragged else None,
+            *_of_heads(lengths), batch, lines, slots, float(decay), **shape, BR=block, OVERLAP=overlap,
             num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return output
@@ -347,7 +476,10 @@ def run_decode_step(
     values: torch.Tensor,
     mass: torch.Tensor | None,
     count: torch.Tensor | None,
+    norms: torch.Tensor | None,
     lengths: torch.Tensor,
+    offsets: torch.Tensor | None,
+    capacities: list[int],
     scaling: float,
     decay: float,
     first_head: bool,
@@ -359,30 +491,35 @@ def run_decode_step(
         projected: query, key and value [B, 1, heads * D], or one [B, 1, all of them].
         cos, sin: [1 or B, 1, D] at the rows' positions, or [1, slots, D] when rolling.
         mass, count: added to where they are given.
+        norms: written where they are given.
+        lengths: [B, Hkv].
         The others are those of the two.
 
     Returns: [B, 1, Hq * D].
     """
-    batch, heads, _, dim = keys.shape
+    batch, heads = lengths.shape
+    dim = keys.shape[-1]
     if len(projected) == 1:
         size = heads * dim
         projected = projected[0].split([projected[0].shape[-1] - 2 * size, size, size], dim=-1)
     query, key, value = (states.view(batch, 1, -1, dim).transpose(1, 2) for states in projected)
     cos, sin = (table[0] if rolling else table[:, 0] for table in (cos, sin))
-    rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling)
+    rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling, norms, offsets)
     added = {} if mass is None else dict(mass=mass, count=count, decay=decay)
-    rope = (cos, sin) if rolling else None
-    output = decode_attention(rotated, keys, values, lengths, scaling, rope=rope, first_head=first_head, **added)
+    output = decode_attention(
+        rotated, keys, values, lengths, scaling, rope=(cos, sin) if rolling else None, first_head=first_head,
+        offsets=offsets, capacities=tuple(capacities), **added,
+    )  # fmt: skip
     return output.view(batch, 1, -1)
 
 
 # the same as one operator, which torch.compile takes as it is
 decode_step = torch.library.custom_op(
-    "h2optimizer::decode_step", run_decode_step, mutates_args=("keys", "values", "mass", "count")
+    "h2optimizer::decode_step", run_decode_step, mutates_args=("keys", "values", "mass", "count", "norms")
 )
 
 
 @decode_step.register_fake
-def _(projected, cos, sin, keys, *args):
-    size = projected[0].shape[-1]
-    return projected[0].new_empty(len(keys), 1, size if len(projected) > 1 else size - 2 * keys[0, :, 0].numel())
+def _(projected, cos, sin, keys, values, mass, count, norms, lengths, *args):
+    size, of_keys = projected[0].shape[-1], lengths.shape[1] * keys.shape[-1]
+    return projected[0].new_empty(len(keys), 1, size if len(projected) > 1 else size - 2 * of_keys)

@@ -1,4 +1,4 @@
-"""The gated activation of a decode step's MLP in one launch, from gate and up as one product leaves them."""
+"""The gated activation of a decode step's MLP in one launch, from the merged output of gate and up."""
 
 import torch
 import triton
@@ -28,7 +28,7 @@ def run_silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     return output
 
 
-# As an operator, torch.compile leaves it alone: fused into the product that follows, it would run for every weight.
+# A custom operator keeps torch.compile from fusing it into the next product, where it would run for every weight.
 silu_and_multiply = torch.library.custom_op("h2optimizer::silu_and_multiply", run_silu_and_multiply, mutates_args=())
 
 

@@ -1,9 +1,9 @@
-"""Attention of many queries over slots and new tokens, and the mass that they give to each, in memory linear in both.
+"""Attention of many queries over slots and new tokens, and the mass that each receives, in memory linear in both.
 
-Query column i of row b stands at slot starts[b] + i and sees the slots up to there; of a row's columns the first new[b]
-are real. The output and log-sum-exp come from whichever kernel is fastest; the mass, column sums of exp(q·k * scaling -
-lse), takes one pass of tiles more, as in the backward pass of FlashAttention-2 (Dao, arXiv 2307.08691), which needs no
-atomics because a program keeps its tile of keys and walks over the queries.
+Query column i of row b sits at slot starts[b] + i and sees all slots up to it; the first new[b] columns of a row are
+real. Output and log-sum-exp come from the fastest kernel available. The mass, column sums of exp(q·k * scaling - lse),
+takes one more pass over tiles, as in the backward pass of FlashAttention-2 (Dao, arXiv 2307.08691). It needs no atomics
+because each program keeps its tile of keys and walks over the queries.
 """
 
 import torch
@@ -17,7 +17,7 @@ from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_upd
 @triton.jit
 def _mass_tile(query, keys_t, lse, qb, qh, i, offset_n, start, end, scale_log2, MASKED: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Probabilities of queries i … i + BM and a tile of keys, rows r and r + 8 (one thread's) added: [BM/16, 8, BN]."""
+    """Probabilities of queries [i, i + BM) and a tile of keys, adding rows r and r + 8 of a thread: [BM/16, 8, BN]."""
     columns = i + tl.arange(0, BM)
     q = query.load([qb, qh, i, 0]).reshape(BM, BD)
     if MASKED:
@@ -43,8 +43,8 @@ def _mass_kernel(query, key, lse, spans, mass, batch, columns, width, blocks, sc
     lse += (b * HEADS * GROUP + q_head).to(tl.int64) * columns
     offset_n = block * BN + tl.arange(0, BN)
     keys_t = tl.trans(key.load([b, h, block * BN, 0]).reshape(BN, BD))
-    # Queries before `begin` see none of the keys, those from `whole` on see all; the masked tiles also take what is
-    # left over when the others are full.
+    # Queries before `begin` see none of the keys; queries from `whole` on see all. Masked tiles also take the
+    # remainder, so that all unmasked tiles are full.
     begin = tl.maximum(first, block * BN - start)
     whole = tl.minimum(new, tl.maximum(begin, block * BN + BN - 1 - start))
     middle = whole + tl.maximum(new - whole, 0) % BM
@@ -74,7 +74,7 @@ def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blo
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    seen_by_all = (start + tl.minimum(block * BM + 1, new)) // BN * BN  # whole tiles that every query sees
+    seen_by_all = (start + tl.minimum(block * BM + 1, new)) // BN * BN  # slots of full tiles that every query sees
     visible = start + tl.minimum(new, block * BM + BM)
     for j in range(0, seen_by_all, BN):
         k = key.load([b, h, j, 0]).reshape(BN, BD)
@@ -88,7 +88,7 @@ def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blo
         sees = (slot[None, :] <= start + column[:, None]) & (slot < start + new)[None, :]
         logits = tl.where(sees, logits, -float("inf"))
         v = value.load([b, h, j, 0]).reshape(BN, BD)
-        v = tl.where((slot < start + new)[:, None], v, 0.0)  # what stands past the row's end may be NaN
+        v = tl.where((slot < start + new)[:, None], v, 0.0)  # values past the row's end may be NaN
         top, total, acc = online_softmax_update(logits, v, top, total, acc, PRECISION)
     output += b.to(tl.int64) * stride_b + q_head * D
     at = output + column[:, None].to(tl.int64) * stride_n + offset_d[None, :]
@@ -100,21 +100,21 @@ def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blo
 
 
 def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
-    """states [B, H, n, D] for loads of [rows, D], zeros past n and past D up to a power of two."""
+    """A descriptor of states [B, H, n, D] for loads of [rows, D], zero past n and past D up to a power of two."""
     if states.stride(3) != 1 or any(s * states.itemsize % 16 for s in states.stride()[:3]) or states.data_ptr() % 16:
-        states = states.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a misaligned one
+        states = states.clone(memory_format=torch.contiguous_format)  # contiguous() would not fix misalignment
     return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, padded(states.shape[3])])
 
 
 def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
-    """Queries and slots of a tile, and launch options: what was fastest on an H200; elsewhere, what spills least."""
-    if query.dtype == torch.float32:  # not on tensor cores: operands are in registers
+    """Queries and slots per tile, and launch options: the fastest on an H200; elsewhere, those that spill least."""
+    if query.dtype == torch.float32:  # no tensor cores, so operands are in registers
         return 16, 16, dict(num_warps=4, num_stages=2)
     if query.shape[-1] > 128:
         return (64, 64, dict(num_warps=4, num_stages=3)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
     if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
         return (64, 128, dict(num_warps=8, num_stages=2)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
-    # For the mass three programs a processor, 168 registers each, hide each other's waits.
+    # Mass: three programs per multiprocessor, at 168 registers a thread, hide each other's latency.
     return (
         (64, 128, dict(num_warps=4, num_stages=3, maxnreg=168)) if mass else (64, 64, dict(num_warps=4, num_stages=3))
     )
@@ -129,11 +129,11 @@ def attention_with_lse(
     Args:
         query: [B, Hq, columns, D], float32, float16 or bfloat16, D at most 256 and a multiple of 16 bytes.
         key, value: [B, Hkv, width, D], same dtype.
-        spans: int32 [2 or more, B]: slots that each row holds before its new tokens, and how many of those it has.
+        spans: int32 [2 or more, B]: each row's slots before its new tokens, and its number of new tokens.
         scaling: of q·k.
 
-    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens the output
-    is finite where the states are, both are of no use.
+    Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens both are meaningless,
+    but the output is finite if the states are.
     """
     batch, q_heads, columns, dim = query.shape
     output = query.new_empty(batch, columns, q_heads, dim)
@@ -152,13 +152,13 @@ def attention_with_lse(
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, scaling: float, first_head: bool
 ) -> torch.Tensor:
-    """The probability that each slot receives from a forward's queries, summed over them and a group's query heads.
+    """The mass of each slot: its probability summed over a forward's queries and a group's query heads.
 
     Args:
         query: [B, Hq, columns, D], float32, float16 or bfloat16, D at most 256 and a multiple of 16 bytes.
         key: [B, Hkv, width, D], same dtype.
         lse: [B, Hq, columns] float32, contiguous: natural log-sum-exp of each query's scaled logits.
-        spans: int32 [3, B]: slots before a row's new tokens, its new tokens, and the first of them that is counted.
+        spans: int32 [3, B]: each row's slots before its new tokens, their number, and the first one counted.
         scaling: of q·k.
         first_head: count the first query head of each group only.
 

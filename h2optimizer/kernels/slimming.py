@@ -1,12 +1,13 @@
-"""Slimming in two launches: `select` picks the slots that stay, `compact` moves their keys and values.
+"""Slimming in two launches: `select` picks the slots to keep, `compact` moves their keys and values.
 
-Neither waits for the device nor reads a length on the host, and after a decode step their arguments and grids are the
-same every time: a CUDA graph can hold them. `kept` int32 [B, Hkv, window_length + 1] passes from one to the other: the
-slots to keep, ascending, and in the last column how many of them stay where they are. `mirror` int32 [2, B] holds each
-row's length and the tokens that it has seen.
+Neither waits for the device or reads a length on the host, and after a decode step their arguments and grids never
+change, so both are graph-safe. `select` passes `kept` int32 [B, Hkv, window_length + 1] to `compact`: the slots to
+keep, ascending, and in the last column the number of them that stay in place. `mirror` int32 [2, B] holds each row's
+length and tokens seen.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,10 +16,18 @@ import triton.language as tl
 from h2optimizer.kernels.common import on_its_device
 
 RANKS = ("mass", "mean", "random", "oldest", "order")
-MAX_SLOTS = 4096  # of a source that `select` can rank: one tile, in registers
-PROGRAMS = 512  # that `compact` splits heads for, about four for each multiprocessor of a large GPU
-LEAST_BYTES = 32  # of a row that one program moves: a sector of memory
-TILE_BYTES = 8192  # of a tile, for 4 warps; where programs are few, tiles of four times that for 8
+MAX_SLOTS = 8192  # most slots that `select` can rank: one tile in registers
+PROGRAMS = 512  # `compact` splits heads to reach this many, about four per multiprocessor of a large GPU
+LEAST_BYTES = 32  # least bytes of a slot that one program moves: a memory sector
+TILE_BYTES = 8192  # bytes of a tile with 4 warps; with few programs, four times that with 8 warps
+
+
+class Heads(NamedTuple):
+    """Heads of a layer with windows of their own, whose slots lie one after the other."""
+
+    offsets: torch.Tensor  # int32 [Hkv + 1]: where each head's slots begin
+    split: torch.Tensor  # int32 [2, Hkv]: heavy and recent slots
+    longest: int  # capacity of a head
 
 
 @on_its_device
@@ -36,35 +45,43 @@ def select(
     rank: str,
     salt: int = 0,
     move: bool = True,
-    order: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    norms: torch.Tensor | None = None,
+    source_norms: torch.Tensor | None = None,
+    heads: Heads | None = None,
 ) -> None:
-    """Write to `kept` the `recent` newest slots of each row and, of the older ones, the `heavy` that rank first.
+    """Write to `kept` each row's `recent` newest slots and, of the older ones, the `heavy` best-ranked.
 
-    A row that is no longer than heavy + recent keeps its slots where they are. With `move`, positions, mass and count
-    of the kept slots come to the front; past them mass and count become zero, and positions those of the next tokens.
+    A row no longer than heavy + recent keeps its slots in place. With `move`, the positions, mass and count of kept
+    slots move to the front. Behind them, mass and count become zero and positions become those of the next tokens.
 
     Args:
-        positions: int32 [B, Hkv, capacity]; a position past the row's end is that of the token to come.
-        mass, count: float32 [B, Hkv, capacity], None where nothing is ranked by them, be it by the caller.
+        positions: int32 [B, Hkv, capacity]; past a row's end, the positions of the tokens to come.
+        mass, count: float32 [B, Hkv, capacity]; None if neither `rank` nor the caller's policy uses them.
         source_mass, source_count: float32 [B, Hkv, width], contiguous; may be `mass` and `count` themselves.
-        width: slots that the source holds; neither that nor the capacity is more than MAX_SLOTS.
-        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Of
-            equal slots the older is kept, NaN ranks above everything.
-        salt: any integer, of which the low 32 bits count.
-        order: float32 [B, Hkv, width], contiguous: the scores that rank "order" goes by, the greatest kept. None
-            otherwise.
+        width: slots of the source; at most MAX_SLOTS, like the capacity.
+        rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Ties
+            keep the older slot; NaN ranks above everything.
+        salt: any integer; only its low 32 bits are used.
+        scores: float32 [B, Hkv, width], contiguous, that rank "order" goes by, the greatest kept. None otherwise.
+        norms, source_norms: as mass: rank "mass" or "mean" is multiplied by them. None where nothing ranks by them.
+        heads: if heads have windows of their own. Then positions, mass, count, norms and `kept` are [B, all slots],
+            `mirror` has a column for each head of each row, and heavy and recent are not read.
 
     Raises: ValueError for an unknown rank, or scores without rank "order", or that rank without scores.
     """
-    if rank not in RANKS or (rank == "order") != (order is not None):
+    if rank not in RANKS or (rank == "order") != (scores is not None):
         raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
-    batch, heads, capacity = positions.shape
-    tile = triton.next_power_of_2(max(width, capacity))
-    _select[(batch * heads,)](
-        positions, mass, count, source_mass, source_count, order, mirror, kept,
-        batch, heads, width, capacity, kept.shape[2], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
-        RANK=rank, MASS=mass is not None, COUNT=count is not None, MOVE=move, TILE=tile,
-        num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+    batch, capacity = len(positions), positions.shape[-1]
+    count_heads, longest = (positions.shape[1], capacity) if heads is None else (len(heads.offsets) - 1, heads.longest)
+    tile = triton.next_power_of_2(max(width, longest))
+    _select[(batch * count_heads,)](
+        positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept,
+        None if heads is None else heads.offsets, None if heads is None else heads.split,
+        batch, count_heads, width, capacity, kept.shape[-1], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
+        RANK=rank, MASS=mass is not None, COUNT=count is not None, NORMS=norms is not None, MOVE=move, TILE=tile,
+        IN_PLACE=source_mass is mass, RAGGED=heads is not None, num_warps=min(16, max(1, tile // 256)), num_stages=1,
+        maxnreg=128,
     )  # fmt: skip
 
 
@@ -84,20 +101,27 @@ def compact(
     mirror: torch.Tensor,
     kept: torch.Tensor,
     window: int,
+    heads: Heads | None = None,
 ) -> None:
-    """Bring the kept slots of the source, at most `window` a row, to the front of keys and values.
+    """Move the kept slots of the source, at most `window` per row, to the front of keys and values.
 
     Args:
-        keys, values: [B, Hkv, capacity, D], contiguous, any dtype; 16-byte accesses where D is a multiple of 8.
+        keys, values: [B, Hkv, capacity, D], or [B, all slots, D] with `heads`; contiguous, any dtype; 16-byte accesses
+            where D is a multiple of 8.
         source_keys, source_values: [B, Hkv, width, D] with contiguous heads; keys and values themselves, or
             tensors that share no memory with them.
+        heads: as in `select`; `window` is then the largest.
     """
-    batch, heads, capacity, head_dim = keys.shape
-    chunk, slots, warps = _tiling(batch * heads, head_dim, keys.itemsize, window)
-    _compact[(batch * heads * 2 * triton.cdiv(head_dim, chunk),)](
-        keys, values, source_keys, source_values, mirror, kept, heads, capacity, kept.shape[2], window,
-        *source_keys.stride()[:3], *source_values.stride()[:3],
-        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=source_keys is keys, num_warps=warps, num_stages=1,
+    batch, capacity, head_dim = len(keys), keys.shape[-2], keys.shape[-1]
+    count_heads = keys.shape[1] if heads is None else len(heads.offsets) - 1
+    chunk, slots, warps = _tiling(batch * count_heads, head_dim, keys.itemsize, window)
+    in_place = source_keys is keys
+    strides = (0,) * 6 if in_place else (*source_keys.stride()[:3], *source_values.stride()[:3])
+    _compact[(batch * count_heads * 2 * triton.cdiv(head_dim, chunk),)](
+        keys, values, source_keys, source_values, mirror, kept, None if heads is None else heads.offsets,
+        None if heads is None else heads.split, count_heads, capacity, kept.shape[-1], window, *strides,
+        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=in_place, RAGGED=heads is not None, num_warps=warps,
+        num_stages=1,
     )  # fmt: skip
 
 
@@ -112,27 +136,52 @@ def _tiling(rows: int, head_dim: int, itemsize: int, window: int) -> tuple[int, 
     return chunk, min(slots, triton.next_power_of_2(max(1, window))), 8 if few else 4
 
 
+@triton.jit
+def _of_head(mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride,
+             RAGGED: tl.constexpr):  # fmt: skip
+    """A row's KV head: length, tokens seen, heavy and recent slots, first slot, capacity, and its part of `kept`."""
+    if RAGGED:
+        length, seen = tl.load(mirror + row), tl.load(mirror + batch * heads + row)
+        heavy, recent = tl.load(split + head), tl.load(split + heads + head)
+        begin = tl.load(offsets + head)
+        first = batch_row.to(tl.int64) * capacity + begin
+        at_kept = first
+        capacity = tl.load(offsets + head + 1) - begin
+        kept_stride = heavy + recent + 1
+    else:
+        length, seen = tl.load(mirror + batch_row), tl.load(mirror + batch + batch_row)
+        first = row.to(tl.int64) * capacity
+        at_kept = row.to(tl.int64) * kept_stride
+    return length, seen, heavy, recent, first, capacity, at_kept, kept_stride
+
+
 @triton.jit(do_not_specialize=["batch", "heads", "width", "capacity", "kept_stride", "heavy", "recent", "salt"])
 def _select(
-    positions, mass, count, source_mass, source_count, scores, mirror, kept,
+    positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept, offsets, split,
     batch, heads, width, capacity, kept_stride, heavy, recent, salt,
-    RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, MOVE: tl.constexpr, TILE: tl.constexpr,
+    RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, NORMS: tl.constexpr, MOVE: tl.constexpr,
+    TILE: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch_row, head = row // heads, row % heads
-    kept += row.to(tl.int64) * kept_stride
-    length, seen = tl.load(mirror + batch_row), tl.load(mirror + batch + batch_row)
+    length, seen, heavy, recent, first, capacity, at_kept, kept_stride = _of_head(
+        mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride, RAGGED
+    )
+    kept += at_kept
     window = heavy + recent
     slot = tl.arange(0, TILE)
     filled = slot < length
-    row, source = row.to(tl.int64) * capacity, row.to(tl.int64) * width
-    # Tokens past the capacity are all new, their positions follow from their slots.
-    position = tl.load(positions + row + slot, mask=slot < capacity, other=0)
+    row = row.to(tl.int64)
+    source = first if IN_PLACE else row * width
+    # Tokens past the capacity are all new, so their positions follow from their slots.
+    position = tl.load(positions + first + slot, mask=slot < capacity, other=0)
     position = tl.where(slot < capacity, position, seen - length + slot)
     if MASS:
         slot_mass = tl.load(source_mass + source + slot, mask=filled, other=0.0)
     if COUNT:
         slot_count = tl.load(source_count + source + slot, mask=filled, other=0.0)
+    if NORMS:
+        slot_norm = tl.load(source_norms + source + slot, mask=filled, other=0.0)
 
     keep = filled
     if length > window:
@@ -143,12 +192,15 @@ def _select(
             if RANK == "random":
                 order = _hash(position, head, salt)
             elif RANK == "order":
-                order = _order(tl.load(scores + source + slot, mask=filled, other=0.0))
-            elif RANK == "mean":
-                order = _order(tl.div_rn(slot_mass, tl.maximum(slot_count, 1.1754943508222875e-38)))
+                order = _order(tl.load(scores + row * width + slot, mask=filled, other=0.0))
             else:
-                order = _order(slot_mass)
+                score = slot_mass
+                if RANK == "mean":
+                    score = tl.div_rn(score, tl.maximum(slot_count, 1.1754943508222875e-38))
+                order = _order(score * slot_norm if NORMS else score)
             best = _greatest(tl.where(older, order, -0x80000000), heavy)
+            if RAGGED:
+                best = best & (heavy > 0)
         keep = best | (filled & (slot >= length - recent))
 
     kept_slots = tl.minimum(length, window)
@@ -158,17 +210,19 @@ def _select(
     tl.store(kept + kept_stride - 1, tl.sum((keep & (to == slot)).to(tl.int32)))
     if MOVE:
         tail = (slot >= kept_slots) & (slot < capacity)
-        tl.debug_barrier()  # every thread has its part of the row in registers: the row may be overwritten
-        _put(positions + row, position, to, keep, slot, seen - kept_slots + slot, tail)
+        tl.debug_barrier()  # every thread has read its part of the row, which may now be overwritten
+        _put(positions + first, position, to, keep, slot, seen - kept_slots + slot, tail)
         if MASS:
-            _put(mass + row, slot_mass, to, keep, slot, 0.0, tail)
+            _put(mass + first, slot_mass, to, keep, slot, 0.0, tail)
         if COUNT:
-            _put(count + row, slot_count, to, keep, slot, 0.0, tail)
+            _put(count + first, slot_count, to, keep, slot, 0.0, tail)
+        if NORMS:
+            _put(norms + first, slot_norm, to, keep, slot, 0.0, tail)
 
 
 @triton.jit
 def _order(score):
-    """int32 that compare as float32 scores do, with -0.0 equal to 0.0 and every NaN above everything."""
+    """int32 that compare like the float32 scores, with -0.0 equal to 0.0 and every NaN above everything."""
     bits = score.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     order = tl.where(bits < 0, -magnitude, magnitude)
@@ -177,7 +231,7 @@ def _order(score):
 
 @triton.jit
 def _hash(position, head, salt):
-    """int32 below 2**24, a fixed pseudo-random number for each token and head: the cache's `random_priority`."""
+    """int32 below 2**24, a fixed pseudo-random number per token and head: `random_priority` of utils/policies.py."""
     x = position.to(tl.uint32) * 0x9E3779B1 + (head.to(tl.uint32) * 0xC2B2AE3D + salt.to(tl.uint32))
     x = (x ^ (x >> 16)) * 0x45D9F3B
     x = (x ^ (x >> 16)) * 0x45D9F3B
@@ -186,9 +240,9 @@ def _hash(position, head, salt):
 
 @triton.jit
 def _greatest(order, n):
-    """The n >= 1 greatest of at least n int32 above -2**31, of equal ones those that come first: bool."""
-    # Bit by bit from the sign on, the greatest threshold that n reach: the n-th greatest itself. One that exactly n
-    # reach does as well, and is found after about half the bits unless the n-th has ties.
+    """Mask of the n >= 1 greatest of at least n int32 above -2**31; ties go to those that come first."""
+    # Find, bit by bit from the sign down, the greatest threshold that at least n values reach: the n-th greatest. Any
+    # threshold that exactly n values reach also works, and unless the n-th has ties, half the bits suffice to find one.
     reach = tl.sum((order >= 0).to(tl.int32))
     threshold = tl.where(reach >= n, 0, -0x80000000)
     reach = tl.where(reach >= n, reach, 0x7FFFFFFF)
@@ -205,29 +259,35 @@ def _greatest(order, n):
 
 @triton.jit
 def _put(row, value, to, keep, slot, tail_value, tail):
-    """Scatter the kept slots' values to the front of a row and fill up its tail."""
+    """Scatter the kept slots' values to the front of a row, and fill its tail."""
     tl.store(row + to, value, mask=keep)
     tl.store(row + slot, tail_value, mask=tail)
 
 
 @triton.jit(do_not_specialize=["heads", "capacity", "kept_stride", "window"])
 def _compact(
-    keys, values, source_keys, source_values, mirror, kept, heads, capacity, kept_stride, window,
+    keys, values, source_keys, source_values, mirror, kept, offsets, split, heads, capacity, kept_stride, window,
     key_row, key_head, key_slot, value_row, value_head, value_slot,
-    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (D + CHUNK - 1) // CHUNK
     row, part = tl.program_id(0) // (2 * chunks), tl.program_id(0) % (2 * chunks)
-    batch_row, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    end = tl.minimum(tl.load(mirror + batch_row), window)
-    kept += row.to(tl.int64) * kept_stride
+    batch_row, head = row // heads, row % heads
+    length, _, heavy, recent, slot, capacity, at_kept, kept_stride = _of_head(
+        mirror, offsets, split, batch_row, head, row, 0, heads, 0, window, capacity, kept_stride, RAGGED
+    )
+    end = tl.minimum(length, heavy + recent)
+    kept += at_kept
     first = 0
+    offset = slot * D
     if IN_PLACE:
         first = tl.load(kept + kept_stride - 1)  # slots before that stay where they are
         key_slot, value_slot = D, D
-    offset = row.to(tl.int64) * capacity * D
-    source_keys += batch_row * key_row + head * key_head
-    source_values += batch_row * value_row + head * value_head
+        source_keys += offset
+        source_values += offset
+    else:
+        source_keys += batch_row.to(tl.int64) * key_row + head.to(tl.int64) * key_head
+        source_values += batch_row.to(tl.int64) * value_row + head.to(tl.int64) * value_head
     if part < chunks:
         _move(keys + offset, source_keys, key_slot, kept, first, end, part * CHUNK, D, CHUNK, SLOTS, IN_PLACE)
     else:
@@ -240,10 +300,10 @@ def _move(
     slots, source, stride, kept, first, end, column,
     D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Slots [first, end) of a chunk of the head, a tile at a time with the next one on its way.
+    """Move slots [first, end) of a chunk of the head, tile by tile, prefetching the next tile.
 
-    In place that is safe: slots come from themselves or from later ones, so that storing a tile overwrites no source of
-    a later tile, and its own sources are in registers, all threads', before it is stored.
+    This is safe in place. Every slot's source is itself or a later slot, so storing a tile overwrites no source of a
+    later tile. A tile's own sources are in registers on all threads before it is stored.
     """
     slot = first + tl.arange(0, SLOTS)
     d = column + tl.arange(0, CHUNK)
@@ -267,6 +327,6 @@ def _index(kept, slot, end):
 
 @triton.jit
 def _gather(source, index, stride, d, D: tl.constexpr):
-    """[SLOTS, CHUNK] of the source, nothing where the index is -1."""
+    """Load [SLOTS, CHUNK] of the source, masked out where the index is -1."""
     mask = (index >= 0)[:, None] & (d < D)[None, :]
     return tl.load(source + index.to(tl.int64)[:, None] * stride + d[None, :], mask=mask)

@@ -1,0 +1,249 @@
+"""What each KV head's slots are worth: the loss of a text when one head alone keeps few slots of the prompt.
+
+A prompt is prefilled once. The full cache's own greedy text is then fed again (teacher forcing), all its tokens in one
+forward over the prompt's slots. A *variant* is that forward with one KV head cut to one width, and all else whole.
+Variants of a layer share all that comes before it: its states, queries, keys and values. From its output projection on
+they are a batch, whose queries lie side by side in one product with the prompt's keys, which are never copied.
+
+Cost: a variant of layer i computes its text's tokens through layers i to the last, and the vocabulary. With L layers of
+K KV heads, W widths and m tokens of text that is K * W * m times L * (L + 1) / 2 layers and L vocabularies. With the
+shape of Llama-3-8B (436 MFLOP a token and layer, 1.05 GFLOP for the vocabulary), 4 widths, 48 tokens and a prompt of
+3,000 it is 0.45 PFLOP a text: 350 TFLOP in linear layers, 40 in attention, 52 in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from h2optimizer.attention import _logits as attention_logits
+from h2optimizer.llama import H2OConfig
+from h2optimizer.sampling import choose_greedily
+from utils.cache import CACHE_ARGUMENT, HHCache
+from utils.memory import halving
+from utils.slimming import select_slots
+from utils.step import Rows, Step
+
+ATTENTION_BYTES = 2**31  # float32 logits of attention that variants hold at once on a GPU, a 16th of it on a CPU
+VOCABULARY_LOGITS = 2**25  # numbers in logits of the vocabulary at once
+
+
+@dataclass(frozen=True)
+class PromptLayer:
+    """One layer's slots after the prefill of a prompt of n tokens: `utils.policies.Candidates`, and the keys.
+
+    keys and values are views [1, Hkv, n, D] of the cache's.
+    """
+
+    layer_idx: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    mass: torch.Tensor | None  # float32 [1, Hkv, n]
+    count: torch.Tensor | None
+    positions: torch.Tensor
+    seed: int
+
+    def kept(self, cut: H2OConfig) -> torch.Tensor:
+        """The slots that each head keeps in the window of `cut`: int64 [Hkv, window_length], ascending."""
+        newest = torch.arange(self.keys.shape[2], device=self.keys.device) >= self.keys.shape[2] - cut.recent
+        score = cut.policy.score(self)
+        return select_slots(score, torch.zeros_like(newest), newest, cut.window_length)[0]
+
+    def only(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, Hkv, window, D] of the kept slots."""
+        index = kept[None, :, :, None].expand(-1, -1, -1, self.keys.shape[-1])
+        return self.keys.gather(2, index), self.values.gather(2, index)
+
+
+def head_cuts(widths: list[int], score: str, num_heavy_hitters: int | str) -> list[H2OConfig]:
+    """The window of a head of each width. Raises ValueError for settings that H2OConfig refuses."""
+    return [
+        H2OConfig(window_length=width, score=score, num_heavy_hitters=num_heavy_hitters, update_interval=1)
+        for width in widths
+    ]
+
+
+class Calibrator:
+    """Measures what cuts cost on one text after another.
+
+    Args:
+        model: an H2OLlamaForCausalLM, whole on one device.
+        cuts: windows of a head; all but window_length and num_heavy_hitters agree.
+        most_tokens: of a text.
+        tick: called with a number of variants whenever so many more are done.
+    """
+
+    def __init__(self, model, cuts: list[H2OConfig], most_tokens: int, tick: Callable[[int], object] = int):
+        self.model, self.cuts, self.most_tokens, self.tick = model, cuts, most_tokens, tick
+        self.shape = model.config.num_hidden_layers, model.config.num_key_value_heads, len(cuts)
+
+    @torch.inference_mode()
+    def losses(self, prompt: list[int], end: Callable[[list[int]], list[int]] = list) -> tuple[torch.Tensor, int]:
+        """What each cut costs after a prompt: nats, float64 [layers, KV heads, cuts] on the host; and of how many
+        tokens.
+
+        The loss is the KL divergence from the full cache's next-token distributions, summed over the tokens of its own
+        greedy text, without the first, which the exact prefill decides for any cache. A cut as wide as the prompt costs
+        nothing.
+
+        Args: end: cuts the greedy text, a list of tokens, where it ends.
+        """
+        layers, text = self._read(prompt)
+        text = end(text)
+        predicted, measured = max(len(text) - 1, 0), torch.zeros(self.shape, dtype=torch.float64)
+        narrow = [at for at, cut in enumerate(self.cuts) if cut.window_length < len(prompt)]
+        if predicted and narrow:
+            measured = self._measure(ForcedText(self.model, layers, text[:-1]), narrow)
+        else:
+            self.tick(measured.numel())
+        return measured.cpu(), predicted
+
+    def _measure(self, forced: ForcedText, narrow: list[int]) -> torch.Tensor:
+        """Losses on the model's device; of the `narrow` cuts, all others are 0."""
+        layers, heads, cuts = self.shape
+        measured = torch.zeros(self.shape, dtype=torch.float64, device=self.model.device)
+        todo = [[(head, at) for at in narrow for head in range(heads)] for _ in range(layers)]
+
+        def cost(at_once: int) -> Iterator[int]:
+            for layer, variants in enumerate(todo):
+                while variants:
+                    some, at = zip(*variants[:at_once], strict=True)
+                    measured[layer, some, at] = forced.divergence(layer, some, [self.cuts[i] for i in at])
+                    del variants[:at_once]
+                    yield len(some)
+
+        for done in halving(cost, self._at_once(forced)):
+            self.tick(done)
+        self.tick(layers * heads * (cuts - len(narrow)))
+        return measured
+
+    def _at_once(self, forced: ForcedText) -> int:
+        """Variants whose attention fits into ATTENTION_BYTES, at most those of a layer."""
+        budget = ATTENTION_BYTES if self.model.device.type == "cuda" else ATTENTION_BYTES // 16
+        one = 4 * self.model.config.num_attention_heads * forced.step.columns * forced.step.width
+        return max(1, min(budget // one, self.shape[1] * self.shape[2]))
+
+    def _read(self, prompt: list[int]) -> tuple[list[PromptLayer], list[int]]:
+        """The slots of a prompt, of which none is evicted, and the greedy text that follows it."""
+        window = len(prompt) + self.most_tokens
+        whole = {"window_length": window, "num_heavy_hitters": -1, "update_interval": self.most_tokens}
+        h2o = dataclasses.replace(self.cuts[0], **whole, score_every_step=False)  # mass of the prompt's queries alone
+        cache, device = HHCache(h2o), self.model.device
+        outputs = self.model(torch.tensor([prompt], device=device), logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+        text = [choose_greedily(outputs.logits[:, -1])]
+        for _ in range(self.most_tokens - 1):
+            logits = self.model(text[-1][:, None], **{CACHE_ARGUMENT: cache}).logits
+            text.append(choose_greedily(logits[:, -1]))
+        return _prompt_layers(cache, len(prompt)), torch.cat(text).tolist()
+
+
+def _prompt_layers(cache: HHCache, tokens: int) -> list[PromptLayer]:
+    """Views of the first slots of each layer."""
+    layers = []
+    for layer in cache.layers:
+        slots = layer.slots
+        keys, values = slots.read(tokens)
+        mass, count = (None if of is None else of[:, :, :tokens] for of in (slots.mass, slots.count))
+        positions = slots.positions[:, :, :tokens]
+        layers.append(PromptLayer(layer.layer_idx, keys, values, mass, count, positions, cache.h2o.score_seed))
+    return layers
+
+
+class ForcedText:
+    """A text's m tokens in one forward after a prompt: the full cache's predictions, and those of variants.
+
+    Args:
+        model: as Calibrator's.
+        prompt: the layers' slots.
+        text: the tokens to feed.
+    """
+
+    def __init__(self, model, prompt: list[PromptLayer], text: list[int]):
+        self.model, self.prompt = model, prompt
+        device, tokens = model.device, prompt[0].keys.shape[2]
+        rows = Rows(1)
+        rows.append([tokens + len(text)])
+        self.step = Step(rows, [tokens], [len(text)], len(text), False, False, False, [len(text)])
+        states = model.model.embed_tokens(torch.tensor([text], device=device))
+        positions = torch.arange(tokens, tokens + len(text), device=device)[None]
+        self.rope = model.model.rotary_emb(states, positions)
+        self.states = []  # that enter each layer: [1, m, hidden]
+        for layer_idx in range(len(prompt)):
+            self.states.append(states)
+            states = self._after(layer_idx, states, self._attend(layer_idx, states))
+        self.logprobs = self._logits(states).log_softmax(-1, dtype=torch.float32)[0]  # [m, vocabulary]
+
+    def divergence(self, layer_idx: int, heads: Sequence[int], cuts: list[H2OConfig]) -> torch.Tensor:
+        """KL divergence of variants of one layer, each a head and its cut: float64 [variants], summed over tokens."""
+        states = self.states[layer_idx]
+        states = self._after(layer_idx, states, self._cut(layer_idx, heads, cuts))
+        for later in range(layer_idx + 1, len(self.prompt)):
+            states = self._after(later, states, self._attend(later, states))
+        at_once = max(1, VOCABULARY_LOGITS // self.logprobs.numel())
+        return torch.cat([self._divergence_of(part) for part in states.split(at_once)])
+
+    def _divergence_of(self, states: torch.Tensor) -> torch.Tensor:
+        """Of last hidden states [variants, m, hidden]."""
+        logprobs = self._logits(states).log_softmax(-1, dtype=torch.float32)
+        divergence = (self.logprobs.exp() * (self.logprobs - logprobs)).sum(-1)
+        return divergence.sum(-1, dtype=torch.float64)
+
+    def _cut(self, layer_idx: int, heads: Sequence[int], cuts: list[H2OConfig]) -> torch.Tensor:
+        """The layer's attention in each variant: [variants, m, Hq * D]. It differs from the whole in one KV head."""
+        prompt, states = self.prompt[layer_idx], self.states[layer_idx]
+        projected = self._project(layer_idx, states)
+        whole = self._attend_to(layer_idx, projected, prompt.keys, prompt.values)
+        by_head = whole.expand(len(heads), -1, -1).unflatten(-1, (prompt.keys.shape[1], -1)).clone()
+        for cut in dict.fromkeys(cuts):  # all heads at once are hardly more work than one
+            narrow = self._attend_to(layer_idx, projected, *prompt.only(prompt.kept(cut)))
+            narrow = narrow.unflatten(-1, (prompt.keys.shape[1], -1))
+            for variant, head in enumerate(heads):
+                if cuts[variant] == cut:
+                    by_head[variant, :, head] = narrow[0, :, head]
+        return by_head.flatten(2)
+
+    # The model's layers
+
+    def _project(self, layer_idx: int, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotated query and key, and value [variants, heads, m, D]."""
+        layer = self.model.model.layers[layer_idx]
+        projected = layer.self_attn.project(layer.input_layernorm(states), self.step)
+        shape = (*states.shape[:-1], -1, layer.self_attn.head_dim)
+        query, key, value = (of.view(shape).transpose(1, 2) for of in projected)
+        return *apply_rotary_pos_emb(query, key, *self.rope), value
+
+    def _attend(self, layer_idx: int, states: torch.Tensor) -> torch.Tensor:
+        """Attention over the whole prompt and the variant's own tokens: [variants, m, Hq * D]."""
+        prompt = self.prompt[layer_idx]
+        return self._attend_to(layer_idx, self._project(layer_idx, states), prompt.keys, prompt.values)
+
+    def _attend_to(self, layer_idx: int, projected, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Causal attention over keys and values [1, Hkv, n, D] that all variants share, and over their own tokens."""
+        query, key, value = projected
+        variants, kv_heads, columns = len(query), key.shape[1], key.shape[2]
+        scaling = self.model.model.layers[layer_idx].self_attn.scaling
+        grouped = query.unflatten(1, (kv_heads, -1))  # [variants, Hkv, G, m, D]
+        side_by_side = grouped.transpose(0, 1).flatten(1, 2)[None]  # [1, Hkv, variants * G, m, D]
+        shared = attention_logits(side_by_side, keys, scaling)[0].unflatten(1, (variants, -1)).transpose(0, 1)
+        own = attention_logits(grouped, key, scaling)
+        later = torch.ones(columns, columns, dtype=torch.bool, device=own.device).triu(1)
+        own.masked_fill_(later, -torch.inf)
+        total = torch.logaddexp(shared.logsumexp(-1, keepdim=True), own.logsumexp(-1, keepdim=True))
+        shared, own = (of.sub_(total).exp_().to(value.dtype) for of in (shared, own))
+        # [Hkv, variants * G * m, n] @ [Hkv, n, D]
+        output = (shared.transpose(0, 1).flatten(1, 3) @ values[0]).view(kv_heads, variants, -1, columns, key.shape[3])
+        output = output.transpose(0, 1) + (own.flatten(2, 3) @ value).view(grouped.shape)
+        return output.flatten(1, 2).transpose(1, 2).flatten(2)
+
+    def _after(self, layer_idx: int, states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The states after a layer, of those that enter it and its attention."""
+        layer = self.model.model.layers[layer_idx]
+        states = states + layer.self_attn.o_proj(attended)
+        return states + layer.mlp(layer.post_attention_layernorm(states))
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(states))

@@ -1,0 +1,271 @@
+"""What cuts of heads cost, against a loop over masked stock Llamas, and scripts/calibrate.py as its user runs it."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+
+from checkpoints import make_checkpoint, make_requests, write_requests
+from conftest import GROUPS, make_llamas, prompt
+from h2optimizer import calibration
+from h2optimizer.calibration import Calibrator, head_cuts
+from test_benchmarks import load
+from utils.budgets import HeadBudgets, MeasuredBudgets
+from utils.results import checkpoint_fingerprint
+
+PROMPT, TOKENS = prompt(30), 9
+
+
+# The measurement, without what measures it
+
+
+def greedy(stock, tokens: int) -> list[int]:
+    ids = torch.tensor([PROMPT])
+    said = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return said[0, len(PROMPT) :].tolist()
+
+
+def mass_of(stock) -> torch.Tensor:
+    """[layers, KV heads, prompt tokens]: attention from the prompt's queries and a group's heads."""
+    stock.set_attn_implementation("eager")
+    attentions = stock(torch.tensor([PROMPT]), output_attentions=True, use_cache=False).attentions
+    kv_heads = stock.config.num_key_value_heads
+    return torch.stack([of[0].sum(dim=1).unflatten(0, (kv_heads, -1)).sum(dim=1) for of in attentions])
+
+
+def logprobs_of(stock, text: list[int], layer: int = 0, head: int = 0, gone: tuple[int, ...] = ()) -> torch.Tensor:
+    """Of the text's tokens but the first, where the text's queries do not see the tokens `gone` in one KV head."""
+    ids, n = torch.tensor([PROMPT + text[:-1]]), len(PROMPT)
+    heads, group = (
+        stock.config.num_attention_heads,
+        stock.config.num_attention_heads // stock.config.num_key_value_heads,
+    )
+    hidden = torch.ones(heads, ids.shape[1], ids.shape[1]).triu(1).bool()
+    hidden[head * group : (head + 1) * group, n:, list(gone)] = True
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None]
+
+    def mask_one_head(module, args, kwargs):
+        return args, kwargs | {"attention_mask": mask}
+
+    handle = stock.model.layers[layer].self_attn.register_forward_pre_hook(mask_one_head, with_kwargs=True)
+    try:
+        return stock(ids, use_cache=False).logits[0, n:].double().log_softmax(-1)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def slow_losses(stock, text: list[int], widths: list[int], recent: dict[int, int]) -> torch.Tensor:
+    mass, n = mass_of(stock), len(PROMPT)
+    wanted = logprobs_of(stock, text)
+    losses = torch.zeros(*mass.shape[:2], len(widths), dtype=torch.float64)
+    for layer in range(losses.shape[0]):
+        for head in range(losses.shape[1]):
+            for at, width in enumerate(widths):
+                old = range(n - recent[width])
+                ranked = sorted(old, key=lambda slot: -mass[layer, head, slot].item())
+                gone = tuple(ranked[width - recent[width] :]) if width < n else ()
+                got = logprobs_of(stock, text, layer, head, gone)
+                losses[layer, head, at] = (wanted.exp() * (wanted - got)).sum()
+    return losses
+
+
+@pytest.mark.parametrize("kv_heads", GROUPS.values(), ids=GROUPS)
+def test_losses_are_those_of_masked_stock_llama(kv_heads):
+    """A cut of another head, layer or slot than meant; a text that sees its own later tokens; mass of its queries; a
+    divergence of the first token, or the wrong way round; a cut as wide as the prompt that costs something."""
+    llamas, widths = make_llamas(num_key_value_heads=kv_heads, num_hidden_layers=3), [4, 11, 30, 64]
+    text = greedy(llamas.stock, TOKENS)
+    losses, tokens = Calibrator(llamas.h2o, head_cuts(widths, "mass", -1), TOKENS).losses(PROMPT)
+    expected = slow_losses(llamas.stock, text, widths, {width: width - width // 2 for width in widths})
+    assert tokens == TOKENS - 1 and losses.shape == (3, kv_heads, 4)
+    assert expected[..., :2].min() > 1e-3 and not losses[..., 2:].any()
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_few_recent_slots(gqa):
+    """Another share of recent slots than H2OConfig's."""
+    text = greedy(gqa.stock, TOKENS)
+    losses, _ = Calibrator(gqa.h2o, head_cuts([12], "mass", 11), TOKENS).losses(PROMPT)
+    torch.testing.assert_close(losses, slow_losses(gqa.stock, text, [12], {12: 1}), rtol=1e-3, atol=1e-5)
+
+
+def test_where_memory_runs_out_fewer_variants_go_together(gqa, monkeypatch):
+    """Variants that are lost, or measured twice, when a batch of them is too large."""
+    calibrator = Calibrator(gqa.h2o, head_cuts([4, 8, 11, 16], "mass", -1), TOKENS)
+    whole, _ = calibrator.losses(PROMPT)
+    divergence, sizes, ticks = calibration.ForcedText.divergence, [], []
+
+    def small(self, layer_idx, heads, cuts):
+        sizes.append(len(heads))
+        if len(heads) > 3:
+            raise torch.OutOfMemoryError("too many")
+        return divergence(self, layer_idx, heads, cuts)
+
+    monkeypatch.setattr(calibration.ForcedText, "divergence", small)
+    calibrator.tick = ticks.append
+    again, _ = calibrator.losses(PROMPT)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2] and sum(ticks) == 16
+    torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_text_that_says_nothing(gqa):
+    """A text of one token, which the prefill decides, counted as if it were predicted."""
+    losses, tokens = Calibrator(gqa.h2o, head_cuts([4], "mass", -1), TOKENS).losses(PROMPT, end=lambda text: text[:1])
+    assert tokens == 0 and not losses.any()
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def calibrate():
+    return load("calibrate")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A tiny checkpoint and five requests."""
+    folder = tmp_path_factory.mktemp("lab")
+    requests = make_requests(5)
+    requests[1]["stop"] = ["a"]
+    return SimpleNamespace(
+        model=make_checkpoint(folder / "model"), requests=write_requests(folder / "requests.jsonl", requests)
+    )
+
+
+@pytest.fixture
+def run(calibrate, lab, tmp_path, capsys, monkeypatch):
+    """Runs the script on the lab; returns its errors, what it said, and the plan."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def run(*flags, output="plan.json", code=0):
+        path = tmp_path / output
+        common = ["--model-name", lab.model, "--input-path", lab.requests, "--output-path", path, "--device", "cpu"]
+        common += ["--texts", 3, "--max_new_tokens", 6, "--widths", "8,16", "--score", "mass"]
+        common += ["--num_heavy_hitter_tokens", -1]
+        assert calibrate.main([*map(str, common), *map(str, flags)]) == code
+        said = capsys.readouterr()
+        errors = [line for line in said.err.splitlines() if line.startswith(("error", "interrupted"))]
+        plan = HeadBudgets.load(path) if path.exists() and not code else None
+        return SimpleNamespace(errors=errors, err=said.err, out=said.out, path=path, plan=plan)
+
+    return run
+
+
+def test_plan_says_what_it_was_measured_on(run, lab):
+    """A plan of other requests, settings or weights than it says, and one that no other program can check."""
+    plan = run("--first", 1).plan
+    assert isinstance(plan, MeasuredBudgets) and plan.shape == (2, 2) and plan.widths == (8, 16)
+    assert (plan.score, plan.num_heavy_hitters, plan.model, len(plan.texts)) == ("mass", -1, "model", 3)
+    assert checkpoint_fingerprint(lab.model).startswith(plan.weights)
+    assert max(loss for layer in plan.losses for head in layer for loss in head) > 1e-3
+    assert sum(map(sum, plan.windows(20))) == 80
+    shifted, same = run("--first", 2, output="b.json").plan, run("--first", 1, output="c.json").plan
+    assert shifted.texts[:2] == plan.texts[1:] and shifted.losses != plan.losses
+    assert same.losses == plan.losses
+
+
+def test_mean_is_over_all_tokens(calibrate):
+    """Texts that count alike whatever their length."""
+    settings = {
+        "--score": "mass",
+        "--num_heavy_hitter_tokens": -1,
+        "--model-name": "m",
+        "weights": None,
+        "requests": [],
+    }
+    entries = [
+        {"tokens": tokens, "prompt_tokens": 10 * tokens, "losses": [[[loss]]]} for tokens, loss in ((1, 0.5), (3, 7.5))
+    ]
+    plan = calibrate.plan_of(entries, [8], settings)
+    assert plan.losses == (((2.0,),),) and plan.prompt_tokens == 20
+    with pytest.raises(calibrate.InputError, match="every text ends with its first token"):
+        calibrate.plan_of([{"tokens": 0, "prompt_tokens": 10, "losses": [[[0.0]]]}], [8], settings)
+
+
+def test_killed_measurement_goes_on_to_the_same_plan(run, calibrate, monkeypatch):
+    """A text that is measured again, lost or taken from another measurement after a kill while its line is written."""
+    whole, append, done = run(), calibrate.JsonlFile.append, []
+
+    def torn(self, entry):
+        if len(done) == 2:
+            self._file.write(json.dumps(entry).encode()[:200])
+            self._file.flush()
+            raise KeyboardInterrupt
+        append(self, entry)
+        done.append(entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate.JsonlFile, "append", torn)
+        killed = run(output="killed.json", code=130)
+    assert "run the same command again" in killed.errors[0] and not killed.path.exists()
+    measured, losses = [], Calibrator.losses
+    monkeypatch.setattr(
+        calibrate.Calibrator, "losses", lambda self, tokens, end: measured.append(tokens) or losses(self, tokens, end)
+    )
+    again = run(output="killed.json")
+    assert len(measured) == 1 and "2 of 3 texts are already measured" in again.err
+    assert again.path.read_text() == whole.path.read_text()
+    assert not list(again.path.parent.glob("*.texts")), "losses that are in the plan are left behind"
+    assert run(output="killed.json").out == again.out and len(measured) == 1, "the plan itself is shown again"
+
+
+def test_other_settings_are_other_losses(run):
+    """Losses of other widths or texts that a resumed command goes on with, and a plan that is replaced unasked."""
+    before = run()
+    for flags, name in (
+        (["--widths", "8"], "--widths"),
+        (["--max_new_tokens", 5], "--max_new_tokens"),
+        (["--texts", 2], "requests"),
+    ):
+        (said,) = run(*flags, code=2).errors
+        assert f"a plan of other settings ({name} differs); choose another --output-path, or pass --overwrite" in said
+    assert run(*flags, "--overwrite").plan.texts == before.plan.texts[:2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--widths", "400,500"], "--widths 400,500: the longest prompt has only"),
+        (["--widths", "1,8"], "--widths=1: must be a whole number of at least 2"),
+        (["--widths", "8,x"], "argument --widths: 'x': must be a whole number of at least 1"),
+        (["--num_heavy_hitter_tokens", "9"], "--num_heavy_hitter_tokens=9: must be less than widths=8"),
+        (["--texts", "9"], "has 5 requests; --first 0 and --texts 9 ask for more"),
+        (["--score", "mas"], "argument --score: invalid choice: 'mas'"),
+        (["--figure", "plan.txt"], "argument --figure: plan.txt: must end in .png, .svg, .pdf"),
+        (["--chat"], "--chat: the tokenizer of"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(run, flags, message):
+    outcome = run(*flags, code=2)
+    (said,) = outcome.errors
+    assert message in said and not outcome.path.exists()
+
+
+def test_plan_is_not_written_over_something_else(run, lab, tmp_path):
+    """A file of requests, or anyone's, replaced by a plan."""
+    (tmp_path / "plan.json").write_text("mine")
+    (said,) = run(code=2).errors
+    assert "exists and is not a plan" in said and (tmp_path / "plan.json").read_text() == "mine"
+    requests = shutil.copy(lab.requests, tmp_path / "requests.jsonl")
+    (said,) = run("--input-path", requests, "--overwrite", output="requests.jsonl", code=2).errors
+    assert "is the --input-path" in said
+
+
+def test_default_widths_reach_the_longest_prompt(run):
+    """Long prompts whose losses are extrapolated from narrow cuts."""
+    plan = run("--widths", "").plan
+    longest = max(plan.widths)
+    assert plan.widths[:2] == (16, 32) and longest >= plan.prompt_tokens / 2
+
+
+def test_figure(run, tmp_path):
+    """A figure that no program opens, or that is not drawn of a plan that exists."""
+    pytest.importorskip("matplotlib")
+    run()
+    run("--figure", tmp_path / "figures/plan.png")
+    assert (tmp_path / "figures/plan.png").read_bytes().startswith(b"\x89PNG")
