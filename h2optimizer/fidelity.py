@@ -6,6 +6,7 @@ distributions of the next token after the same tokens, and one different token d
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,10 @@ class ForcedDecode:
         """An HHCache, or stock Llama's DynamicCache."""
         return self._decoding.cache
 
+    def statistics(self, prompt: int, text: int) -> dict[str, int]:
+        """What the cache holds of a row of so many tokens, the text's last one not fed; see `BoundedDecoding`."""
+        return self._decoding.statistics(prompt, text)
+
     @torch.inference_mode()
     def feed(self, tokens: list[int] | torch.Tensor) -> None:
         """Feed these tokens [B] in one step. Then `logits` are of the next tokens and `attentions` of this step."""
@@ -46,15 +51,58 @@ class ForcedDecode:
         self.logits, self.attentions = outputs.logits[:, -1], outputs.attentions if self._wanted else ()
 
 
+class Recorded:
+    """The full cache's side of several comparisons on the same texts, computed once; see `compare`.
+
+    It takes the place of a ForcedDecode over the full cache, without its attention.
+
+    Args:
+        stock, prompts, texts, pad_token_id: as `compare`'s.
+    """
+
+    attentions = ()
+
+    def __init__(self, stock, prompts: list[list[int]], texts: list[list[int]], pad_token_id: int = 0):
+        full = ForcedDecode(stock, prompts, pad_token_id)
+        self._steps, self._rows, self._at = [full.logits], slice(None), 0
+        for tokens in _columns(texts, pad_token_id, full.logits.device)[:-1]:
+            full.feed(tokens)
+            self._steps.append(full.logits)
+
+    def of(self, rows: list[int]) -> Recorded:
+        """The beginning of these rows' texts."""
+        beginning = copy.copy(self)
+        beginning._rows, beginning._at = rows, 0
+        return beginning
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self._steps[self._at][self._rows]
+
+    def feed(self, tokens) -> None:
+        self._at += 1
+
+
+def _columns(texts: list[list[int]], pad_token_id: int, device: torch.device) -> torch.Tensor:
+    """The texts' tokens step by step, [longest, B], padded on the right."""
+    longest = max(map(len, texts))
+    return torch.tensor([text + [pad_token_id] * (longest - len(text)) for text in texts], device=device).T
+
+
 @dataclass
 class Fidelity:
-    """Sums over a text's tokens except the first, which the exact prefill decides for any cache."""
+    """Sums over a text's tokens except the first, which the exact prefill decides for any cache; and what was held."""
 
     tokens: int = 0
     agreed: int = 0  # tokens whose most probable prediction is the same
     kl: float = 0.0  # Kullback-Leibler divergence from the full cache's distribution, nats
     nll: float = 0.0  # negative log-likelihood of the text, nats; its mean's exponential is the perplexity
     mass_lost: float = 0.0  # share of the full cache's attention that falls on evicted tokens, mean of layers and heads
+    slots_kept: int = 0  # of a head, at the text's end
+    kv_bytes: int = 0  # of the row's part of the cache
+
+
+SUMS = ("tokens", "agreed", "kl", "nll", "mass_lost")  # Fidelity's fields that add up over tokens
 
 
 @dataclass
@@ -67,7 +115,13 @@ class Retention:
 
 
 def compare(
-    stock, model, prompts: list[list[int]], texts: list[list[int]], pad_token_id: int = 0, follow: int | None = None
+    stock,
+    model,
+    prompts: list[list[int]],
+    texts: list[list[int]],
+    pad_token_id: int = 0,
+    follow: int | None = None,
+    recorded: Recorded | None = None,
 ) -> tuple[list[Fidelity], Retention | None]:
     """Teacher-force texts through a bounded cache and the full cache, side by side.
 
@@ -77,15 +131,18 @@ def compare(
         stock: the LlamaForCausalLM that produced the texts; its attention is eager during the steps.
         model: an H2OLlamaForCausalLM with the same weights, or `stock` itself.
         follow: the row whose tokens are followed.
+        recorded: the full cache's side of these very texts, for a bounded cache. Saves time; mass_lost is then 0, and
+            nothing can be followed.
 
     Returns: one Fidelity per row, and the followed row's Retention; None for `stock`, which evicts nothing.
     """
     steps = max(map(len, texts))
     ours = ForcedDecode(model, prompts, pad_token_id) if model is not stock else None
-    full = ForcedDecode(stock, prompts, pad_token_id, attentions=ours is not None)
+    attention = ours is not None and recorded is None
+    full = recorded or ForcedDecode(stock, prompts, pad_token_id, attentions=attention)
     device = full.logits.device
     lengths = torch.tensor([len(text) for text in texts], device=device)
-    said = torch.tensor([text + [pad_token_id] * (steps - len(text)) for text in texts], device=device)
+    said = _columns(texts, pad_token_id, device)
     sums = torch.zeros(4, len(prompts), dtype=torch.float64, device=device)  # agreed, kl, nll, mass_lost
     last_held, lost_there, held = None, [], None
     if follow is not None and ours is not None:
@@ -94,21 +151,22 @@ def compare(
         last_held = torch.zeros(shape, dtype=torch.int16, device=device)  # the last column is empty slots'
     implementation = stock.config._attn_implementation
     try:
-        stock.set_attn_implementation("eager" if ours is not None else implementation)
+        stock.set_attn_implementation("eager" if attention else implementation)
         for step in range(1, steps):
-            if ours is not None:
+            if attention:
                 held = [ours.cache.positions(layer) for layer in range(len(ours.cache.layers))]
-                ours.feed(said[:, step - 1])
-            full.feed(said[:, step - 1])
+            if ours is not None:
+                ours.feed(said[step - 1])
+            full.feed(said[step - 1])
             wanted = full.logits.log_softmax(-1, dtype=torch.float32)
             got = wanted if ours is None else ours.logits.log_softmax(-1, dtype=torch.float32)
             figures = [
                 (wanted.argmax(-1) == got.argmax(-1)).double(),
                 (wanted.exp() * (wanted - got)).sum(-1).double(),
-                -got.gather(1, said[:, step, None])[:, 0].double(),
+                -got.gather(1, said[step][:, None])[:, 0].double(),
                 torch.zeros(len(prompts), dtype=torch.float64, device=device),
             ]
-            if ours is not None:
+            if attention:
                 lost = torch.stack([_mass_lost(*of, full.padding) for of in zip(full.attentions, held, strict=True)])
                 figures[3] = lost.mean(dim=0).double()
                 if last_held is not None and step < len(texts[follow]):
@@ -123,10 +181,11 @@ def compare(
     if last_held is not None:
         shares = [[round(share, 6) for share in lost.tolist()] for lost in lost_there]
         retention = Retention(len(prompts[follow]), last_held[..., :-1].cpu(), shares)
-    fidelity = [
-        Fidelity(max(len(text) - 1, 0), round(agreed), *others)
-        for text, (agreed, *others) in zip(texts, sums.T.tolist(), strict=True)
-    ]
+    fidelity = []
+    for prompt, text, (agreed, *others) in zip(prompts, texts, sums.T.tolist(), strict=True):
+        held = (ours or full).statistics(len(prompt), len(text))
+        sizes = held["slots_kept"], held["kv_bytes"]
+        fidelity.append(Fidelity(max(len(text) - 1, 0), round(agreed), *others, *sizes))
     return fidelity, retention
 
 

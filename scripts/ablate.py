@@ -44,7 +44,7 @@ import yaml
 from tqdm import tqdm
 
 from h2optimizer import H2OConfig
-from h2optimizer.fidelity import Fidelity, Retention, compare
+from h2optimizer.fidelity import SUMS, Fidelity, Retention, compare
 from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend
 from h2optimizer.loading import device_name, fingerprint_of, load_model, quiet_libraries, select_device
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
@@ -257,8 +257,7 @@ class Lab:
             for i, of_row in zip(batch, fidelity, strict=True):
                 sums[i] = of_row
             followed = retention or followed
-        names = [field.name for field in dataclasses.fields(Fidelity)]
-        result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in names}}
+        result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in SUMS}}
         return result if followed is None else result | {"retention": self._retention(followed)}
 
     def _retention(self, followed: Retention) -> dict:

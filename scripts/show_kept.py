@@ -38,8 +38,9 @@ import torch
 
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import Fidelity, Retention, compare
-from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags, attention_backend, h2o_config
+from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags
 from h2optimizer.loading import end_as_chats_do, load_model, quiet_libraries, select_device
+from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, tokenize, warn_of_long_prompts
 from utils.ablation import pack
 from utils.bench import print_table, stock_llama
@@ -88,24 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def configs_of(args: argparse.Namespace, device: torch.device) -> dict[str, H2OConfig]:
     """The settings of each of --policies, by the text that names it. Raises InputError."""
-    parser, configs = OneLineParser(add_help=False), {}
-    add_cache_flags(parser)
-    for policy in args.policies:
-        try:
-            flags = parser.parse_args(flags_of(policy), argparse.Namespace(**vars(args)))
-            configs[policy] = h2o_config(flags)
-            attention_backend(configs[policy], device)
-        except InputError as error:
-            raise InputError(f"--policies {policy}: {error}") from None
-    return configs
-
-
-def flags_of(policy: str) -> list[str]:
-    """A policy as flags of the cache: mass:96,update_interval=1 is --score=mass --num_heavy_hitter_tokens=96 …"""
-    name, *others = policy.split(",")
-    score, colon, heavy = name.partition(":")
-    flags = [f"--score={score}", *(f"--{flag}" for flag in others)]
-    return flags + [f"--num_heavy_hitter_tokens={heavy}"] * bool(colon)
+    return {policy: policy_config(policy, device, args) for policy in args.policies}
 
 
 # Measuring

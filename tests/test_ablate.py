@@ -18,7 +18,7 @@ import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from conftest import make_llamas, new_oracle, prompt
 from h2optimizer import H2OConfig
-from h2optimizer.fidelity import ForcedDecode, compare
+from h2optimizer.fidelity import ForcedDecode, Recorded, compare
 from test_benchmarks import load
 from utils import bench
 from utils.ablation import figures, policy_name, read_cells, unpack
@@ -73,10 +73,19 @@ def by_oracle(llamas, row: list[int], text: list[int], flags: dict):
     return sums, lost, held
 
 
+def held_after(llamas, row: list[int], text: list[int], flags: dict) -> list[int]:
+    """Positions that a head of the first layer holds at the text's end, whose last token is not fed."""
+    oracle = new_oracle(llamas, **flags)
+    oracle.forward(row)
+    for token in text[:-1]:
+        oracle.forward([token])
+    return oracle.positions(0)[0]
+
+
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_fidelity_is_the_oracles(gqa, flags):
     """A step or a row compared with another one's, a divergence the wrong way round, attention on padding or on the
-    step's own token counted as lost, the tokens held after a step taken for those before it."""
+    step's own token counted as lost, the tokens held after a step taken for those before it, another row's bytes."""
     flags = {"window_length": 12} | flags
     gqa.h2o.h2o = H2OConfig(**flags)
     fidelity, retention = compare(gqa.stock, gqa.h2o, ROWS, TEXTS, follow=1)
@@ -84,6 +93,10 @@ def test_fidelity_is_the_oracles(gqa, flags):
         sums, lost, held = by_oracle(gqa, tokens, text, flags)
         ours = dataclasses.asdict(fidelity[row])
         assert ours.pop("tokens") == len(text) - 1
+        slots, shape = ours.pop("slots_kept"), gqa.h2o.config
+        assert slots == len(held_after(gqa, tokens, text, flags))
+        slot_bytes = 2 * 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+        assert ours.pop("kv_bytes") >= slots * slot_bytes
         assert ours == pytest.approx(sums, rel=1e-4, abs=2e-4)
         if row == 1:
             np.testing.assert_allclose(retention.mass_lost, lost, atol=1e-5)
@@ -103,7 +116,25 @@ def test_full_cache_beside_itself(gqa):
     assert retention is None
     for row, text in zip(fidelity, TEXTS, strict=True):
         assert (row.tokens, row.agreed, row.kl, row.mass_lost) == (len(text) - 1, len(text) - 1, 0.0, 0.0)
+    assert [row.slots_kept for row in fidelity] == [
+        len(of) + len(text) - 1 for of, text in zip(ROWS, TEXTS, strict=True)
+    ]
     assert gqa.stock.config._attn_implementation == "sdpa"
+
+
+def test_full_cache_that_is_recorded(gqa):
+    """Rows of another order, or a second comparison that begins where the first one ended."""
+    recorded = Recorded(gqa.stock, ROWS, TEXTS)
+    for flags in ({"window_length": 12, "update_interval": 1}, {"window_length": 16, "update_interval": 4}):
+        gqa.h2o.h2o = H2OConfig(**flags)
+        for rows in ([0, 1, 2], [2, 0]):
+            side = [ROWS[row] for row in rows], [TEXTS[row] for row in rows]
+            wanted, _ = compare(gqa.stock, gqa.h2o, *side)
+            got, _ = compare(gqa.stock, gqa.h2o, *side, recorded=recorded.of(rows))
+            for of_row, other in zip(got, wanted, strict=True):
+                assert dataclasses.asdict(of_row) == pytest.approx(
+                    dataclasses.asdict(other) | {"mass_lost": 0.0}, rel=1e-4, abs=1e-4
+                )
 
 
 @pytest.mark.parametrize("which", ["stock", "h2o"])

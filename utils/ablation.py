@@ -5,7 +5,7 @@ Units are seconds, bytes and nats; values per request are in the order of the fi
 - `cell`: a hash of the next two; `setup`: what all cells of one comparison share (model, requests, dtype, batch size,
   device, versions, …); `h2o`: every field of H2OConfig, or null for the full cache.
 - `rouge`: by type, each request's F-measure, from 0 to 1. `texts`, of the full cache only: each request's tokens.
-- `fidelity`: by field of `h2optimizer.fidelity.Fidelity`, each request's sum.
+- `fidelity`: by name in `h2optimizer.fidelity.SUMS`, each request's sum.
 - `time`: for `batch` prompts of `prompt_tokens` each, decoded together: `time_to_first_token`; `time_per_token`, of a
   step that gives each prompt a token; `tokens_per_second` of all prompts, without prefill. Medians of `calls`; the
   first two with `…_range`, [lowest, highest].

@@ -1,0 +1,37 @@
+"""Policies as a command line names them, several at once: `score[:heavy][,flag=value…]`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from h2optimizer.flags import add_cache_flags, attention_backend, h2o_config
+from h2optimizer.llama import H2OConfig
+from utils.cli import InputError, OneLineParser
+
+
+def policy_config(policy: str, device: torch.device, given: argparse.Namespace) -> H2OConfig:
+    """The settings of one of --policies. Raises InputError.
+
+    Args:
+        policy: `score[:heavy][,flag=value…]`, where `heavy` is the value of --num_heavy_hitter_tokens, and flags are
+            others of `add_cache_flags`.
+        given: the cache flags that hold for every policy that does not set them.
+    """
+    parser = OneLineParser(add_help=False)
+    add_cache_flags(parser)
+    try:
+        h2o = h2o_config(parser.parse_args(flags_of(policy), argparse.Namespace(**vars(given))))
+        attention_backend(h2o, device)
+    except InputError as error:
+        raise InputError(f"--policies {policy}: {error}") from None
+    return h2o
+
+
+def flags_of(policy: str) -> list[str]:
+    """A policy as flags of the cache: mass:96,update_interval=1 is --score=mass --num_heavy_hitter_tokens=96 …"""
+    name, *others = policy.split(",")
+    score, colon, heavy = name.partition(":")
+    flags = [f"--score={score}", *(f"--{flag}" for flag in others)]
+    return flags + [f"--num_heavy_hitter_tokens={heavy}"] * bool(colon)
