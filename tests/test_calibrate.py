@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from checkpoints import make_checkpoint, make_requests, write_requests
 from conftest import GROUPS, make_llamas, prompt
 from h2optimizer import calibration
 from h2optimizer.calibration import Calibrator, JointElimination, head_cuts
+from h2optimizer.flags import DEMO_MODEL, DEMO_REQUESTS
 from test_benchmarks import load
 from utils.budgets import HeadBudgets, MeasuredBudgets
-from utils.results import checkpoint_fingerprint
+from utils.requests import read_requests
+from utils.results import PLAN, checkpoint_fingerprint
 
 PROMPT, TOKENS = prompt(30), 9
 
@@ -350,3 +353,11 @@ def test_figure(run, tmp_path):
     run()
     run("--figure", tmp_path / "figures/plan.png")
     assert (tmp_path / "figures/plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bundled_plan_is_the_bundled_models():
+    """A plan that a new model, or new requests, have outdated."""
+    plan = HeadBudgets.load(DEMO_MODEL / PLAN)
+    plan.check_model(LlamaConfig.from_pretrained(DEMO_MODEL), checkpoint_fingerprint(DEMO_MODEL))
+    assert plan.refined and not plan.calibrated_on(read_requests(DEMO_REQUESTS)[0])
+    assert sum(map(sum, plan.windows(112))) == 112 * 20
