@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--num_heavy_hitter_tokens",
         type=heavy_hitters,
-        default="31/32",
+        default="7/8",
         help="heavy hitters of a head: a share of its slots, or a number; -1 = half (%(default)s)",
     )
     add(
@@ -131,6 +131,11 @@ def cuts_of(args: argparse.Namespace, longest: int) -> list[H2OConfig]:
             f"--widths {','.join(map(str, widths))}: the longest prompt has only {longest} tokens; give smaller "
             "widths, or longer requests"
         )
+    return checked_cuts(args, widths)
+
+
+def checked_cuts(args: argparse.Namespace, widths: list[int]) -> list[H2OConfig]:
+    """Raises InputError for what H2OConfig refuses."""
     try:
         return head_cuts(sorted(set(widths)), args.score, args.num_heavy_hitter_tokens)
     except ValueError as error:
@@ -371,6 +376,7 @@ def draw(plan: MeasuredBudgets, path: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.figure is not None and not is_installed("matplotlib"):
         raise InputError("--figure: matplotlib is not installed: pip install matplotlib, or leave it out")
+    checked_cuts(args, args.widths or [LEAST_WIDTH])  # before a model is loaded
     device = select_device(args.device)
     requests = requests_of(args)
     settings = settings_of(args, requests, fingerprint_of(args.model_name), device)

@@ -325,6 +325,7 @@ def test_other_settings_are_other_losses(run):
     ],
 )
 def test_what_does_not_fit_together_is_one_line(run, flags, message):
+    """A traceback, or a plan that is written all the same."""
     outcome = run(*flags, code=2)
     (said,) = outcome.errors
     assert message in said and not outcome.path.exists()
@@ -338,6 +339,12 @@ def test_plan_is_not_written_over_something_else(run, lab, tmp_path):
     requests = shutil.copy(lab.requests, tmp_path / "requests.jsonl")
     (said,) = run("--input-path", requests, "--overwrite", output="requests.jsonl", code=2).errors
     assert "is the --input-path" in said
+
+
+def test_settings_are_refused_before_a_model_is_loaded(run, calibrate, monkeypatch):
+    """Minutes of loading before a word about a flag."""
+    monkeypatch.setattr(calibrate, "load_model", lambda *args: pytest.fail("it was loaded"))
+    assert "--num_heavy_hitter_tokens=9" in run("--num_heavy_hitter_tokens", 9, code=2).errors[0]
 
 
 def test_default_widths_reach_the_longest_prompt(run):
