@@ -23,7 +23,7 @@ from utils.results import fingerprint, replace_file, to_json
 FORM = 1  # version of the file
 HASH = 16  # hexadecimal digits of a fingerprint
 LEAST = 2  # slots of a head: one heavy hitter and the newest token
-UNIT = 4  # measured budgets are multiples of so many slots, but for one head that takes the remainder
+UNIT = 4  # budgets from losses are multiples of so many slots, but for one head that takes the remainder
 KNOTS_PER_OCTAVE = 8
 MOST_SLOTS = 2**31
 NOISE = 1e-6  # nats per token; smaller losses are not told apart
