@@ -152,7 +152,7 @@ def blocked_attention(inputs: Inputs, block: int, with_output: bool = True) -> t
     for begin in range(0 if with_output else min(step.first_scored), step.columns, block):
         end = min(begin + block, step.columns)
         visible = step.max_start + end
-        probs = _logits(
+        probs = scaled_logits(
             grouped[:, :, :, begin:end], key[:, :, :visible], inputs.scaling
         )  # [B, Hkv, G, end - begin, visible]
         open_slots = step.min_start + begin + 1  # every query of the block sees these
@@ -180,7 +180,7 @@ def blocked_attention(inputs: Inputs, block: int, with_output: bool = True) -> t
     return output.flatten(1, 2), mass
 
 
-def _logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+def scaled_logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """q·k * scaling [B, Hkv, G, m, n] of [B, Hkv, G, m, D], [B, Hkv, n, D]: float32 or float64 except in autocast."""
     q, k = grouped.flatten(0, 1).flatten(1, 2), key.flatten(0, 1).transpose(1, 2)
     exact = {}

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from h2optimizer.attention import _logits as attention_logits
+from h2optimizer.attention import scaled_logits
 from h2optimizer.llama import H2OConfig
 from h2optimizer.sampling import choose_greedily
+from utils.budgets import UNIT, Windows
 from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.memory import halving
 from utils.slimming import select_slots
@@ -34,7 +35,7 @@ VOCABULARY_LOGITS = 2**25  # numbers in logits of the vocabulary at once
 
 @dataclass(frozen=True)
 class PromptLayer:
-    """One layer's slots after the prefill of a prompt of n tokens: `utils.policies.Candidates`, and the keys.
+    """One layer's slots after the prefill of a prompt of n tokens: `utils.policies.Candidates`.
 
     keys and values are views [1, Hkv, n, D] of the cache's.
     """
@@ -44,14 +45,27 @@ class PromptLayer:
     values: torch.Tensor
     mass: torch.Tensor | None  # float32 [1, Hkv, n]
     count: torch.Tensor | None
+    norms: torch.Tensor | None
     positions: torch.Tensor
     seed: int
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
 
     def kept(self, cut: H2OConfig) -> torch.Tensor:
         """The slots that each head keeps in the window of `cut`: int64 [Hkv, window_length], ascending."""
         newest = torch.arange(self.keys.shape[2], device=self.keys.device) >= self.keys.shape[2] - cut.recent
         score = cut.policy.score(self)
         return select_slots(score, torch.zeros_like(newest), newest, cut.window_length)[0]
+
+    def mask(self, cuts: Sequence[H2OConfig]) -> torch.Tensor:
+        """The slots that each head keeps in a window of its own: bool [Hkv, n]."""
+        mask = torch.zeros(self.keys.shape[1:3], dtype=torch.bool, device=self.keys.device)
+        for cut in dict.fromkeys(cuts):
+            heads = [head for head, of in enumerate(cuts) if of == cut]
+            mask[heads] = mask[heads].scatter(1, self.kept(cut)[heads], True)
+        return mask
 
     def only(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [1, Hkv, window, D] of the kept slots."""
@@ -92,40 +106,52 @@ class Calibrator:
 
         Args: end: cuts the greedy text, a list of tokens, where it ends.
         """
+        forced = self.forced(prompt, end)
+        measured = torch.zeros(self.shape, dtype=torch.float64)
+        narrow = [at for at, cut in enumerate(self.cuts) if cut.window_length < len(prompt)]
+        if forced is None or not narrow:
+            self.tick(measured.numel())
+            return measured, 0 if forced is None else forced.step.columns
+        layers, heads, cuts = self.shape
+        variants = [(head, self.cuts[at]) for at in narrow for head in range(heads)]
+        losses = self.divergences(forced, [variants] * layers).view(layers, len(narrow), heads)
+        measured[..., narrow] = losses.transpose(1, 2).cpu()
+        self.tick(layers * heads * (cuts - len(narrow)))
+        return measured, forced.step.columns
+
+    @torch.inference_mode()
+    def forced(self, prompt: list[int], end: Callable[[list[int]], list[int]] = list) -> ForcedText | None:
+        """The greedy text after a prompt, to be fed again; None where it has a single token."""
         layers, text = self._read(prompt)
         text = end(text)
-        predicted, measured = max(len(text) - 1, 0), torch.zeros(self.shape, dtype=torch.float64)
-        narrow = [at for at, cut in enumerate(self.cuts) if cut.window_length < len(prompt)]
-        if predicted and narrow:
-            measured = self._measure(ForcedText(self.model, layers, text[:-1]), narrow)
-        else:
-            self.tick(measured.numel())
-        return measured.cpu(), predicted
+        return ForcedText(self.model, layers, text[:-1]) if len(text) > 1 else None
 
-    def _measure(self, forced: ForcedText, narrow: list[int]) -> torch.Tensor:
-        """Losses on the model's device; of the `narrow` cuts, all others are 0."""
-        layers, heads, cuts = self.shape
-        measured = torch.zeros(self.shape, dtype=torch.float64, device=self.model.device)
-        todo = [[(head, at) for at in narrow for head in range(heads)] for _ in range(layers)]
+    def cut_to(self, width: int) -> H2OConfig:
+        """A window of a head like the others, of this width."""
+        return dataclasses.replace(self.cuts[0], window_length=width)
 
-        def cost(at_once: int) -> Iterator[int]:
-            for layer, variants in enumerate(todo):
-                while variants:
-                    some, at = zip(*variants[:at_once], strict=True)
-                    measured[layer, some, at] = forced.divergence(layer, some, [self.cuts[i] for i in at])
-                    del variants[:at_once]
-                    yield len(some)
+    @torch.inference_mode()
+    def divergences(self, forced: ForcedText, variants: list[list[tuple[int, H2OConfig]]]) -> torch.Tensor:
+        """Of the variants of each layer, one after the other, as many at once as memory holds: float64 [variants]."""
+        todo, divergences = [list(of_layer) for of_layer in variants], []
 
-        for done in halving(cost, self._at_once(forced)):
+        def measure(at_once: int) -> Iterator[int]:
+            for layer, of_layer in enumerate(todo):
+                while of_layer:
+                    heads, cuts = zip(*of_layer[:at_once], strict=True)
+                    divergences.append(forced.divergence(layer, heads, cuts))
+                    del of_layer[:at_once]
+                    yield len(heads)
+
+        for done in halving(measure, self._at_once(forced, max(map(len, todo)))):
             self.tick(done)
-        self.tick(layers * heads * (cuts - len(narrow)))
-        return measured
+        return torch.cat(divergences)
 
-    def _at_once(self, forced: ForcedText) -> int:
-        """Variants whose attention fits into ATTENTION_BYTES, at most those of a layer."""
+    def _at_once(self, forced: ForcedText, most: int) -> int:
+        """Variants whose attention fits into ATTENTION_BYTES."""
         budget = ATTENTION_BYTES if self.model.device.type == "cuda" else ATTENTION_BYTES // 16
         one = 4 * self.model.config.num_attention_heads * forced.step.columns * forced.step.width
-        return max(1, min(budget // one, self.shape[1] * self.shape[2]))
+        return max(1, min(budget // one, most))
 
     def _read(self, prompt: list[int]) -> tuple[list[PromptLayer], list[int]]:
         """The slots of a prompt, of which none is evicted, and the greedy text that follows it."""
@@ -147,10 +173,67 @@ def _prompt_layers(cache: HHCache, tokens: int) -> list[PromptLayer]:
     for layer in cache.layers:
         slots = layer.slots
         keys, values = slots.read(tokens)
-        mass, count = (None if of is None else of[:, :, :tokens] for of in (slots.mass, slots.count))
+        ranked = (None if of is None else of[:, :, :tokens] for of in (slots.mass, slots.count, slots.norms))
         positions = slots.positions[:, :, :tokens]
-        layers.append(PromptLayer(layer.layer_idx, keys, values, mass, count, positions, cache.h2o.score_seed))
+        layers.append(PromptLayer(layer.layer_idx, keys, values, *ranked, positions, cache.h2o.score_seed))
     return layers
+
+
+class JointElimination:
+    """Windows that shrink together: slots are taken where, beside all earlier cuts, it costs least.
+
+    Losses of single heads do not add up where many heads are cut. From wide windows on, each head's further cut is
+    measured while all others keep what they have left, and the cheapest cuts are made.
+
+    Args:
+        calibrator: of any cuts with the score and the share of heavy hitters to use.
+        texts: to measure on, together.
+        windows: [layers][KV heads] to begin with.
+    """
+
+    def __init__(self, calibrator: Calibrator, texts: list[ForcedText], windows: Windows):
+        self.calibrator, self.texts, self.windows = calibrator, texts, [list(of_layer) for of_layer in windows]
+
+    def to(self, window_length: int) -> Windows:
+        """Take slots until this is the windows' mean; returns them."""
+        while (surplus := sum(map(sum, self.windows)) - window_length * self._heads) > 0:
+            for _, layer, head, width in self._cheapest():
+                taken = min(self.windows[layer][head] - width, surplus)
+                if taken > 0:  # the head was not cut in this round
+                    self.windows[layer][head] -= taken
+                    surplus -= taken
+        return tuple(map(tuple, self.windows))
+
+    @property
+    def _heads(self) -> int:
+        return len(self.windows) * len(self.windows[0])
+
+    @torch.inference_mode()
+    def _cheapest(self) -> list[tuple[float, int, int, int]]:
+        """Cost per slot, layer, head and width of one cut of each head, the cheapest first."""
+        steps = [
+            [(head, width) for head, slots in enumerate(of_layer) for width in _narrower(slots)]
+            for of_layer in self.windows
+        ]
+        cuts = [[(head, self.calibrator.cut_to(width)) for head, width in of_layer] for of_layer in steps]
+        held = [[self.calibrator.cut_to(slots) for slots in of_layer] for of_layer in self.windows]
+        costs = sum(self._costs(text, held, cuts) for text in self.texts).tolist()
+        best: dict[tuple[int, int], tuple[float, int, int, int]] = {}
+        at = [(layer, head, width) for layer, of_layer in enumerate(steps) for head, width in of_layer]
+        for cost, (layer, head, width) in zip(costs, at, strict=True):
+            each = (cost / (self.windows[layer][head] - width), layer, head, width)
+            best[layer, head] = min(best.get((layer, head), each), each)
+        return sorted(best.values())
+
+    def _costs(self, text: ForcedText, held, cuts) -> torch.Tensor:
+        base = text.hold(held)
+        return self.calibrator.divergences(text, cuts) - base
+
+
+def _narrower(slots: int) -> list[int]:
+    """Widths to cut a head to next: three quarters and half of its slots, in multiples of UNIT."""
+    widths = (max(UNIT, int(slots * part) // UNIT * UNIT) for part in (0.75, 0.5))
+    return list(dict.fromkeys(width for width in widths if width < slots))
 
 
 class ForcedText:
@@ -162,6 +245,7 @@ class ForcedText:
         text: the tokens to feed.
     """
 
+    @torch.inference_mode()
     def __init__(self, model, prompt: list[PromptLayer], text: list[int]):
         self.model, self.prompt = model, prompt
         device, tokens = model.device, prompt[0].keys.shape[2]
@@ -171,13 +255,29 @@ class ForcedText:
         states = model.model.embed_tokens(torch.tensor([text], device=device))
         positions = torch.arange(tokens, tokens + len(text), device=device)[None]
         self.rope = model.model.rotary_emb(states, positions)
-        self.states = []  # that enter each layer: [1, m, hidden]
-        for layer_idx in range(len(prompt)):
+        self.embedded = states
+        self.masks: list[torch.Tensor | None] = [None] * len(prompt)  # slots that each layer's heads keep; None = all
+        self.logprobs = self._logits(self._run()).log_softmax(-1, dtype=torch.float32)[0]  # [m, vocabulary]
+
+    @torch.inference_mode()
+    def hold(self, cuts: Sequence[Sequence[H2OConfig]]) -> torch.Tensor:
+        """Keep from here on what the windows [layers][KV heads] keep; returns their divergence, float64, one number.
+
+        `divergence` then is that of these windows with one head cut further.
+        """
+        self.masks = [prompt.mask(of_layer) for prompt, of_layer in zip(self.prompt, cuts, strict=True)]
+        return self._divergence_of(self._run())[0]
+
+    def _run(self) -> torch.Tensor:
+        """The last states [1, m, hidden]; `states` are those that enter each layer."""
+        self.states, states = [], self.embedded
+        for layer_idx in range(len(self.prompt)):
             self.states.append(states)
             states = self._after(layer_idx, states, self._attend(layer_idx, states))
-        self.logprobs = self._logits(states).log_softmax(-1, dtype=torch.float32)[0]  # [m, vocabulary]
+        return states
 
-    def divergence(self, layer_idx: int, heads: Sequence[int], cuts: list[H2OConfig]) -> torch.Tensor:
+    @torch.inference_mode()
+    def divergence(self, layer_idx: int, heads: Sequence[int], cuts: Sequence[H2OConfig]) -> torch.Tensor:
         """KL divergence of variants of one layer, each a head and its cut: float64 [variants], summed over tokens."""
         states = self.states[layer_idx]
         states = self._after(layer_idx, states, self._cut(layer_idx, heads, cuts))
@@ -192,11 +292,11 @@ class ForcedText:
         divergence = (self.logprobs.exp() * (self.logprobs - logprobs)).sum(-1)
         return divergence.sum(-1, dtype=torch.float64)
 
-    def _cut(self, layer_idx: int, heads: Sequence[int], cuts: list[H2OConfig]) -> torch.Tensor:
+    def _cut(self, layer_idx: int, heads: Sequence[int], cuts: Sequence[H2OConfig]) -> torch.Tensor:
         """The layer's attention in each variant: [variants, m, Hq * D]. It differs from the whole in one KV head."""
         prompt, states = self.prompt[layer_idx], self.states[layer_idx]
         projected = self._project(layer_idx, states)
-        whole = self._attend_to(layer_idx, projected, prompt.keys, prompt.values)
+        whole = self._attend_to(layer_idx, projected, prompt.keys, prompt.values, self.masks[layer_idx])
         by_head = whole.expand(len(heads), -1, -1).unflatten(-1, (prompt.keys.shape[1], -1)).clone()
         for cut in dict.fromkeys(cuts):  # all heads at once are hardly more work than one
             narrow = self._attend_to(layer_idx, projected, *prompt.only(prompt.kept(cut)))
@@ -217,19 +317,28 @@ class ForcedText:
         return *apply_rotary_pos_emb(query, key, *self.rope), value
 
     def _attend(self, layer_idx: int, states: torch.Tensor) -> torch.Tensor:
-        """Attention over the whole prompt and the variant's own tokens: [variants, m, Hq * D]."""
+        """Attention over the prompt's slots and the variant's own tokens: [variants, m, Hq * D]."""
         prompt = self.prompt[layer_idx]
-        return self._attend_to(layer_idx, self._project(layer_idx, states), prompt.keys, prompt.values)
+        return self._attend_to(
+            layer_idx, self._project(layer_idx, states), prompt.keys, prompt.values, self.masks[layer_idx]
+        )
 
-    def _attend_to(self, layer_idx: int, projected, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Causal attention over keys and values [1, Hkv, n, D] that all variants share, and over their own tokens."""
+    def _attend_to(
+        self, layer_idx: int, projected, keys: torch.Tensor, values: torch.Tensor, mask=None
+    ) -> torch.Tensor:
+        """Causal attention over keys and values [1, Hkv, n, D] that all variants share, and over their own tokens.
+
+        mask: bool [Hkv, n], the keys that are there; None if all are.
+        """
         query, key, value = projected
         variants, kv_heads, columns = len(query), key.shape[1], key.shape[2]
         scaling = self.model.model.layers[layer_idx].self_attn.scaling
         grouped = query.unflatten(1, (kv_heads, -1))  # [variants, Hkv, G, m, D]
         side_by_side = grouped.transpose(0, 1).flatten(1, 2)[None]  # [1, Hkv, variants * G, m, D]
-        shared = attention_logits(side_by_side, keys, scaling)[0].unflatten(1, (variants, -1)).transpose(0, 1)
-        own = attention_logits(grouped, key, scaling)
+        shared = scaled_logits(side_by_side, keys, scaling)[0].unflatten(1, (variants, -1)).transpose(0, 1)
+        if mask is not None:
+            shared.masked_fill_(~mask[:, None, None], -torch.inf)
+        own = scaled_logits(grouped, key, scaling)
         later = torch.ones(columns, columns, dtype=torch.bool, device=own.device).triu(1)
         own.masked_fill_(later, -torch.inf)
         total = torch.logaddexp(shared.logsumexp(-1, keepdim=True), own.logsumexp(-1, keepdim=True))

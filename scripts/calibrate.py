@@ -6,7 +6,8 @@
 Every program takes the plan with --head_budgets plan.json. One plan serves any window: the window is the mean of the
 heads' budgets. For each text, each KV head alone is cut to a few widths (--widths), everything else stays whole, and
 the KL divergence from the full cache is measured on the full cache's own greedy text. Slots then go to the heads where
-they save most.
+they save most. With --refine the budgets of narrow windows are measured together: from wide windows on, slots are taken
+where, beside all earlier cuts, it costs least. That takes several times as long.
 
 Calibrate on texts like those to come, at least as long, and judge the plan on others. A request's prompt is its
 `article` as it stands, or with --chat one turn in the tokenizer's chat template, as in run_summarization.py.
@@ -16,6 +17,7 @@ again. In half precision the smallest losses drown in rounding: --dtype float32 
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -32,7 +34,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from h2optimizer.calibration import Calibrator, head_cuts
+from h2optimizer.calibration import Calibrator, JointElimination, head_cuts
 from h2optimizer.flags import DEMO_REQUESTS, add_model_flags, in_flags
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import (
@@ -48,7 +50,7 @@ from h2optimizer.loading import (
 from h2optimizer.summarizing import Prompt, tokenize, warn_of_long_prompts
 from h2optimizer.texts import Stops
 from utils.bench import print_table
-from utils.budgets import HASH, HeadBudgets, MeasuredBudgets, request_fingerprint
+from utils.budgets import HASH, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
 from utils.cli import InputError, OneLineParser, count, count_or_zero, counts, output_file
 from utils.policies import POLICIES, named_policies
 from utils.requests import Request, read_requests
@@ -56,6 +58,13 @@ from utils.results import JsonlFile
 
 FIGURES = (".png", ".svg", ".pdf")
 LEAST_WIDTH = 16  # of the widths that are measured unasked
+FIELD_OF_SETTING = {
+    "--model-name": "model",
+    "weights": "weights",
+    "requests": "texts",
+    "--score": "score",
+    "--num_heavy_hitter_tokens": "num_heavy_hitters",
+}
 SHOWN = 128  # the window whose budgets are shown, or a fourth of shorter prompts
 
 
@@ -96,8 +105,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--num_heavy_hitter_tokens",
         type=heavy_hitters,
-        default="31/32",
+        default="7/8",
         help="heavy hitters of a head: a share of its slots, or a number; -1 = half (%(default)s)",
+    )
+    add(
+        "--refine",
+        action="store_true",
+        help="measure the budgets of narrow windows together, in several times the time",
     )
     add("--figure", type=figure_file, help="draw which heads remember: a PNG, SVG or PDF file; needs matplotlib")
     return parser.parse_args(argv)
@@ -117,6 +131,11 @@ def cuts_of(args: argparse.Namespace, longest: int) -> list[H2OConfig]:
             f"--widths {','.join(map(str, widths))}: the longest prompt has only {longest} tokens; give smaller "
             "widths, or longer requests"
         )
+    return checked_cuts(args, widths)
+
+
+def checked_cuts(args: argparse.Namespace, widths: list[int]) -> list[H2OConfig]:
+    """Raises InputError for what H2OConfig refuses."""
     try:
         return head_cuts(sorted(set(widths)), args.score, args.num_heavy_hitter_tokens)
     except ValueError as error:
@@ -146,6 +165,7 @@ def settings_of(args: argparse.Namespace, requests: list[Request], weights: str 
         "--num_heavy_hitter_tokens": args.num_heavy_hitter_tokens,
         "--widths": args.widths or "auto",
         "--max_new_tokens": args.max_new_tokens,
+        "--refine": args.refine,
         "--dtype": args.dtype,
         "device": device_name(device),
     }
@@ -160,18 +180,30 @@ def existing_plan(args: argparse.Namespace, settings: dict) -> HeadBudgets | Non
         plan = HeadBudgets.load(args.output_path)
     except ValueError:
         raise InputError(f"--output-path {args.output_path}: exists and is not a plan; {way_out}") from None
-    before = plan.settings if isinstance(plan, MeasuredBudgets) else {}
+    before = before_of(plan) if isinstance(plan, MeasuredBudgets) else {}
     for name in settings:
         if before.get(name) != json.loads(json.dumps(settings[name])):
             raise InputError(f"--output-path {args.output_path}: a plan of other settings ({name} differs); {way_out}")
     return plan
 
 
+def before_of(plan: MeasuredBudgets) -> dict:
+    """The settings of a plan: those that have a field of their own, and the others."""
+    return plan.settings | {name: listed(getattr(plan, field)) for name, field in FIELD_OF_SETTING.items()}
+
+
+def listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
 # Measuring
 
 
 def check_entry(entry: dict) -> None:
-    """Raises ValueError unless a line holds the losses of a text."""
+    """Raises ValueError unless a line holds the losses of a text, or the windows that were refined."""
+    if "windows" in entry:
+        GivenBudgets(shares=tuple(map(tuple, entry["windows"])))
+        return
     losses = np.array(entry["losses"], dtype=np.float64)
     counted = all(type(entry[name]) is int and entry[name] >= 0 for name in ("tokens", "prompt_tokens"))
     if losses.ndim != 3 or not np.isfinite(losses).all() or not counted:
@@ -201,6 +233,8 @@ def measure(args: argparse.Namespace, requests: list[Request], settings: dict, d
         for name, prompt in todo.items():
             file.append({"text": name} | entry_of(calibrator, prompt, tokenizer, args.dtype))
     plan = plan_of([file.entries[name] for name in names], widths, settings)
+    if args.refine:
+        plan = refine(plan, model, tokenizer, prompts, args.max_new_tokens, file)
     try:
         plan.save(args.output_path)
         part.unlink()
@@ -224,13 +258,44 @@ def entry_of(calibrator: Calibrator, prompt: Prompt, tokenizer, dtype: str) -> d
     return {"tokens": tokens, "prompt_tokens": len(prompt.tokens), "losses": losses.tolist()}
 
 
+def refine(plan: MeasuredBudgets, model, tokenizer, prompts: list[Prompt], most_tokens: int, file: JsonlFile):
+    """The plan with windows that were measured together, down from half of the mean prompt."""
+    windows = narrow_windows(plan)
+    tables = {windows[0]: plan.windows(windows[0])} if windows else {}
+    key = hashlib.sha256(json.dumps([plan.texts, plan.losses, plan.settings]).encode()).hexdigest()[:HASH]
+    for window in windows[1:]:
+        if (entry := file.entries.get(f"{key} {window}")) is None:
+            break
+        tables[window] = tuple(map(tuple, entry["windows"]))
+    if todo := windows[len(tables) :]:
+        cuts = head_cuts([max(windows)], plan.score, plan.num_heavy_hitters)
+        with tqdm(total=len(todo), unit="window", dynamic_ncols=True) as bar:
+            calibrator = Calibrator(model, cuts, most_tokens)
+            ends = [lambda text, of=prompt: end_of(text, of, model, tokenizer) for prompt in prompts]
+            texts = [calibrator.forced(prompt.tokens, end) for prompt, end in zip(prompts, ends, strict=True)]
+            joint = JointElimination(calibrator, [text for text in texts if text is not None], tables[min(tables)])
+            for window in todo:
+                tables[window] = joint.to(window)
+                file.append({"text": f"{key} {window}", "windows": tables[window]})
+                bar.update()
+    return dataclasses.replace(plan, refined=tuple(tables[window] for window in sorted(tables)))
+
+
+def narrow_windows(plan: MeasuredBudgets) -> list[int]:
+    """Means to refine, each a fifth less than the one before."""
+    windows = [int(plan.prompt_tokens / 2)]
+    while windows[-1] * 4 // 5 >= LEAST_WIDTH:
+        windows.append(windows[-1] * 4 // 5)
+    return windows if windows[0] >= LEAST_WIDTH else []
+
+
 def shape_of(model, cuts: list[H2OConfig]) -> tuple[int, int, int]:
     return model.config.num_hidden_layers, model.config.num_key_value_heads, len(cuts)
 
 
 def entry_name(settings: dict, widths: list[int], prompt: Prompt) -> str:
     """A hash of all that a text's losses depend on."""
-    alone = {name: of for name, of in settings.items() if name not in ("requests", "--widths")}
+    alone = {name: of for name, of in settings.items() if name not in ("requests", "--widths", "--refine")}
     decides = [alone, widths, request_fingerprint(prompt.request)]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:HASH]
 
@@ -253,13 +318,10 @@ def plan_of(entries: list[dict], widths: list[int], settings: dict) -> MeasuredB
     return MeasuredBudgets(
         widths=tuple(widths),
         losses=tuple(tuple(map(tuple, layer)) for layer in rounded),
-        score=settings["--score"],
-        num_heavy_hitters=settings["--num_heavy_hitter_tokens"],
-        model=settings["--model-name"],
-        weights=settings["weights"],
-        texts=tuple(settings["requests"]),
         prompt_tokens=round(sum(entry["prompt_tokens"] for entry in entries) / len(entries), 1),
-        settings=settings,
+        settings={name: of for name, of in settings.items() if name not in FIELD_OF_SETTING},
+        **{field: settings[name] for name, field in FIELD_OF_SETTING.items() if name != "requests"},
+        texts=tuple(settings["requests"]),
     )
 
 
@@ -314,6 +376,7 @@ def draw(plan: MeasuredBudgets, path: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.figure is not None and not is_installed("matplotlib"):
         raise InputError("--figure: matplotlib is not installed: pip install matplotlib, or leave it out")
+    checked_cuts(args, args.widths or [LEAST_WIDTH])  # before a model is loaded
     device = select_device(args.device)
     requests = requests_of(args)
     settings = settings_of(args, requests, fingerprint_of(args.model_name), device)

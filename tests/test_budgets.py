@@ -1,5 +1,6 @@
 """Plans of head budgets: how slots are divided, and which files and models are refused."""
 
+import dataclasses
 import json
 import random
 from types import SimpleNamespace
@@ -30,7 +31,13 @@ def flat(windows) -> list[int]:
     return [slots for layer in windows for slots in layer]
 
 
-@pytest.mark.parametrize("make", [measured, given])
+def refined(layers=5, heads=3, seed=0) -> MeasuredBudgets:
+    """A plan with windows of 4 and 60 that were measured together; the wider ones follow from the losses."""
+    plan = measured(layers, heads, seed)
+    return dataclasses.replace(plan, refined=(((UNIT,) * heads,) * layers, plan.windows(60)))
+
+
+@pytest.mark.parametrize("make", [measured, given, refined])
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_have_the_mean_and_only_grow(make, seed):
     """Slots that get lost or are given out twice, a head with none, a head that loses slots when all get more."""
@@ -98,6 +105,7 @@ def test_saved_plan_is_loaded(tmp_path):
     """A field that is lost on the way, or a file that says another thing than the plan."""
     path = tmp_path / "plan.json"
     plan = measured(score="value_mass", num_heavy_hitters="31/32", model="m", weights="ab", texts=("c", "d"))
+    plan = dataclasses.replace(plan, refined=(plan.windows(32),))
     plan.save(path)
     loaded = HeadBudgets.load(path)
     assert loaded.path == path and loaded.windows(64) == plan.windows(64)
@@ -125,6 +133,10 @@ GOOD = {"form": 1, "widths": [4, 8], "losses": [[[0.5, 0.25]]]}
         (GOOD | {"losses": [[[0.5, -0.25]]]}, "not a number of at least 0"),
         (GOOD | {"losses": [[[0.5, None]]]}, "not a number of at least 0"),
         (GOOD | {"losses": [[[0.5, 0.1], [0.5, 0.1]], [[0.5, 0.1]]]}, "losses are not a table"),
+        (GOOD | {"refined": [[[8.5]]]}, "refined windows are not whole numbers"),
+        (GOOD | {"refined": [[[8]], [[7]]]}, "refined windows do not grow"),
+        (GOOD | {"refined": [[[8, 8]]]}, "refined windows are not whole numbers"),
+        (GOOD | {"refined": 3}, "refined windows are not a table"),
         ({"windows": [[1, 2], [3]]}, "windows are not a table"),
         ({"windows": [[1, 0]]}, "not a number above 0"),
         ({"windows": [[1, True]]}, "not a number above 0"),

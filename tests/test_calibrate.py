@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from checkpoints import make_checkpoint, make_requests, write_requests
 from conftest import GROUPS, make_llamas, prompt
 from h2optimizer import calibration
-from h2optimizer.calibration import Calibrator, head_cuts
+from h2optimizer.calibration import Calibrator, JointElimination, head_cuts
+from h2optimizer.flags import DEMO_MODEL, DEMO_REQUESTS
 from test_benchmarks import load
 from utils.budgets import HeadBudgets, MeasuredBudgets
-from utils.results import checkpoint_fingerprint
+from utils.requests import read_requests
+from utils.results import PLAN, checkpoint_fingerprint
 
 PROMPT, TOKENS = prompt(30), 9
 
@@ -36,40 +39,51 @@ def mass_of(stock) -> torch.Tensor:
     return torch.stack([of[0].sum(dim=1).unflatten(0, (kv_heads, -1)).sum(dim=1) for of in attentions])
 
 
-def logprobs_of(stock, text: list[int], layer: int = 0, head: int = 0, gone: tuple[int, ...] = ()) -> torch.Tensor:
-    """Of the text's tokens but the first, where the text's queries do not see the tokens `gone` in one KV head."""
+def logprobs_of(stock, text: list[int], gone: dict[tuple[int, int], list[int]]) -> torch.Tensor:
+    """Of the text's tokens but the first, where its queries do not see the tokens `gone`, by layer and KV head."""
     ids, n = torch.tensor([PROMPT + text[:-1]]), len(PROMPT)
     heads, group = (
         stock.config.num_attention_heads,
         stock.config.num_attention_heads // stock.config.num_key_value_heads,
     )
-    hidden = torch.ones(heads, ids.shape[1], ids.shape[1]).triu(1).bool()
-    hidden[head * group : (head + 1) * group, n:, list(gone)] = True
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None]
+    handles = []
+    for layer_idx, layer in enumerate(stock.model.layers):
+        hidden = torch.ones(heads, ids.shape[1], ids.shape[1]).triu(1).bool()
+        for (of_layer, head), tokens in gone.items():
+            if of_layer == layer_idx:
+                hidden[head * group : (head + 1) * group, n:, tokens] = True
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None]
 
-    def mask_one_head(module, args, kwargs):
-        return args, kwargs | {"attention_mask": mask}
+        def with_mask(module, args, kwargs, mask=mask):
+            return args, kwargs | {"attention_mask": mask}
 
-    handle = stock.model.layers[layer].self_attn.register_forward_pre_hook(mask_one_head, with_kwargs=True)
+        handles.append(layer.self_attn.register_forward_pre_hook(with_mask, with_kwargs=True))
     try:
         return stock(ids, use_cache=False).logits[0, n:].double().log_softmax(-1)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def gone_of(mass: torch.Tensor, width: int, recent: int) -> list[int]:
+    """The tokens that one head, of this mass, does not keep in a window."""
+    old = range(len(mass) - recent)
+    return sorted(old, key=lambda slot: -mass[slot].item())[width - recent :] if width < len(mass) else []
+
+
+def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    return (wanted.exp() * (wanted - got)).sum().item()
 
 
 @torch.no_grad()
 def slow_losses(stock, text: list[int], widths: list[int], recent: dict[int, int]) -> torch.Tensor:
-    mass, n = mass_of(stock), len(PROMPT)
-    wanted = logprobs_of(stock, text)
+    mass, wanted = mass_of(stock), logprobs_of(stock, text, {})
     losses = torch.zeros(*mass.shape[:2], len(widths), dtype=torch.float64)
     for layer in range(losses.shape[0]):
         for head in range(losses.shape[1]):
             for at, width in enumerate(widths):
-                old = range(n - recent[width])
-                ranked = sorted(old, key=lambda slot: -mass[layer, head, slot].item())
-                gone = tuple(ranked[width - recent[width] :]) if width < n else ()
-                got = logprobs_of(stock, text, layer, head, gone)
-                losses[layer, head, at] = (wanted.exp() * (wanted - got)).sum()
+                gone = {(layer, head): gone_of(mass[layer, head], width, recent[width])}
+                losses[layer, head, at] = divergence(wanted, logprobs_of(stock, text, gone))
     return losses
 
 
@@ -116,6 +130,52 @@ def test_text_that_says_nothing(gqa):
     """A text of one token, which the prefill decides, counted as if it were predicted."""
     losses, tokens = Calibrator(gqa.h2o, head_cuts([4], "mass", -1), TOKENS).losses(PROMPT, end=lambda text: text[:1])
     assert tokens == 0 and not losses.any()
+
+
+# Windows that shrink together
+
+
+def test_cuts_beside_other_cuts_are_those_of_masked_stock_llama(gqa):
+    """A head measured beside whole ones, or beside the windows of an earlier round; one cut in place of another."""
+    text, mass = greedy(gqa.stock, TOKENS), mass_of(gqa.stock).detach()
+    windows = [[8, 40], [12, 4]]
+
+    def slow(windows) -> float:
+        gone = {
+            (i, h): gone_of(mass[i, h], windows[i][h], windows[i][h] - windows[i][h] // 2)
+            for i in (0, 1)
+            for h in (0, 1)
+        }
+        return divergence(logprobs_of(gqa.stock, text, {}), logprobs_of(gqa.stock, text, gone))
+
+    def cuts(windows):
+        return [[calibrator.cut_to(width) for width in of_layer] for of_layer in windows]
+
+    calibrator = Calibrator(gqa.h2o, head_cuts([8], "mass", -1), TOKENS)
+    forced = calibrator.forced(PROMPT)
+    for held in ([[30, 30], [30, 30]], windows):
+        base = forced.hold(cuts(held)).item()
+        assert base == pytest.approx(slow(held), rel=1e-3, abs=1e-5)
+    (narrow,) = cuts([[4, 16]])
+    got = calibrator.divergences(forced, [[(0, narrow[0]), (1, narrow[1])], [(0, narrow[0])]])
+    expected = [slow([[4, 40], [12, 4]]), slow([[8, 16], [12, 4]]), slow([[8, 40], [4, 4]])]
+    assert got.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_slots_are_taken_where_it_costs_least(gqa):
+    """Slots taken from the dearest head, too many or too few, or given back."""
+    calibrator = Calibrator(gqa.h2o, head_cuts([8], "mass", -1), TOKENS)
+    forced = calibrator.forced(PROMPT)
+    joint, before = JointElimination(calibrator, [forced], ((24, 24), (24, 24))), [24] * 4
+    cost, layer, head, width = joint._cheapest()[0]
+    assert [cost] == [min(of[0] for of in joint._cheapest())] and width in (16, 12)
+    first = joint.to(23)
+    assert first[layer][head] == 20 and sum(map(sum, first)) == 92, "four slots, all of the cheapest head"
+    for window in (16, 9, 4):
+        slots = [slots for of_layer in joint.to(window) for slots in of_layer]
+        assert sum(slots) == 4 * window and all(now <= then for now, then in zip(slots, before, strict=True))
+        before = slots
+    assert before == [4] * 4
 
 
 # The script
@@ -214,6 +274,30 @@ def test_killed_measurement_goes_on_to_the_same_plan(run, calibrate, monkeypatch
     assert run(output="killed.json").out == again.out and len(measured) == 1, "the plan itself is shown again"
 
 
+def test_refined_windows_resume_as_well(run, calibrate, monkeypatch):
+    """Windows that are measured again after a kill, or that do not join those of the losses."""
+    monkeypatch.setattr(calibrate, "LEAST_WIDTH", 8)
+    whole = run("--refine")
+    assert len(whole.plan.refined) > 2 and whole.plan.refined != run(output="plain.json").plan.refined
+    widest = sum(map(sum, whole.plan.refined[-1])) // 4
+    assert whole.plan.windows(widest) == run(output="plain.json").plan.windows(widest)
+    to, done = JointElimination.to, []
+
+    def killed(self, window):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(window)
+        return to(self, window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JointElimination, "to", killed)
+        run("--refine", output="killed.json", code=130)
+    again = []
+    monkeypatch.setattr(JointElimination, "to", lambda self, window: again.append(window) or to(self, window))
+    assert run("--refine", output="killed.json").path.read_text() == whole.path.read_text()
+    assert done and again and max(again) < min(done)
+
+
 def test_other_settings_are_other_losses(run):
     """Losses of other widths or texts that a resumed command goes on with, and a plan that is replaced unasked."""
     before = run()
@@ -241,6 +325,7 @@ def test_other_settings_are_other_losses(run):
     ],
 )
 def test_what_does_not_fit_together_is_one_line(run, flags, message):
+    """A traceback, or a plan that is written all the same."""
     outcome = run(*flags, code=2)
     (said,) = outcome.errors
     assert message in said and not outcome.path.exists()
@@ -256,6 +341,12 @@ def test_plan_is_not_written_over_something_else(run, lab, tmp_path):
     assert "is the --input-path" in said
 
 
+def test_settings_are_refused_before_a_model_is_loaded(run, calibrate, monkeypatch):
+    """Minutes of loading before a word about a flag."""
+    monkeypatch.setattr(calibrate, "load_model", lambda *args: pytest.fail("it was loaded"))
+    assert "--num_heavy_hitter_tokens=9" in run("--num_heavy_hitter_tokens", 9, code=2).errors[0]
+
+
 def test_default_widths_reach_the_longest_prompt(run):
     """Long prompts whose losses are extrapolated from narrow cuts."""
     plan = run("--widths", "").plan
@@ -269,3 +360,11 @@ def test_figure(run, tmp_path):
     run()
     run("--figure", tmp_path / "figures/plan.png")
     assert (tmp_path / "figures/plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bundled_plan_is_the_bundled_models():
+    """A plan that a new model, or new requests, have outdated."""
+    plan = HeadBudgets.load(DEMO_MODEL / PLAN)
+    plan.check_model(LlamaConfig.from_pretrained(DEMO_MODEL), checkpoint_fingerprint(DEMO_MODEL))
+    assert plan.refined and not plan.calibrated_on(read_requests(DEMO_REQUESTS)[0])
+    assert sum(map(sum, plan.windows(112))) == 112 * 20

@@ -23,11 +23,11 @@ from utils.results import fingerprint, replace_file, to_json
 FORM = 1  # version of the file
 HASH = 16  # hexadecimal digits of a fingerprint
 LEAST = 2  # slots of a head: one heavy hitter and the newest token
-UNIT = 4  # measured budgets are multiples of so many slots, but for one head that takes the remainder
+UNIT = 4  # budgets from losses are multiples of so many slots, but for one head that takes the remainder
 KNOTS_PER_OCTAVE = 8
 MOST_SLOTS = 2**31
 NOISE = 1e-6  # nats per token; smaller losses are not told apart
-FALL = 1.5  # beyond the measured widths, a loss falls with this power of the slots
+FALL = 2.0  # beyond the measured widths, a loss falls with this power of the slots
 RISE = 2.0  # below them, it rises by this multiple of itself for each e-fold of fewer slots
 
 Windows = tuple[tuple[int, ...], ...]  # [layers][KV heads]
@@ -110,22 +110,8 @@ class GivenBudgets(HeadBudgets):
         return len(self.shares), len(self.shares[0])
 
     def _divide(self, window_length: int) -> np.ndarray:
-        """By D'Hondt's method, whose shares never fall as the total grows."""
         shares = np.array(self.shares, dtype=np.float64).ravel()
-        shares /= shares.mean()
-        total = window_length * shares.size
-
-        def at(scale: float) -> np.ndarray:
-            return np.maximum(np.floor(shares * scale), LEAST).astype(np.int64)
-
-        low, high = 0.0, float(window_length) + 1  # too few slots at `low`, or just enough; too many at `high`
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at(middle).sum() <= total else (low, middle)
-        slots = at(low)
-        next_at = (slots + 1) / shares  # the scale at which a head gets its next slot
-        slots[np.argsort(next_at, kind="stable")[: total - slots.sum()]] += 1
-        return slots
+        return _apportioned(shares, window_length * shares.size, LEAST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +119,8 @@ class MeasuredBudgets(HeadBudgets):
     """A measured plan: slots go where they save most.
 
     A head's loss at any width is interpolated between the measured widths, over logarithms of both, and made convex.
-    Each head gets `UNIT` slots; the others are given out in the order of what they save.
+    Each head gets `UNIT` slots; the others are given out in the order of what they save. Losses of single heads do not
+    add up in narrow windows, where many heads are cut: `refined` windows were measured together, and take over there.
     """
 
     widths: tuple[int, ...]  # slots, ascending
@@ -146,14 +133,37 @@ class MeasuredBudgets(HeadBudgets):
     weights: str | None = None  # its fingerprint
     texts: tuple[str, ...] = ()  # fingerprints of the requests
     prompt_tokens: float = 0.0  # mean length of the prompts
+    refined: tuple[Windows, ...] = ()  # of growing means; the last is what the losses give
     settings: dict = dataclasses.field(default_factory=dict)  # what else the measurement depends on
 
-    FIELDS: ClassVar = ("score", "num_heavy_hitters", "model", "weights", "texts", "prompt_tokens", "settings")
+    FIELDS: ClassVar = (
+        "score",
+        "num_heavy_hitters",
+        "model",
+        "weights",
+        "texts",
+        "prompt_tokens",
+        "refined",
+        "settings",
+    )
 
     def __post_init__(self):
         if not self.widths or list(self.widths) != sorted(set(self.widths)) or not _all(self.widths, int, least=1):
             raise ValueError("its widths are not ascending numbers of slots")
         _check_table(self.losses, "losses", len(self.widths))
+        self._check_refined()
+
+    def _check_refined(self) -> None:
+        """Raises ValueError."""
+        before = np.full(self.shape[0] * self.shape[1], LEAST)
+        for table in self.refined if isinstance(self.refined, tuple) else (None,):
+            _check_table(table, "refined windows")
+            slots = np.array(table).ravel()
+            if slots.dtype != np.int64 or slots.shape != before.shape or slots.sum() % slots.size:
+                raise ValueError("its refined windows are not whole numbers of slots with a whole mean")
+            if (slots < before).any():
+                raise ValueError("its refined windows do not grow")
+            before = slots
 
     def save(self, path: str | Path) -> None:
         """Write the plan, in one rename. Raises OSError."""
@@ -179,11 +189,16 @@ class MeasuredBudgets(HeadBudgets):
         return sum(request_fingerprint(request) in self.texts for request in requests)
 
     def _divide(self, window_length: int) -> np.ndarray:
-        least = min(UNIT, window_length)
         heads = self.shape[0] * self.shape[1]
+        lower, total = np.full(heads, min(LEAST, window_length)), window_length * heads
+        for table in self.refined:
+            upper = np.array(table).ravel()
+            if total <= upper.sum():
+                return lower + _apportioned(upper - lower, total - lower.sum())
+            lower = upper
+        least = min(UNIT, window_length)
         owner, length = self._order
-        left = (window_length - least) * heads
-        taken = np.clip(left - (np.cumsum(length) - length), 0, length)
+        taken = np.clip(total - least * heads - (np.cumsum(length) - length), 0, length)
         slots = np.full(heads, least, dtype=np.int64)
         np.add.at(slots, owner, taken)
         return slots
@@ -205,6 +220,28 @@ class MeasuredBudgets(HeadBudgets):
             saved.append(-np.diff(curve[at]) / length[-1])
         order = np.argsort(-np.concatenate(saved), kind="stable")
         return np.concatenate(owner)[order], np.concatenate(length)[order]
+
+
+def _apportioned(parts: np.ndarray, total: int, least: int = 0) -> np.ndarray:
+    """Whole numbers in the ratios of `parts`, with a sum of `total` and each at least `least`: int64.
+
+    By D'Hondt's method, so that none falls as the total grows.
+    """
+
+    def at(scale: float) -> np.ndarray:
+        return np.maximum(np.floor(parts * scale), least).astype(np.int64)
+
+    if not parts.any():
+        return at(0.0)
+    low, high = 0.0, (total + parts.size) / float(parts.sum())  # too few or just enough; enough or too many
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle).sum() <= total else (low, middle)
+    numbers = at(low)
+    with np.errstate(divide="ignore"):
+        next_at = (numbers + 1) / parts  # the scale at which each would grow
+    numbers[np.argsort(next_at, kind="stable")[: total - numbers.sum()]] += 1
+    return numbers
 
 
 def request_fingerprint(request: Request) -> str:
