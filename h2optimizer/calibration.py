@@ -25,6 +25,7 @@ from h2optimizer.llama import H2OConfig
 from h2optimizer.sampling import choose_greedily
 from utils.budgets import UNIT, Windows
 from utils.cache import CACHE_ARGUMENT, HHCache
+from utils.heads import HeadWindows
 from utils.memory import halving
 from utils.slimming import select_slots
 from utils.step import Rows, Step
@@ -249,7 +250,7 @@ class ForcedText:
     def __init__(self, model, prompt: list[PromptLayer], text: list[int]):
         self.model, self.prompt = model, prompt
         device, tokens = model.device, prompt[0].keys.shape[2]
-        rows = Rows(1)
+        rows = Rows(1, HeadWindows.of(tokens + len(text), lambda window: 0))
         rows.append([tokens + len(text)])
         self.step = Step(rows, [tokens], [len(text)], len(text), False, False, False, [len(text)])
         states = model.model.embed_tokens(torch.tensor([text], device=device))
