@@ -250,7 +250,7 @@ class ForcedText:
     def __init__(self, model, prompt: list[PromptLayer], text: list[int]):
         self.model, self.prompt = model, prompt
         device, tokens = model.device, prompt[0].keys.shape[2]
-        rows = Rows(1, HeadWindows.of(tokens + len(text), lambda window: 0))
+        rows = Rows(1, HeadWindows.of(tokens + len(text), 1))
         rows.append([tokens + len(text)])
         self.step = Step(rows, [tokens], [len(text)], len(text), False, False, False, [len(text)])
         states = model.model.embed_tokens(torch.tensor([text], device=device))

@@ -87,7 +87,6 @@ class H2OConfig:
             )
         if self.score_seed >= 2**32:
             raise ValueError(f"score_seed={self.score_seed}: must be below 2**32")
-        self._resolve_budgets()
         if self._share is None and self.num_heavy_hitters >= self.window_length:
             raise ValueError(
                 f"num_heavy_hitters={self.num_heavy_hitters}: must be less than window_length={self.window_length}, "
@@ -99,6 +98,7 @@ class H2OConfig:
                 f"score {self.score} and the newest slot; give at least {self.heavy + 1}, or set "
                 "num_heavy_hitters to the number of sinks to keep"
             )
+        self._resolve_budgets()
         if type(self.score_decay) not in (int, float) or not 0.0 <= self.score_decay <= 1.0:
             raise ValueError(f"score_decay={self.score_decay!r}: must be a number between 0 and 1")
         if self.backend == "flash_attn" and self.needs_mass and self.score_every_step:
@@ -118,14 +118,14 @@ class H2OConfig:
         budgets = self.head_budgets
         if budgets == "even":
             return
-        if isinstance(budgets, str):
-            budgets = HeadBudgets.load(budgets).windows(self.window_length)
-        try:
-            object.__setattr__(self, "head_budgets", check_table(budgets, self.window_length))
-        except ValueError as error:
-            raise ValueError(f"head_budgets: {error}") from None
         if self.slimming == "mask":
             raise ValueError("slimming='mask' needs heads of one window: leave out head_budgets, or set slimming='H'")
+        if isinstance(budgets, str):
+            budgets = HeadBudgets.load(budgets).windows(self.window_length, self.recent)
+        try:
+            object.__setattr__(self, "head_budgets", check_table(budgets, self.window_length, self.recent))
+        except ValueError as error:
+            raise ValueError(f"head_budgets: {error}") from None
 
     @property
     def _share(self) -> Fraction | None:
@@ -135,30 +135,20 @@ class H2OConfig:
         except ValueError as error:
             raise ValueError(f"num_heavy_hitters={error}") from None
 
-    def heavy_of(self, window: int) -> int:
-        """Heavy hitters of a head with this window, or the sinks or random slots that replace them."""
-        most, share, policy = window - 1, self._share, POLICIES[self.score]
-        if share is not None:
-            return min(int(share * window), most)
-        if self.num_heavy_hitters == -1:
-            return window // 2 if policy.heavy is None else min(policy.heavy, most)
-        if policy.keeps_oldest:
-            return min(self.num_heavy_hitters, most)
-        return min(self.num_heavy_hitters * window // self.window_length, most)
-
     @property
     def heavy(self) -> int:
-        """Heavy hitters in the window, or the sinks or random slots that replace them."""
-        heavy = POLICIES[self.score].heavy
-        if self.num_heavy_hitters == -1 and heavy is not None:
-            return heavy
-        return self.heavy_of(self.window_length)
+        """Heavy hitters in the window, or the sinks or random slots that replace them; with head budgets, the mean."""
+        share, policy = self._share, POLICIES[self.score]
+        if share is not None:
+            return min(int(share * self.window_length), self.window_length - 1)
+        if self.num_heavy_hitters != -1:
+            return self.num_heavy_hitters
+        return self.window_length // 2 if policy.heavy is None else policy.heavy
 
     @property
     def head_windows(self) -> HeadWindows:
         """How many slots each KV head keeps."""
-        windows = self.window_length if self.head_budgets == "even" else self.head_budgets
-        return HeadWindows.of(windows, self.heavy_of)
+        return HeadWindows.of(self.window_length if self.head_budgets == "even" else self.head_budgets, self.recent)
 
     @property
     def recent(self) -> int:

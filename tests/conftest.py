@@ -149,7 +149,7 @@ GARBAGE = 1e4  # stands where a row has no slot
 
 def make_step(start, new, decode=False, scored=True, score_queries=None) -> Step:
     """A Step of rows with `start[b]` slots and `new[b]` new tokens, the last `score_queries` of which are scored."""
-    rows = Rows(len(start), HeadWindows.of(256, lambda window: window // 2))
+    rows = Rows(len(start), HeadWindows.of(256, 128))
     rows.append(start)
     rows.append(new)
     first = [0 if score_queries is None else max(0, n - score_queries) for n in new]
@@ -219,10 +219,10 @@ def by_head(cache: HHCache, layer_idx: int, name: str) -> torch.Tensor:
 
 
 def uneven(llamas: Llamas, window: int) -> tuple:
-    """Windows of their own for all heads, with this mean: the first is very short, and so on in pairs."""
+    """Windows of their own for all heads, with this mean: the first keeps half as many, and so on in pairs."""
     config = llamas.stock.config
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    pairs = [w for i in range(heads) for w in (2 + i % (window - 2), 2 * window - 2 - i % (window - 2))]
+    heads, half = config.num_hidden_layers * config.num_key_value_heads, window // 2
+    pairs = [w for i in range(heads) for w in (half + i % half, 2 * window - half - i % half)]
     flat = pairs[: heads // 2 * 2] + [window] * (heads % 2)
     return tuple(zip(*[iter(flat)] * config.num_key_value_heads, strict=True))
 
@@ -248,7 +248,7 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
                 assert 0 <= length <= min(window + h2o.update_interval, cache.lengths[b])
                 held = positions[b, head, :length]
                 assert (held.diff() > 0).all(), "slots are not in the order of their tokens"
-                of_head = window - h2o.heavy_of(window) if recent is None else recent
+                of_head = h2o.recent if recent is None else recent
                 newest = list(range(seen - min(of_head, length), seen))
                 assert held[length - len(newest) :].tolist() == newest, "a recent token is gone"
                 assert not masses[b, head, length : window + h2o.update_interval].any(), "mass past the row's length"

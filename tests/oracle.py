@@ -59,15 +59,14 @@ class Oracle:
         config = model.config
         self.num_query_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.group_size = self.num_query_heads // self.num_kv_heads
-        self.window_length, self.number = window_length, num_heavy_hitters
+        self.window_length = window_length
         self.score = score
         layers = range(config.num_hidden_layers)
         self.windows = head_budgets
         if head_budgets == "even":
             self.windows = [[window_length] * self.num_kv_heads for _ in layers]
-        self.heavies = [[self._heavy(window, num_heavy_hitters) for window in row] for row in self.windows]
-        for row, heavies in zip(self.windows, self.heavies, strict=True):
-            assert all(0 <= heavy < window for window, heavy in zip(row, heavies, strict=True)), "no recent slot"
+        self.recent = window_length - self._heavy(num_heavy_hitters)
+        assert self.recent >= 1 and all(window >= self.recent for row in self.windows for window in row)
         assert score in ("mass", "value_mass", "sink", "streaming_llm", "random")
         assert score_norm in ("sum", "mean") and group_reduce in ("sum", "first")
         self.update_interval = update_interval
@@ -90,16 +89,14 @@ class Oracle:
         """Number of slots kept, by the fullest head where heads have windows of their own."""
         return max(len(slots) for heads in self.cache for slots in heads)
 
-    def _heavy(self, window, number):
-        """How many slots of a head's window are heavy hitters."""
+    def _heavy(self, number):
+        """How many slots of a window are heavy hitters; the mean, where heads have windows of their own."""
         if isinstance(number, str):
             part, whole = map(int, number.split("/"))
-            return min(window * part // whole, window - 1)
+            return min(self.window_length * part // whole, self.window_length - 1)
         if number == -1:
-            return min(4, window - 1) if self.score == "streaming_llm" else window // 2
-        if self.score not in ("sink", "streaming_llm"):
-            number = number * window // self.window_length
-        return min(number, window - 1)
+            return 4 if self.score == "streaming_llm" else self.window_length // 2
+        return number
 
     def positions(self, layer) -> list[list[int]]:
         """Original positions of the kept slots, ascending, for each KV head."""
@@ -169,9 +166,8 @@ class Oracle:
 
         Raises ValueError when `space_needed` does not fit into the recent part.
         """
-        recent = self.window_length - self._heavy(self.window_length, self.number)
-        if space_needed > recent:
-            raise ValueError(f"{space_needed} slots do not fit into the recent part of {recent}")
+        if space_needed > self.recent:
+            raise ValueError(f"{space_needed} slots do not fit into the recent part of {self.recent}")
         self._slim(space_needed)
 
     def _attention(self, layer, attn, hidden, first_adding_query, decays):
@@ -222,13 +218,11 @@ class Oracle:
         return torch.cat((first * cos - second * sin, second * cos + first * sin))
 
     def _slim(self, space):
-        """Keeps each head's newest slots and its heavy hitters; of the newest, a share of `space` is left out."""
+        """Keeps each head's newest slots, but for `space` of them, and its heavy hitters."""
         evicts = False
         for layer, heads in enumerate(self.cache):
             for kv_head, slots in enumerate(heads):
-                window, heavy = self.windows[layer][kv_head], self.heavies[layer][kv_head]
-                recent = window - heavy
-                recent -= min(space * window // self.window_length, recent)
+                heavy, recent = self.windows[layer][kv_head] - self.recent, self.recent - space
                 if len(slots) <= heavy + recent:
                     continue
                 older = range(len(slots) - recent)

@@ -62,7 +62,7 @@ VARIANTS = {
     "a share": {"num_heavy_hitters": "5/8"},
     "uneven": {"head_budgets": uneven},
     "uneven H2O": {"head_budgets": uneven, "update_interval": 1, "score": "value_mass", "num_heavy_hitters": "3/4"},
-    "uneven mean": {"head_budgets": uneven, "score_norm": "mean", "score_decay": 0.5, "num_heavy_hitters": 3},
+    "uneven mean": {"head_budgets": uneven, "score_norm": "mean", "score_decay": 0.5, "num_heavy_hitters": 5},
     "uneven chunks": {"head_budgets": uneven, "prefill_chunk": 4, "score_decay": 0.5, "score_queries": 2},
     "uneven rolling": {"head_budgets": uneven, "position_rolling": True, "update_interval": 2},
     "uneven rolling chunks": {"head_budgets": uneven, "position_rolling": True, "prefill_chunk": 3},

@@ -290,11 +290,16 @@ FLAGS = {
     "random": {"score": "random", "score_seed": 5},
     "value mass": {"score": "value_mass", "num_heavy_hitters": "5/8"},
     "value mean": {"score": "value_mass", "score_norm": "mean", "num_heavy_hitters": 3},
-    "uneven": {"head_budgets": ((2, 14),), "score_norm": "mean"},
-    "uneven value mass": {"head_budgets": ((13, 3),), "score": "value_mass", "update_interval": 1},
-    "uneven without heavy": {"head_budgets": ((14, 2),), "num_heavy_hitters": "1/4"},
-    "uneven sinks": {"head_budgets": ((3, 13),), "score": "streaming_llm"},
-    "uneven random": {"head_budgets": ((3, 13),), "score": "random", "score_seed": 5},
+    "uneven": {"head_budgets": ((4, 12),), "score_norm": "mean"},
+    "uneven value mass": {
+        "head_budgets": ((13, 3),),
+        "score": "value_mass",
+        "update_interval": 1,
+        "num_heavy_hitters": "3/4",
+    },
+    "uneven without heavy": {"head_budgets": ((10, 6),), "num_heavy_hitters": "1/4"},
+    "uneven sinks": {"head_budgets": ((4, 12),), "score": "streaming_llm"},
+    "uneven random": {"head_budgets": ((5, 11),), "score": "random", "score_seed": 5},
 }
 SCRIPT = [[13, 3, 8], "decode", "decode", "decode", "reorder", [2, 9, 4], "decode", "space", [1, 2, 1], "decode"]
 

@@ -58,19 +58,23 @@ class HeadBudgets:
         """Layers and KV heads."""
         raise NotImplementedError
 
-    def windows(self, window_length: int) -> Windows:
-        """Slots of each head, at least 2, with a mean of exactly `window_length`.
+    def windows(self, window_length: int, recent: int) -> Windows:
+        """Slots of each head, `recent` of them for the newest tokens, with a mean of exactly `window_length`.
 
-        No head's budget falls as `window_length` grows. Raises ValueError for a window of fewer than 2 slots.
+        No head's budget falls as `window_length` grows. Raises ValueError where fewer than 2 slots a head are left to
+        divide.
         """
-        if window_length < LEAST:
-            raise ValueError(f"window_length={window_length}: must be at least {LEAST}")
+        if window_length - recent < LEAST:
+            raise ValueError(
+                f"window_length={window_length}: {recent} of its slots hold the newest tokens, so a plan has none to "
+                "divide; raise num_heavy_hitters"
+            )
         layers, heads = self.shape
-        slots = self._divide(window_length)
+        slots = recent + self._divide(window_length - recent)
         return tuple(map(tuple, slots.reshape(layers, heads).tolist()))
 
-    def _divide(self, window_length: int) -> np.ndarray:
-        """int64 [layers * heads], with a sum of window_length * layers * heads."""
+    def _divide(self, mean: int) -> np.ndarray:
+        """int64 [layers * heads], with this mean."""
         raise NotImplementedError
 
     def check_model(self, config, weights: str | None = None) -> None:
@@ -109,9 +113,9 @@ class GivenBudgets(HeadBudgets):
     def shape(self) -> tuple[int, int]:
         return len(self.shares), len(self.shares[0])
 
-    def _divide(self, window_length: int) -> np.ndarray:
+    def _divide(self, mean: int) -> np.ndarray:
         shares = np.array(self.shares, dtype=np.float64).ravel()
-        return _apportioned(shares, window_length * shares.size, LEAST)
+        return _apportioned(shares, mean * shares.size, LEAST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,15 +192,15 @@ class MeasuredBudgets(HeadBudgets):
     def calibrated_on(self, requests: Iterable[Request]) -> int:
         return sum(request_fingerprint(request) in self.texts for request in requests)
 
-    def _divide(self, window_length: int) -> np.ndarray:
+    def _divide(self, mean: int) -> np.ndarray:
         heads = self.shape[0] * self.shape[1]
-        lower, total = np.full(heads, min(LEAST, window_length)), window_length * heads
+        lower, total = np.full(heads, min(LEAST, mean)), mean * heads
         for table in self.refined:
             upper = np.array(table).ravel()
             if total <= upper.sum():
                 return lower + _apportioned(upper - lower, total - lower.sum())
             lower = upper
-        least = min(UNIT, window_length)
+        least = min(UNIT, mean)
         owner, length = self._order
         taken = np.clip(total - least * heads - (np.cumsum(length) - length), 0, length)
         slots = np.full(heads, least, dtype=np.int64)

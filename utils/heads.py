@@ -37,18 +37,24 @@ def as_share(value: int | float | str | Fraction) -> Fraction | None:
     raise ValueError(f"{value!r}: must be a whole number, or a share between 0 and 1 such as 31/32")
 
 
-def check_table(table, mean: int) -> Table:
-    """A table of windows [layers][KV heads] as tuples. Raises ValueError for bad entries, or another mean."""
+def check_table(table, mean: int, recent: int) -> Table:
+    """A table of windows [layers][KV heads] as tuples.
+
+    Raises: ValueError for bad entries, windows that do not hold the `recent` slots, or another mean.
+    """
     try:
         table = tuple(tuple(row) for row in table)
     except TypeError:
         raise ValueError(f"{table!r:.60}: must be 'even', or a table [layers][KV heads] of windows") from None
     if not table or not table[0] or any(len(row) != len(table[0]) for row in table):
         raise ValueError("a table [layers][KV heads] needs rows of one length")
-    windows = [window for row in table for window in row]
+    windows, least = [window for row in table for window in row], max(recent, 2)
     for window in windows:
-        if not isinstance(window, (int, np.integer)) or isinstance(window, bool) or window < 2:
-            raise ValueError(f"{window!r:.60}: a head's window must be a whole number of at least 2")
+        if not isinstance(window, (int, np.integer)) or isinstance(window, bool) or window < least:
+            raise ValueError(
+                f"{window!r:.60}: a head's window must be a whole number of at least {least}, for it holds the "
+                f"{recent} newest slots as well"
+            )
     if sum(windows) != mean * len(windows):
         raise ValueError(f"the windows' mean is {sum(windows) / len(windows):g}: it must be window_length={mean}")
     return tuple(tuple(int(window) for window in row) for row in table)
@@ -56,29 +62,27 @@ def check_table(table, mean: int) -> Table:
 
 @dataclass(frozen=True, eq=False)
 class HeadWindows:
-    """How many slots each KV head keeps, and how many of these by score. One window for all heads, or a table."""
+    """How many slots each KV head keeps: one window for all heads, or a table. The newest slots are as many in each."""
 
-    mean: int
+    recent: int  # the newest slots of each window
     sizes: np.ndarray  # int [U], the different windows, ascending
-    heavy: np.ndarray  # int [U], slots of each that are kept by score
     index: np.ndarray | None  # int [layers, KV heads] into the others; None = all heads alike
 
     @classmethod
-    def of(cls, windows: int | Table, heavy_of: Callable[[int], int]) -> HeadWindows:
-        """`windows` as `H2OConfig` has them; `heavy_of` gives how many slots of a window are kept by score."""
+    def of(cls, windows: int | Table, recent: int) -> HeadWindows:
+        """`windows` as `H2OConfig` has them."""
         table = np.array(windows)
         sizes, index = np.unique(table, return_inverse=True)
-        heavy = np.array([heavy_of(int(window)) for window in sizes])
-        return cls(round(table.mean()), sizes, heavy, None if table.ndim == 0 else index.reshape(table.shape))
+        return cls(recent, sizes, None if table.ndim == 0 else index.reshape(table.shape))
 
     @property
     def even(self) -> bool:
         return self.index is None
 
     @property
-    def recent(self) -> np.ndarray:
-        """int [U]: the newest slots of each window."""
-        return self.sizes - self.heavy
+    def heavy(self) -> np.ndarray:
+        """int [U]: the slots of each window that are kept by score."""
+        return self.sizes - self.recent
 
     @property
     def smallest(self) -> int:
@@ -98,8 +102,8 @@ class HeadWindows:
         return self.table[layer, heads_held(self.index.shape[1], heads)].tolist()
 
     def sparing(self, space: int) -> HeadWindows:
-        """Windows that leave room for `space` tokens. Each head gives its share, from its recent slots."""
-        return replace(self, sizes=self.sizes - np.minimum(space * self.sizes // self.mean, self.recent))
+        """Windows that leave room for `space` tokens, at most `recent`, taken from the newest slots."""
+        return replace(self, sizes=self.sizes - space, recent=self.recent - space)
 
 
 def heads_held(table_heads: int, heads: int) -> slice:
@@ -224,7 +228,7 @@ class LayerRows:
 
     def split(self, windows: HeadWindows) -> np.ndarray:
         """Slots of each head kept by score, and newest ones: int [2, heads]."""
-        return self._of_heads(np.stack([windows.heavy, windows.recent]))
+        return self._of_heads(np.stack([windows.heavy, np.full_like(windows.heavy, windows.recent)]))
 
     def _of_heads(self, values: np.ndarray) -> np.ndarray:
         """Of values [n, U] those of this layer's heads: [n, heads]."""
