@@ -74,10 +74,10 @@ class PromptLayer:
         return self.keys.gather(2, index), self.values.gather(2, index)
 
 
-def head_cuts(widths: list[int], score: str, num_heavy_hitters: int | str) -> list[H2OConfig]:
-    """The window of a head of each width. Raises ValueError for settings that H2OConfig refuses."""
+def head_cuts(widths: list[int], score: str, recent: int) -> list[H2OConfig]:
+    """A head's windows, of each width beside the newest slots. Raises ValueError for settings that H2OConfig refuses."""
     return [
-        H2OConfig(window_length=width, score=score, num_heavy_hitters=num_heavy_hitters, update_interval=1)
+        H2OConfig(window_length=width + recent, num_heavy_hitters=width, score=score, update_interval=1)
         for width in widths
     ]
 
@@ -128,8 +128,9 @@ class Calibrator:
         return ForcedText(self.model, layers, text[:-1]) if len(text) > 1 else None
 
     def cut_to(self, width: int) -> H2OConfig:
-        """A window of a head like the others, of this width."""
-        return dataclasses.replace(self.cuts[0], window_length=width)
+        """A window of a head like the others, of this width beside the newest slots."""
+        window = width + self.cuts[0].recent
+        return dataclasses.replace(self.cuts[0], window_length=window, num_heavy_hitters=width)
 
     @torch.inference_mode()
     def divergences(self, forced: ForcedText, variants: list[list[tuple[int, H2OConfig]]]) -> torch.Tensor:
@@ -187,9 +188,9 @@ class JointElimination:
     measured while all others keep what they have left, and the cheapest cuts are made.
 
     Args:
-        calibrator: of any cuts with the score and the share of heavy hitters to use.
+        calibrator: of any cuts with the score and the newest slots to use.
         texts: to measure on, together.
-        windows: [layers][KV heads] to begin with.
+        windows: [layers][KV heads] to begin with, without the newest slots.
     """
 
     def __init__(self, calibrator: Calibrator, texts: list[ForcedText], windows: Windows):
@@ -291,7 +292,7 @@ class ForcedText:
         """Of last hidden states [variants, m, hidden]."""
         logprobs = self._logits(states).log_softmax(-1, dtype=torch.float32)
         divergence = (self.logprobs.exp() * (self.logprobs - logprobs)).sum(-1)
-        return divergence.sum(-1, dtype=torch.float64)
+        return divergence.sum(-1, dtype=torch.float64).clamp(min=0.0)  # rounding makes nothing a little less than that
 
     def _cut(self, layer_idx: int, heads: Sequence[int], cuts: Sequence[H2OConfig]) -> torch.Tensor:
         """The layer's attention in each variant: [variants, m, Hq * D]. It differs from the whole in one KV head."""

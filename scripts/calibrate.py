@@ -63,17 +63,9 @@ FIELD_OF_SETTING = {
     "weights": "weights",
     "requests": "texts",
     "--score": "score",
-    "--num_heavy_hitter_tokens": "num_heavy_hitters",
+    "--recent": "recent",
 }
 SHOWN = 128  # the window whose budgets are shown, or a fourth of shorter prompts
-
-
-def heavy_hitters(text: str) -> int | str:
-    """An argparse type: a number of slots, or a share of the window, which H2OConfig reads."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 def figure_file(text: str) -> Path:
@@ -95,7 +87,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--texts", type=count, default=6, help="requests to measure on (%(default)s)")
     add("--first", type=count_or_zero, default=0, help="index of the first of them in the file (%(default)s)")
     add("--max_new_tokens", type=count, default=48, help="tokens of text to predict after each prompt (%(default)s)")
-    add("--widths", type=counts, help="slots to cut a head to, as 24,64,160 (16, 32, 64, … up to the longest prompt)")
+    add(
+        "--widths",
+        type=counts,
+        help="slots to cut a head to, beside its newest, as 24,64,160 (16, 32, 64, … up to the longest prompt)",
+    )
     add(
         "--score",
         choices=tuple(POLICIES),
@@ -103,10 +99,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"what stays beside the newest slots (%(default)s): {named_policies()}",
     )
     add(
-        "--num_heavy_hitter_tokens",
-        type=heavy_hitters,
-        default="7/8",
-        help="heavy hitters of a head: a share of its slots, or a number; -1 = half (%(default)s)",
+        "--recent",
+        type=count,
+        default=16,
+        help="newest tokens of a prompt that a cut leaves beside those of its width (%(default)s)",
     )
     add(
         "--refine",
@@ -137,7 +133,7 @@ def cuts_of(args: argparse.Namespace, longest: int) -> list[H2OConfig]:
 def checked_cuts(args: argparse.Namespace, widths: list[int]) -> list[H2OConfig]:
     """Raises InputError for what H2OConfig refuses."""
     try:
-        return head_cuts(sorted(set(widths)), args.score, args.num_heavy_hitter_tokens)
+        return head_cuts(sorted(set(widths)), args.score, args.recent)
     except ValueError as error:
         raise InputError(in_flags(str(error)).replace("num_window_length", "widths")) from None
 
@@ -162,7 +158,7 @@ def settings_of(args: argparse.Namespace, requests: list[Request], weights: str 
         "requests": [request_fingerprint(request) for request in requests],
         "--chat": args.chat,
         "--score": args.score,
-        "--num_heavy_hitter_tokens": args.num_heavy_hitter_tokens,
+        "--recent": args.recent,
         "--widths": args.widths or "auto",
         "--max_new_tokens": args.max_new_tokens,
         "--refine": args.refine,
@@ -268,7 +264,7 @@ def refine(plan: MeasuredBudgets, model, tokenizer, prompts: list[Prompt], most_
             break
         tables[window] = tuple(map(tuple, entry["windows"]))
     if todo := windows[len(tables) :]:
-        cuts = head_cuts([max(windows)], plan.score, plan.num_heavy_hitters)
+        cuts = head_cuts([max(windows)], plan.score, plan.recent)
         with tqdm(total=len(todo), unit="window", dynamic_ncols=True) as bar:
             calibrator = Calibrator(model, cuts, most_tokens)
             ends = [lambda text, of=prompt: end_of(text, of, model, tokenizer) for prompt in prompts]

@@ -58,7 +58,7 @@ class HeadBudgets:
         """Layers and KV heads."""
         raise NotImplementedError
 
-    def windows(self, window_length: int, recent: int) -> Windows:
+    def windows(self, window_length: int, recent: int = 0) -> Windows:
         """Slots of each head, `recent` of them for the newest tokens, with a mean of exactly `window_length`.
 
         No head's budget falls as `window_length` grows. Raises ValueError where fewer than 2 slots a head are left to
@@ -132,7 +132,7 @@ class MeasuredBudgets(HeadBudgets):
     # [layers][KV heads][widths].
     losses: tuple[tuple[tuple[float, ...], ...], ...]
     score: str = "mass"  # H2OConfig's, of the measurement
-    num_heavy_hitters: int | str = -1  # H2OConfig's, of the measurement
+    recent: int = 0  # newest slots that each head kept beside those that a width counts
     model: str | None = None  # its name
     weights: str | None = None  # its fingerprint
     texts: tuple[str, ...] = ()  # fingerprints of the requests
@@ -142,7 +142,7 @@ class MeasuredBudgets(HeadBudgets):
 
     FIELDS: ClassVar = (
         "score",
-        "num_heavy_hitters",
+        "recent",
         "model",
         "weights",
         "texts",
