@@ -1,5 +1,6 @@
 """Every flag of H2O, in forwards, `generate`, sampling and beams, against the oracle and single rows."""
 
+import copy
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import (
     assert_invariants,
     assert_row_is_oracles,
     conversation,
+    forward,
     generate,
     left_pad,
     new_cache,
@@ -134,6 +136,37 @@ def test_greedy_generations_of_any_length(llamas, new, rolling):
     assert new_tokens(result, [prompt(11)])[0] == oracle.generate(prompt(11), new)
     assert result.past_key_values is cache and cache.clock == new
     assert_row_is_oracles(cache, 0, oracle)
+
+
+UNEVEN = {
+    "decay": {"score_decay": 0.5, "score": "value_mass"},
+    "rolling": {"position_rolling": True, "score_norm": "mean", "num_heavy_hitters": "5/8"},
+    "chunks": {"prefill_chunk": 5, "score_decay": 0.5},
+}
+
+
+@pytest.mark.parametrize("flags", UNEVEN.values(), ids=UNEVEN)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_whose_heads_have_windows_of_their_own(llamas, backend, flags):
+    """Heads of one row that take another's length, decay or slots: ragged prompts and turns, room made, copied rows."""
+    flags = of_llamas({"window_length": 8, "update_interval": 3, "head_budgets": uneven, **flags}, llamas)
+    cache, oracles = new_cache(**flags, backend=backend), [new_oracle(llamas, **flags) for _ in range(3)]
+    decode = [[[token], [token + 1], [token + 2]] for token in range(1, 6)]
+    turn = [prompt(4, 2), prompt(7, 3), prompt(2, 4)]
+    for block in ([prompt(13), prompt(3), prompt(8)], *decode, "space", turn, "reorder", *decode):
+        if block == "space":
+            for each in (cache, *oracles):
+                each.evict_for_space(2)
+        elif block == "reorder":
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+            oracles = [copy.copy(oracles[b]) for b in (2, 0, 0)]
+            for oracle in oracles:
+                oracle.cache = copy.deepcopy(oracle.cache)
+        else:
+            for b, logits in enumerate(forward(llamas.h2o, block, cache)):
+                assert_close(logits, oracles[b].forward(block[b]), what=f"row {b}")
+        for b, oracle in enumerate(oracles):
+            assert_row_is_oracles(cache, b, oracle)
 
 
 @pytest.mark.parametrize("interval", [1, 4, 16])

@@ -115,14 +115,14 @@ class HHLayer(CacheLayerMixin):
         for name, addition in added.items():
             slots = self.slots.load(name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
-            if decay != 1.0 and step.decays:
+            if decay != 1.0 and step.decays and step.max_start:
                 old.mul_(torch.where(step.brought(old.device) > 0, decay, 1.0)[:, None, None] if step.padded else decay)
             if step.decode:
                 old.add_(addition)
                 self.slots.store(name, slots)
             else:
                 total = addition.clone() if name == "count" else addition
-                if step.max_start:
+                if step.max_start:  # the old are shaped as their rows, which in an empty cache are not the heads
                     total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
