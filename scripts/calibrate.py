@@ -52,11 +52,11 @@ from h2optimizer.texts import Stops
 from utils.bench import print_table
 from utils.budgets import HASH, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
 from utils.cli import InputError, OneLineParser, count, count_or_zero, counts, output_file
+from utils.figures import figure_file
 from utils.policies import POLICIES, named_policies
 from utils.requests import Request, read_requests
 from utils.results import JsonlFile
 
-FIGURES = (".png", ".svg", ".pdf")
 LEAST_WIDTH = 16  # of the widths that are measured unasked
 FIELD_OF_SETTING = {
     "--model-name": "model",
@@ -66,14 +66,6 @@ FIELD_OF_SETTING = {
     "--recent": "recent",
 }
 SHOWN = 128  # the window whose budgets are shown, or a fourth of shorter prompts
-
-
-def figure_file(text: str) -> Path:
-    """An argparse type: a path for a figure."""
-    path = output_file(text)
-    if path.suffix.lower() not in FIGURES:
-        raise argparse.ArgumentTypeError(f"{text}: must end in {', '.join(FIGURES)}")
-    return path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -17,7 +17,8 @@ A press runs in kvpress itself, which needs an older transformers. This makes it
         huggingface_hub==0.36.0 accelerate==1.10.1 cachetools==5.5.2
 
 Every measured request is a line of --output-path. Run the same command again to resume; more policies, windows or
-presses add to the file. The table is also in the metrics JSON beside it.
+presses add to the file. The table is also in the metrics JSON beside it. --figure draws it, from results that are there
+already as well.
 """
 
 import argparse
@@ -48,14 +49,23 @@ from h2optimizer import H2OConfig
 from h2optimizer.batching import Sequence
 from h2optimizer.fidelity import Recorded, compare
 from h2optimizer.flags import DEMO_REQUESTS, add_model_flags
-from h2optimizer.loading import end_as_chats_do, fingerprint_of, load_model, quiet_libraries, select_device
+from h2optimizer.loading import (
+    end_as_chats_do,
+    fingerprint_of,
+    is_installed,
+    load_model,
+    quiet_libraries,
+    select_device,
+)
 from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL
 from utils.ablation_report import FEW, with_interval
 from utils.bench import print_table, stock_llama
 from utils.cli import InputError, OneLineParser, count, output_file
+from utils.figures import figure_file
 from utils.memory import halving, is_out_of_memory
+from utils.policy_figure import PROMPT_ALONE, PROMPT_AND_TEXT, lines_of, save_policies
 from utils.requests import Request, join_articles, read_requests, unheeded
 from utils.results import ResultsFile, fingerprint
 from utils.rouge import ROUGE_TYPES, mean_with_interval
@@ -66,7 +76,6 @@ PRESSES = (
 )  # fmt: skip
 RUNNER = Path(__file__).resolve().with_name("kvpress_presses.py")
 MEASURED = ("tokens", "agreed", "kl", "nll", "slots_kept", "kv_bytes")  # of a request, by this project and by kvpress
-PROMPT_AND_TEXT, PROMPT_ALONE = "prompt + text", "prompt"  # what a window holds
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -99,6 +108,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--kvpress", type=Path, metavar="FOLDER", help="kvpress' environment (see the top of this script)")
     add("--presses", nargs="+", choices=PRESSES, metavar="PRESS", help=f"some of {', '.join(PRESSES)} (all)")
+    add("--figure", type=figure_file, help="draw KL against bytes held: a PNG, SVG or PDF file; needs matplotlib")
     return parser.parse_args(argv)
 
 
@@ -418,6 +428,8 @@ def settings_of(args: argparse.Namespace, requests: list[Request]) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.figure is not None and not is_installed("matplotlib"):
+        raise InputError("--figure: matplotlib is not installed: pip install matplotlib, or leave it out")
     device = select_device(args.device)
     cells = cells_of(args, device)
     requests = read(args)
@@ -432,7 +444,16 @@ def run(args: argparse.Namespace) -> int:
     rows = rows_of(cells, output.results, len(requests), refused)
     output.finish({"requests": len(requests), "rows": rows})
     print_rows(rows, len(requests))
+    if args.figure is not None:
+        draw(rows, args)
     return 0
+
+
+def draw(rows: list[dict], args: argparse.Namespace) -> None:
+    """Raises InputError if nothing can be drawn."""
+    if not lines_of(rows):
+        raise InputError(f"--figure {args.figure}: no policy has a KL to draw; results are kept")
+    save_policies(rows, Path(args.model_name).name, args.figure)
 
 
 def measure(args, device: torch.device, requests: list[Request], cells: list[Cell], output: ResultsFile, todo: int):

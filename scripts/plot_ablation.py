@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import math
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +40,9 @@ from h2optimizer import H2OConfig
 from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
 from utils.ablation_report import FEW, report
 from utils.cli import InputError, OneLineParser, output_folder
+from utils.figures import METADATA, SMALL, STYLE, WIDTH, line_look, plural, put_title, wrap
 from utils.results import replace_file
 
-# How figures look. Sizes are for 900 pixels of width on a page: WIDTH inches of 100.
-WIDTH, SMALL = 9.0, 8
-STYLE = {
-    "figure.constrained_layout.use": True, "savefig.dpi": 150, "svg.hashsalt": "H2Optimizer", "font.size": 10,
-    "axes.titlesize": 10, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E2E2E2", "lines.linewidth": 1.6,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9,
-    "legend.handlelength": 3.2, "figure.titlesize": 11, "hatch.linewidth": 0.5, "text.parse_math": False,
-}  # fmt: skip
-COLOURS = ("#0B3C6F", "#D55E00", "#009E73", "#A6611A", "#56A0D3", "#7B3294", "#B8860B")  # of policies, dark and light
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: 56 pairs
-DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
-FILLS = ("full", "left", "bottom", "right", "top")  # of intervals; the largest is not filled
 HEAVY_RGB, RECENT_RGB = np.array([0.02, 0.12, 0.30]), np.array([0.96, 0.72, 0.36])
 RECENT_LOOK = {"facecolor": "none", "edgecolor": "#6B3E00", "hatch": "////", "linewidth": 0.8}  # hatched over its RGB
 BAND = "#D0D0D0"
@@ -88,14 +76,7 @@ class Sweep:
 
     def look(self, policy: int, interval: int = 0) -> dict:
         """How the line of a policy (by colour, marker and dashes) and interval (by fill and size) is drawn."""
-        return {
-            "color": COLOURS[policy % len(COLOURS)],
-            "marker": MARKERS[policy % len(MARKERS)],
-            "linestyle": DASHES[policy % len(DASHES)],
-            "fillstyle": "none" if 0 < interval == len(self.intervals) - 1 else FILLS[interval % len(FILLS)],
-            "markerfacecoloralt": "white",
-            "markersize": 6 + 0.8 * interval,
-        }
+        return line_look(policy, interval, len(self.intervals))
 
     def panels(self) -> list[tuple[str, list[dict]]]:
         """Rows that share axes: all, or one interval's where they would be too many lines."""
@@ -103,10 +84,6 @@ class Sweep:
             return [("", self.rows)]
         by_interval = {n: [row for row in self.rows if row["update_interval"] == n] for n in self.intervals}
         return [(f"N = {n}", rows) for n, rows in by_interval.items()]
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def load(path: Path, prefix: str | None) -> Sweep:
@@ -129,16 +106,6 @@ def load(path: Path, prefix: str | None) -> Sweep:
 
 
 # Figures of all cells
-
-
-def wrap(text: str, width: float, size: float) -> str:
-    """Text in lines that fit `width` inches at a font size in points."""
-    letters = int(width * 72 / (0.6 * size))  # on average a letter of this font is a little narrower
-    return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))
-
-
-def put_title(fig, text: str) -> None:
-    fig.suptitle(wrap(text, WIDTH, STYLE["figure.titlesize"]))
 
 
 def put_legend(fig, handles: list, labels: list[str], handle_length: float = STYLE["legend.handlelength"]) -> None:
@@ -479,9 +446,9 @@ def draw(sweep: Sweep, rows: list[dict], all_retentions: bool) -> tuple[dict[str
 
 def write(folder: Path, drawn: dict[str, tuple[Figure, str, str]], text: str) -> None:
     for name, (figure, _, _) in drawn.items():
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.png", metadata=METADATA[".png"])
         figure.set_layout_engine("none")  # the layout is final, and takes as long as drawing
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(folder / f"{name}.svg", metadata=METADATA[".svg"])
     replace_file(folder / "report.md", [text])
 
 

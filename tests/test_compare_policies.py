@@ -21,6 +21,8 @@ from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import H2OConfig
 from test_benchmarks import load
 from utils.cache import CACHE_ARGUMENT
+from utils.figures import spread
+from utils.policy_figure import draw_policies, label_of
 from utils.rouge import mean_with_interval
 
 RUNNER = """
@@ -164,9 +166,43 @@ def test_rouge_of_own_texts(compared, kvpress):
     assert "ROUGE-2" in of.table[0]
 
 
+def test_figure(compared, kvpress, script, monkeypatch, tmp_path):
+    """Results measured again for a figure; lines that miss a policy or a press, or figures that no program opens."""
+    pytest.importorskip("matplotlib")
+    flags = ["--window_length", "8", "12", "--policies", "mass", "sink:4", "--presses", "TOVA", "--kvpress", kvpress()]
+    rows = compared(*flags).rows
+    monkeypatch.setattr(script, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    figures = {name: tmp_path / "figures" / name for name in ("kl.png", "kl.svg", "kl.pdf")}
+    for path in figures.values():
+        compared(*flags, "--figure", str(path))
+    for name, start in {"kl.png": b"\x89PNG", "kl.svg": b"<?xml", "kl.pdf": b"%PDF"}.items():
+        assert figures[name].read_bytes().startswith(start)
+    (ax,) = draw_policies(rows, "tiny").axes
+    labels = {text.get_text(): text for text in ax.texts}
+    assert {"mass", "sink:4", "kvpress TOVA", "8", "12"} <= set(labels)
+    for bars in ax.containers:
+        x, y = bars.lines[0].get_data()
+        policy = next(name for name, text in labels.items() if text.get_color() == bars.lines[0].get_color())
+        of = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row["window"])
+        assert list(x) == [row["kv_bytes"] / 2**20 for row in of] and list(y) == [row["kl"]["mean"] for row in of]
+        spans = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+        assert spans == [pytest.approx([row["kl"]["low"], row["kl"]["high"]]) for row in of]
+
+
+def test_labels_of_lines():
+    """A label that is a path, or two lines of one name; labels that lie on one another or in another order."""
+    assert label_of("value_mass:3/4,head_budgets=/tmp/a/plan.json", 16, True) == (
+        "value_mass:3/4, head_budgets=plan.json, N = 16"
+    )
+    assert label_of("mass", 1, False) == "mass" and label_of("kvpress TOVA", None, True) == "kvpress TOVA"
+    heights = spread([0.99, 0.5, 0.98, 0.1], 0.1, 0.0, 1.0)
+    assert heights == pytest.approx([1.0, 0.5, 0.9, 0.1])
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["--figure", "kl.txt"], "argument --figure: kl.txt: must end in .png, .svg, .pdf"),
         (["--policies", "mas"], "--policies mas: argument --score"),
         (["--policies", "mass,heavy=3"], "--policies mass,heavy=3: unrecognized argument"),
         (["--policies", "mass,num_window_length=8"], "pass --window_length 8"),
