@@ -23,7 +23,11 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (
 FILLS = ("full", "left", "bottom", "right", "top")  # of intervals; the largest is not filled
 FORMATS = (".png", ".svg", ".pdf")
 # Without dates and versions, the same results give the same bytes.
-METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}, ".pdf": {"CreationDate": None}}
+METADATA = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 
 
 def figure_file(text: str) -> Path:

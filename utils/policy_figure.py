@@ -48,7 +48,9 @@ def draw_policies(rows: list[dict], model: str):
     lines = lines_of(rows)
     intervals = sorted({interval for _, interval in lines if interval})
     policies = list(dict.fromkeys(policy for policy, _ in lines))
-    fig = Figure(figsize=(WIDTH, 4.6))
+    labels = [wrap(label_of(*line, len(intervals) > 1), LABELS, FONT) for line in lines]
+    apart = 1.35 * FONT * max(label.count("\n") + 1 for label in labels)  # points
+    fig = Figure(figsize=(WIDTH, max(4.6, 1.2 + len(labels) * apart / 72)))
     ax = fig.subplots()
     drawn = [row for of in lines.values() for row in of]
     requests = plural(drawn[0]["requests"], "request")
@@ -70,7 +72,7 @@ def draw_policies(rows: list[dict], model: str):
     ax.xaxis.set_minor_locator(NullLocator())
     ax.margins(y=0.1)
     name_windows(ax, drawn)
-    name_lines(ax, {label_of(*line, len(intervals) > 1): of[-1] for line, of in lines.items()})
+    name_lines(ax, labels, [of[-1] for of in lines.values()], apart)
     return fig
 
 
@@ -93,22 +95,27 @@ def name_windows(ax, drawn: list[dict]) -> None:
         at = max(alike, key=lambda row: row["kl"]["high"]) if above else min(alike, key=lambda row: row["kl"]["low"])
         spot = mebibytes(at), max(at["kl"]["high" if above else "low"], LEAST_KL)
         where = {"textcoords": "offset points", "ha": "center", "va": "bottom" if above else "top"}
-        ax.annotate(f"{window}", spot, (0, 8 if above else -5), fontsize=SMALL, color="#444444", **where)
+        over_lines = {"zorder": 5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8}}
+        ax.annotate(f"{window}", spot, (0, 8 if above else -5), fontsize=SMALL, color="#444444", **where, **over_lines)
 
 
-def name_lines(ax, last: dict[str, dict]) -> None:
-    """A label beside the axes for each line, at the height of its last marker or as near as others leave room."""
+def name_lines(ax, labels: list[str], last: list[dict], apart: float) -> None:
+    """A label beside the axes for each line, at the height of its last marker or as near as others leave room.
+
+    Args:
+        labels: of the lines, in the order in which they were drawn.
+        last: their last rows.
+        apart: points from one label to the next.
+    """
     fig = ax.figure
     fig.draw_without_rendering()  # heights are in pixels, which the layout decides
     width, height = ax.get_window_extent().size * 72 / fig.dpi
-    ends = [ax.transData.transform((mebibytes(row), max(row["kl"]["mean"], LEAST_KL))) for row in last.values()]
+    ends = [ax.transData.transform((mebibytes(row), max(row["kl"]["mean"], LEAST_KL))) for row in last]
     ends = [ax.transAxes.inverted().transform(end) for end in ends]
-    texts = [wrap(label, LABELS, FONT) for label in last]
-    apart = 1.35 * FONT * max(text.count("\n") + 1 for text in texts) / height
-    heights = spread([y for _, y in ends], apart, 0.0, 1.0)
-    for text, end, y, bars in zip(texts, ends, heights, ax.containers, strict=True):
+    heights = spread([y for _, y in ends], apart / height, 0.0, 1.0)
+    for text, end, y, bars in zip(labels, ends, heights, ax.containers, strict=True):
         colour = bars.lines[0].get_color()
-        link = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 6}
+        link = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 6, "relpos": (0, 0.5)}
         at = {"xycoords": "axes fraction", "textcoords": "axes fraction", "annotation_clip": False}
         ax.annotate(text, end, (1 + 14 / width, y), va="center", fontsize=FONT, color=colour, arrowprops=link, **at)
 
