@@ -3,11 +3,13 @@
     python scripts/calibrate.py --model-name meta-llama/Meta-Llama-3-8B-Instruct --chat \\
         --input-path requests.jsonl --output-path plan.json
 
-Every program takes the plan with --head_budgets plan.json. One plan serves any window: the window is the mean of the
-heads' budgets. For each text, each KV head alone is cut to a few widths (--widths), everything else stays whole, and
-the KL divergence from the full cache is measured on the full cache's own greedy text. Slots then go to the heads where
-they save most. With --refine the budgets of narrow windows are measured together: from wide windows on, slots are taken
-where, beside all earlier cuts, it costs least. That takes several times as long.
+Every program takes the plan with --head_budgets plan.json. All heads keep as many of the newest tokens, and a plan
+divides the other slots. One plan serves any window: the window is the mean of the heads' budgets.
+
+For each text, each KV head alone is cut to a few widths (--widths) beside its newest tokens (--recent), everything else
+stays whole, and the KL divergence from the full cache is measured on the full cache's own greedy text. Slots then go to
+the heads where they save most. With --refine the budgets of narrow windows are measured together: from wide windows on,
+slots are taken where, beside all earlier cuts, it costs least. That takes several times as long.
 
 Calibrate on texts like those to come, at least as long, and judge the plan on others. A request's prompt is its
 `article` as it stands, or with --chat one turn in the tokenizer's chat template, as in run_summarization.py.

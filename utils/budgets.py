@@ -1,8 +1,10 @@
 """Budgets per KV head: how many slots each head keeps, from what a cut of that head alone costs a model.
 
+All heads keep the same number of newest tokens. A plan divides the slots that remain.
+
 A plan is a JSON file. `scripts/calibrate.py` writes one with measured losses, which serves any window. A plan made by
 hand is {"windows": [[96, 32], …]}, a list of layers with a number for each KV head. Only the ratios of these numbers
-count: they are scaled to the window.
+count.
 """
 
 from __future__ import annotations
