@@ -92,7 +92,8 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False) -> No
     add(
         "--head_budgets",
         help="even: all KV heads keep as many slots; or a plan that scripts/calibrate.py has measured, a JSON file: "
-        f"each keeps its own number, on average those of the window {default_of('head_budgets')}",
+        "each keeps its own number of heavy hitters, on average that of --num_heavy_hitter_tokens, and all as many of "
+        f"the newest tokens {default_of('head_budgets')}",
     )
     add("--num_window_length", type=int, help=f"slots kept after slimming {default_of('window_length')}")
     add(

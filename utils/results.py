@@ -278,8 +278,8 @@ class ResultsFile(JsonlFile):
             old, new = before.get(flag), self.settings.get(flag)
             if old != new:
                 raise InputError(
-                    f"{flag} is {new!r:.120}, but {old!r:.120} in the results at {self.path}: pass the same value to resume, "
-                    f"{KEEP}"
+                    f"{flag} is {new!r:.120}, but {old!r:.120} in the results at {self.path}: pass the same value to "
+                    f"resume, {KEEP}"
                 )
         self.resume(KEEP, self.check)
         self.metrics = metrics
