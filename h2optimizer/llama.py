@@ -167,7 +167,7 @@ class H2OConfig:
     @property
     def schedule(self) -> Schedule:
         """When slimming is due."""
-        return Schedule(self.window_length, self.update_interval, self.prefill_chunk)
+        return Schedule(self.window_length, self.update_interval, self.prefill_chunk, self.head_windows.counts)
 
     @property
     def policy(self) -> Policy:

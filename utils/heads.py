@@ -97,6 +97,13 @@ class HeadWindows:
         """int [layers, KV heads]."""
         return self.sizes[self.index]
 
+    @property
+    def counts(self) -> tuple[tuple[int, int], ...]:
+        """The different windows, and how many heads have each; none if heads are alike."""
+        if self.even:
+            return ()
+        return tuple(zip(self.sizes.tolist(), np.bincount(self.index.ravel()).tolist(), strict=True))
+
     def of_heads(self, layer: int, heads: int) -> list[int]:
         """The windows of the `heads` KV heads of a layer that this process holds."""
         return self.table[layer, heads_held(self.index.shape[1], heads)].tolist()
@@ -136,10 +143,6 @@ class HeadRows:
         longer = (self.held > windows.sizes).any(axis=1).tolist()
         self.held = np.minimum(self.held, windows.sizes)
         return longer
-
-    def mean_held(self) -> list[float]:
-        """Slots that each row holds, the mean of all layers and heads."""
-        return self.held[:, self.windows.index].mean(axis=(1, 2)).tolist()
 
     def mirror(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
         """int32 [2, B * heads] of a layer on `device`: lengths and tokens seen."""
