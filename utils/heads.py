@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from utils.step import Rows
 
 Table = tuple[tuple[int, ...], ...]  # [layers][KV heads]
 
@@ -126,9 +122,13 @@ class HeadRows:
 
     `held` int [B, U] counts the slots of a head with each of the U different windows. On a device the numbers of all
     layers' heads stand at a fixed address, int32 [layers, 2, B * KV heads]: lengths, and tokens seen.
+
+    Args:
+        rows: the `utils.step.Rows` that count the batch.
+        windows: with a table.
     """
 
-    def __init__(self, rows: Rows, windows: HeadWindows):
+    def __init__(self, rows, windows: HeadWindows):
         self.rows, self.windows = rows, windows
         self.held = np.zeros((len(rows.lengths), len(windows.sizes)), dtype=np.int64)
         self.part: slice | None = None  # the heads that this process holds
@@ -184,9 +184,15 @@ class LayerRows:
     """The rows of a layer whose heads have windows of their own: B * KV heads rows of one head each.
 
     Answers what `Step` and `SlimmingPlan` ask of `Rows`.
+
+    Args:
+        rows: the `utils.step.Rows` of the batch.
+        layer: its index.
+        heads: how many of its KV heads this process holds.
+        device: that holds the layer.
     """
 
-    def __init__(self, rows: Rows, layer: int, heads: int, device: torch.device):
+    def __init__(self, rows, layer: int, heads: int, device: torch.device):
         self.rows, self.layer, self.heads = rows, layer, heads
         self.mirror(device)
         self._split: torch.Tensor | None = None
