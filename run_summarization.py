@@ -163,7 +163,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     output, requests, skipped = None, [], 0
     with processes.together():
         check_loading_flags(args, processes)
-        h2o = h2o_config(args)
+        h2o = h2o_config(args, check_plan=processes.first)
         device = own_device(args.device, processes)
         backend = attention_backend(h2o, device)
         if processes.first:  # only one process reads, because a pipe gives its lines once

@@ -75,7 +75,7 @@ class PromptLayer:
 
 
 def head_cuts(widths: list[int], score: str, recent: int) -> list[H2OConfig]:
-    """Windows of each width, beside the newest slots. Raises ValueError for settings that H2OConfig refuses."""
+    """A head's windows, of each width beside the newest slots. Raises ValueError for what H2OConfig refuses."""
     return [
         H2OConfig(window_length=width + recent, num_heavy_hitters=width, score=score, update_interval=1)
         for width in widths

@@ -135,8 +135,10 @@ class BoundedDecoding:
     def statistics(self, prompt: int, new: int) -> dict[str, int]:
         """Cache statistics at the end of a text of `prompt` + `new` tokens, of which the last was not fed."""
         held = self.h2o.schedule.held_after(prompt, new - 1)
-        kv_bytes = self.cache.nbytes // len(self.cache.lengths)
-        seen = prompt + new - 1
+        layers, seen = self.cache.layers, prompt + new - 1
+        # of a part of the model as much as of each other part, whatever the windows of its heads
+        slots, share = sum(of.slots.positions.numel() for of in layers), sum(of.slots.heads for of in layers)
+        kv_bytes = self.cache.nbytes * self.h2o.capacity * share // slots
         return {"tokens_seen": seen, "slots_kept": held.slots, "slimmings": held.evictions, "kv_bytes": kv_bytes}
 
     # Capacity

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
-from h2optimizer.loading import QUANTIZERS
+from h2optimizer.loading import QUANTIZERS, plans_of_model
 from utils.cli import InputError, count_or_all, number_or_share, seed
 from utils.policies import POLICIES, named_policies
 from utils.processes import Processes
@@ -65,21 +66,22 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `h2o_config` reads."""
+def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False) -> None:
+    """The flags that `h2o_config` reads. `always`: the program uses the cache without --enable_h2o_generation."""
+    needed = "" if always else ", which need --enable_h2o_generation"
     h2o = parser.add_argument_group(
         "heavy-hitter cache",
-        "Settings of the heavy-hitter cache, which need --enable_h2o_generation. Their defaults are those of H2OConfig "
-        "in h2optimizer/llama.py. A slot is the place of one token in the cache; slimming drops slots; a slot's mass "
-        "is the attention probability that its token has received.",
+        f"Settings of the heavy-hitter cache{needed}. Their defaults are those of H2OConfig in h2optimizer/llama.py. A "
+        "slot is the place of one token in the cache; slimming drops slots; a slot's mass is the attention probability "
+        "that its token has received.",
         argument_default=argparse.SUPPRESS,  # None is a value
     )
     add = h2o.add_argument
     add(
         "--enable_h2o_generation",
         action="store_true",
-        default=False,
-        help="use the heavy-hitter cache (default: stock Llama with a full cache)",
+        default=always,
+        help=argparse.SUPPRESS if always else "use the heavy-hitter cache (default: stock Llama with a full cache)",
     )
     add(
         "--num_heavy_hitter_tokens",
@@ -90,7 +92,8 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--head_budgets",
         help="even: all KV heads keep as many slots; or a plan that scripts/calibrate.py has measured, a JSON file: "
-        f"each keeps its own number, on average those of the window {default_of('head_budgets')}",
+        "each keeps its own number of heavy hitters, on average that of --num_heavy_hitter_tokens, and all as many of "
+        f"the newest tokens {default_of('head_budgets')}",
     )
     add("--num_window_length", type=int, help=f"slots kept after slimming {default_of('window_length')}")
     add(
@@ -174,8 +177,14 @@ def default_of(name: str) -> str:
     return f"(default: {words[value] if value is None or isinstance(value, bool) else value})"
 
 
-def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
-    """H2OConfig with the flags that were given; None for the full-cache baseline. Raises InputError."""
+def h2o_config(args: argparse.Namespace, check_plan: bool = True) -> H2OConfig | None:
+    """H2OConfig with the flags that were given; None for the full-cache baseline. Raises InputError.
+
+    A plan of head budgets must be for the checkpoint of `args.model_name`, if args has one.
+
+    Args:
+        check_plan: whether this process checks that. It reads the checkpoint, so one of several processes is enough.
+    """
     flags = {field.name: FLAG_OF_FIELD.get(field.name, field.name) for field in dataclasses.fields(H2OConfig)}
     given = {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
     if not args.enable_h2o_generation:
@@ -185,9 +194,17 @@ def h2o_config(args: argparse.Namespace) -> H2OConfig | None:
             )
         return None
     try:
-        return H2OConfig(**given)
+        h2o = H2OConfig(**given)
     except ValueError as error:
         raise InputError(in_flags(str(error))) from None
+    if check_plan and hasattr(args, "model_name"):
+        plans_of_model(plans_in([given.get("head_budgets")]), args.model_name)
+    return h2o
+
+
+def plans_in(budgets: Iterable) -> list[str]:
+    """Those values of --head_budgets that name the file of a plan."""
+    return [of for of in budgets if isinstance(of, str) and of != "even"]
 
 
 def in_flags(message: str) -> str:

@@ -121,7 +121,11 @@ class H2OConfig:
         if self.slimming == "mask":
             raise ValueError("slimming='mask' needs heads of one window: leave out head_budgets, or set slimming='H'")
         if isinstance(budgets, str):
-            budgets = HeadBudgets.load(budgets).windows(self.window_length, self.recent)
+            try:
+                plan = HeadBudgets.load(budgets)
+            except ValueError as error:
+                raise ValueError(f"head_budgets {error}") from None
+            budgets = plan.windows(self.window_length, self.recent)
         try:
             object.__setattr__(self, "head_budgets", check_table(budgets, self.window_length, self.recent))
         except ValueError as error:
@@ -163,7 +167,7 @@ class H2OConfig:
     @property
     def schedule(self) -> Schedule:
         """When slimming is due."""
-        return Schedule(self.window_length, self.update_interval, self.prefill_chunk)
+        return Schedule(self.window_length, self.update_interval, self.prefill_chunk, self.head_windows.counts)
 
     @property
     def policy(self) -> Policy:

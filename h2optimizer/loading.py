@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -23,6 +24,7 @@ from transformers.distributed import DistributedConfig
 
 from h2optimizer.llama import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits, refuse_other_family
+from utils.budgets import HeadBudgets
 from utils.cli import InputError
 from utils.processes import Processes
 from utils.results import checkpoint_fingerprint
@@ -84,6 +86,21 @@ def fingerprint_of(name: str) -> str | None:
         quiet_libraries()
         load_config(name)
     return checkpoint_fingerprint(name)
+
+
+def plans_of_model(paths: Iterable[str], name: str) -> list[HeadBudgets]:
+    """The plans of head budgets in these files. Raises InputError unless each is for this checkpoint."""
+    if not (paths := list(dict.fromkeys(paths))):
+        return []
+    quiet_libraries()
+    config, weights = load_config(name), checkpoint_fingerprint(name)  # the latter reads what the former has fetched
+    try:
+        plans = [HeadBudgets.load(path) for path in paths]
+        for plan in plans:
+            plan.check_model(config, weights)
+    except ValueError as error:
+        raise InputError(f"--head_budgets {error}") from None
+    return plans
 
 
 def unusable(name: str, error: Exception, what: str = "cannot be loaded here or from the hub") -> InputError:

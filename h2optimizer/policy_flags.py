@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from h2optimizer.flags import add_cache_flags, attention_backend, h2o_config
+from h2optimizer.flags import add_cache_flags, attention_backend, h2o_config, plans_in
 from h2optimizer.llama import H2OConfig
 from utils.cli import InputError, OneLineParser
 
@@ -17,16 +17,27 @@ def policy_config(policy: str, device: torch.device, given: argparse.Namespace) 
     Args:
         policy: `score[:heavy][,flag=value…]`, where `heavy` is the value of --num_heavy_hitter_tokens, and flags are
             others of `add_cache_flags`.
-        given: the cache flags that hold for every policy that does not set them.
+        given: the cache flags that hold for every policy that does not set them; with model_name, plans are checked.
     """
-    parser = OneLineParser(add_help=False)
-    add_cache_flags(parser)
     try:
-        h2o = h2o_config(parser.parse_args(flags_of(policy), argparse.Namespace(**vars(given))))
+        h2o = h2o_config(parsed(policy, given))
         attention_backend(h2o, device)
     except InputError as error:
         raise InputError(f"--policies {policy}: {error}") from None
     return h2o
+
+
+def parsed(policy: str, given: argparse.Namespace) -> argparse.Namespace:
+    """The cache flags of a policy, over those given for all. Raises InputError."""
+    parser = OneLineParser(add_help=False)
+    add_cache_flags(parser)
+    return parser.parse_args(flags_of(policy), argparse.Namespace(**vars(given)))
+
+
+def plans_of_policies(policies: list[str]) -> list[str]:
+    """The files of head budgets that --policies name. Raises InputError."""
+    flags = [parsed(policy, argparse.Namespace()) for policy in policies]
+    return plans_in(getattr(of, "head_budgets", None) for of in flags)
 
 
 def flags_of(policy: str) -> list[str]:

@@ -45,12 +45,20 @@ from tqdm import tqdm
 
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import SUMS, Fidelity, Retention, compare
-from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend
-from h2optimizer.loading import device_name, fingerprint_of, load_model, quiet_libraries, select_device
+from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend, plans_in
+from h2optimizer.loading import (
+    device_name,
+    fingerprint_of,
+    load_model,
+    plans_of_model,
+    quiet_libraries,
+    select_device,
+)
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
 from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
+from utils.budgets import own_texts
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
 from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
 from utils.policies import STREAMING_LLM
@@ -135,11 +143,11 @@ def grids(args: argparse.Namespace) -> list[dict[str, list]]:
     return [{name: of if isinstance(of, list) else [of] for name, of in grid.items()} for grid in parsed]
 
 
-def cells_of(args: argparse.Namespace, device: torch.device) -> list[H2OConfig]:
-    """The settings to measure, without repetitions. Raises InputError if none of them works."""
+def cells_of(args: argparse.Namespace, made: list[dict[str, list]], device: torch.device) -> list[H2OConfig]:
+    """The settings of these grids, without repetitions. Raises InputError if none of them works."""
     where = "" if args.grid is None else f"--grid {args.grid}: "
     cells, faults = {}, []
-    for grid in grids(args):
+    for grid in made:
         if unknown := [name for name in grid if name not in DEFAULTS]:
             raise InputError(f"{where}H2OConfig has no field {unknown[0]!r}; its fields are {', '.join(DEFAULTS)}")
         # policies first, then windows, then intervals
@@ -177,7 +185,7 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
     settings = {"score_decay": float(h2o.score_decay)} | {name: DEFAULTS[name] for name in idle}
     default = h2o.policy.heavy or h2o.window_length // 2
     if h2o.heavy and h2o.policy.keeps_oldest:
-        sinks = {h2o.window_length // 2: "sink", STREAMING_LLM.heavy: "streaming_llm"}
+        sinks = {STREAMING_LLM.heavy: "streaming_llm", h2o.window_length // 2: "sink"}
         settings["score"] = sinks.get(h2o.heavy, "sink")
         settings["num_heavy_hitters"] = -1 if h2o.heavy in sinks else h2o.heavy
     elif h2o.heavy == default:
@@ -350,10 +358,13 @@ def table_row(cell: dict, full: dict) -> dict:
 
 def run(args: argparse.Namespace) -> int:
     device = select_device(args.device)
-    cells = [None, *cells_of(args, device)]
+    made = grids(args)
+    budgets = itertools.chain.from_iterable(grid.get("head_budgets", []) for grid in made)
+    plans = plans_of_model(plans_in(budgets), args.model_name)
+    cells = [None, *cells_of(args, made, device)]
     requests, _ = read_requests(args.input_path, None, args.sample_num)
-    if warning := unheeded(requests):
-        print(warning, file=sys.stderr)
+    for warning in filter(None, [unheeded(requests), *own_texts(plans, requests)]):
+        cli.say(warning)
     if args.retention_request is not None and not 0 <= args.retention_request < len(requests):
         raise InputError(f"--retention_request {args.retention_request}: the requests are 0 to {len(requests) - 1}")
     if args.timed_tokens < 2:
@@ -404,8 +415,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_units(full: dict, requests: int) -> None:
     """Explain the table's figures. `full`: the full cache's row."""
-    over = f"{requests} requests" if requests > 1 else "one request, which has none"
-    print(f"\nROUGE-2, difference from the full cache, 0 to 100, [95 % interval over {over}].")
+    over = f"[95 % interval over {requests} requests]" if requests > 1 else "of one request: no interval"
+    print(f"\nROUGE-2, difference from the full cache, 0 to 100, {over}.")
     if 1 < requests < FEW:
         print(f"With fewer than {FEW} requests these intervals are too narrow.")
     calls = f"Median [lowest, highest] of {full['calls']} calls" if full.get("calls", 1) > 1 else "One call"

@@ -3,11 +3,13 @@
     python scripts/calibrate.py --model-name meta-llama/Meta-Llama-3-8B-Instruct --chat \\
         --input-path requests.jsonl --output-path plan.json
 
-Every program takes the plan with --head_budgets plan.json. One plan serves any window: the window is the mean of the
-heads' budgets. For each text, each KV head alone is cut to a few widths (--widths), everything else stays whole, and
-the KL divergence from the full cache is measured on the full cache's own greedy text. Slots then go to the heads where
-they save most. With --refine the budgets of narrow windows are measured together: from wide windows on, slots are taken
-where, beside all earlier cuts, it costs least. That takes several times as long.
+Every program takes the plan with --head_budgets plan.json. All heads keep as many of the newest tokens, and a plan
+divides the other slots. One plan serves any window: the window is the mean of the heads' budgets.
+
+For each text, each KV head alone is cut to a few widths (--widths) beside its newest tokens (--recent), everything else
+stays whole, and the KL divergence from the full cache is measured on the full cache's own greedy text. Slots then go to
+the heads where they save most. With --refine the budgets of narrow windows are measured together: from wide windows on,
+slots are taken where, beside all earlier cuts, it costs least. That takes several times as long.
 
 Calibrate on texts like those to come, at least as long, and judge the plan on others. A request's prompt is its
 `article` as it stands, or with --chat one turn in the tokenizer's chat template, as in run_summarization.py.
@@ -50,7 +52,7 @@ from h2optimizer.loading import (
 from h2optimizer.summarizing import Prompt, tokenize, warn_of_long_prompts
 from h2optimizer.texts import Stops
 from utils.bench import print_table
-from utils.budgets import HASH, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
+from utils.budgets import HASH, LEAST, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
 from utils.cli import InputError, OneLineParser, count, count_or_zero, counts, output_file
 from utils.figures import figure_file
 from utils.policies import POLICIES, named_policies
@@ -114,10 +116,10 @@ def cuts_of(args: argparse.Namespace, longest: int) -> list[H2OConfig]:
     if not widths:
         octaves = max(0, math.ceil(math.log2(longest / LEAST_WIDTH)))
         widths = [LEAST_WIDTH << octave for octave in range(octaves)] or [max(2, longest // 2)]
-    if min(widths) >= longest:
+    if min(widths) + args.recent >= longest:
         raise InputError(
-            f"--widths {','.join(map(str, widths))}: the longest prompt has only {longest} tokens; give smaller "
-            "widths, or longer requests"
+            f"--widths {','.join(map(str, widths))}: the longest prompt has only {longest} tokens, and --recent takes "
+            f"{args.recent} of them; give smaller numbers, or longer requests"
         )
     return checked_cuts(args, widths)
 
@@ -207,7 +209,7 @@ def measure(args: argparse.Namespace, requests: list[Request], settings: dict, d
     prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
     warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o=None)
     cuts = cuts_of(args, max(len(prompt.tokens) for prompt in prompts))
-    widths = [cut.window_length for cut in cuts]
+    widths = [cut.heavy for cut in cuts]
     names = [entry_name(settings, widths, prompt) for prompt in prompts]
 
     part = args.output_path.with_name(f"{args.output_path.name}.texts")
@@ -317,13 +319,13 @@ def plan_of(entries: list[dict], widths: list[int], settings: dict) -> MeasuredB
 
 
 def shown_window(plan: MeasuredBudgets) -> int:
-    return max(2, min(SHOWN, int(plan.prompt_tokens) // 4))
+    return max(plan.recent + LEAST, min(SHOWN, int(plan.prompt_tokens) // 4))
 
 
 def show(plan: MeasuredBudgets) -> None:
     """A line for each layer: what cuts of its heads cost, and the heads' slots in one window."""
     window = shown_window(plan)
-    slots = plan.windows(window)
+    slots = plan.windows(window, plan.recent)
     losses = np.array(plan.losses).mean(axis=1)
     rows = [
         {"layer": layer, f"slots at {window}": " ".join(map(str, slots[layer]))}
@@ -331,8 +333,12 @@ def show(plan: MeasuredBudgets) -> None:
         for layer in range(len(slots))
     ]
     print_table(rows, {"layer": ""} | dict.fromkeys(map(str, plan.widths), ".5f") | {f"slots at {window}": ""})
-    print("\nUnder a width: KL divergence in nats per token when one KV head alone is cut to it, mean over the layer's")
-    print(f"heads. Slots at {window}: of each KV head, where the window is {window}.")
+    beside = f"beside the {plan.recent} newest" if plan.recent > 1 else "beside the newest"
+    print(f"\nUnder a width: KL divergence in nats per token when one KV head alone keeps so many slots {beside},")
+    print(
+        f"mean over the layer's heads. Slots at {window}: of each KV head, {plan.recent} of them for the newest tokens,"
+    )
+    print(f"where the window is {window}.")
 
 
 def draw(plan: MeasuredBudgets, path: Path) -> None:
@@ -342,7 +348,7 @@ def draw(plan: MeasuredBudgets, path: Path) -> None:
 
     window, middle = shown_window(plan), len(plan.widths) // 2
     losses = np.array(plan.losses)[:, :, middle].clip(1e-6)
-    slots = np.array(plan.windows(window))
+    slots = np.array(plan.windows(window, plan.recent))
     figure = Figure(figsize=(9, 2 + 0.14 * plan.shape[0]), layout="constrained")
     panels = {
         f"KL in nats per token, cut to {plan.widths[middle]} slots": losses,

@@ -1,7 +1,7 @@
 """Compare this project's policies, and beside them kvpress' presses, with the full cache: one model, one table.
 
     python scripts/compare_policies.py --model-name M --chat --input-path requests.jsonl --sample_num 100 \\
-        --window_length 64 128 256 --policies mass value_mass:31/32,head_budgets=plan.json \\
+        --window_length 64 128 256 --policies mass value_mass:3/4,head_budgets=plan.json \\
         --kvpress ~/kvpress
 
 The full cache writes a greedy text for each request. All others are fed that text, and each next token's distribution
@@ -54,14 +54,16 @@ from h2optimizer.loading import (
     fingerprint_of,
     is_installed,
     load_model,
+    plans_of_model,
     quiet_libraries,
     select_device,
 )
-from h2optimizer.policy_flags import policy_config
+from h2optimizer.policy_flags import plans_of_policies, policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL
 from utils.ablation_report import FEW, with_interval
 from utils.bench import print_table, stock_llama
+from utils.budgets import HeadBudgets, own_texts
 from utils.cli import InputError, OneLineParser, count, output_file
 from utils.figures import figure_file
 from utils.memory import halving, is_out_of_memory
@@ -104,7 +106,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=["mass"],
         metavar="POLICY",
         help="each as score[:heavy][,flag=value...]: a --score, the value of --num_heavy_hitter_tokens, and other "
-        "flags of the cache, such as mass mass:7/8 value_mass:31/32,head_budgets=plan.json (mass)",
+        "flags of the cache, such as mass mass:7/8 value_mass:3/4,head_budgets=plan.json (mass)",
     )
     add("--kvpress", type=Path, metavar="FOLDER", help="kvpress' environment (see the top of this script)")
     add("--presses", nargs="+", choices=PRESSES, metavar="PRESS", help=f"some of {', '.join(PRESSES)} (all)")
@@ -397,11 +399,13 @@ def rows_of(cells: list[Cell], results: dict, requests: int, refused: dict) -> l
 # The script
 
 
-def read(args: argparse.Namespace) -> list[Request]:
+def read(args: argparse.Namespace, plans: list[HeadBudgets]) -> list[Request]:
     """The prompts that the flags ask for. Raises InputError."""
     limit = args.sample_num and args.sample_num * args.articles
     requests, _ = read_requests(args.input_path, None, limit)
     if warning := unheeded(requests):
+        cli.say(warning)
+    for warning in own_texts(plans, requests):
         cli.say(warning)
     if args.articles > 1:
         requests = join_articles(requests, args.articles)
@@ -432,7 +436,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--figure: matplotlib is not installed: pip install matplotlib, or leave it out")
     device = select_device(args.device)
     cells = cells_of(args, device)
-    requests = read(args)
+    requests = read(args, plans_of_model(plans_of_policies(args.policies), args.model_name))
     check = partial(check_line, requests=len(requests), rouge=args.rouge)
     output = ResultsFile(args.output_path, settings_of(args, requests), args.overwrite, args.input_path, check)
     every = [cell.index(request.index) for cell in cells for request in requests]

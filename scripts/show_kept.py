@@ -10,8 +10,8 @@ that still hold it, of all layers or of a chosen layer and head, at any step. It
 policy, and marks the first token that differs from the full cache's text.
 
 A policy is `score[:heavy][,flag=value…]`. `heavy` is the value of --num_heavy_hitter_tokens, and any other flag of the
-cache may follow: `mass:96`, `mass,score_norm=mean`, `mass:96,update_interval=1`. Cache flags given by themselves hold
-for every policy that does not set them.
+cache may follow: `mass:96`, `mass,score_norm=mean`, `value_mass:3/4,head_budgets=plan.json`. Cache flags given by
+themselves hold for every policy that does not set them.
 
 Agreement and KL are measured on the full cache's text, fed to the policy token by token; what is held and the attention
 lost, on the policy's own text. At step t the model chooses token t of its text, counted from 0. Step 0 is the
@@ -73,11 +73,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="POLICY",
         help="what to show side by side, each as score[:heavy][,flag=value...]: a --score, the value of "
         "--num_heavy_hitter_tokens, and other flags of the cache, such as mass mass:96 mass:96,update_interval=1 "
-        "(mass streaming_llm)",
+        "value_mass:3/4,head_budgets=plan.json (mass streaming_llm)",
     )
     add_model_flags(parser)
-    add_cache_flags(parser)
-    parser.set_defaults(enable_h2o_generation=True)  # the full cache is always shown beside the policies
+    add_cache_flags(parser, always=True)  # the full cache is shown beside the policies in any case
     args = parser.parse_args(argv)
     if hasattr(args, "score"):
         parser.error("--score: --policies names the scores; leave it out")
@@ -182,6 +181,7 @@ def shown_policy(policy: str, h2o: H2OConfig, shown: Shown, full: Shown, tokeniz
         "heavy": h2o.heavy,
         "chosen_by": "random" if h2o.policy.seeded else "sinks" if h2o.policy.keeps_oldest else "heavy",
         "recent": h2o.recent,
+        "even": h2o.head_windows.even,
         "interval": h2o.update_interval,
         "agreement": fidelity.agreed / compared if fidelity.tokens else None,
         "kl": fidelity.kl / compared if fidelity.tokens else None,
@@ -260,7 +260,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer, model, full = viewer.tokenizer, viewer.model, viewer.full
     policies = []
     for policy, h2o in configs.items():
-        cli.say(f"{policy}: window {h2o.window_length}, {h2o.heavy} heavy, N = {h2o.update_interval}")
+        mean = "" if h2o.head_windows.even else " on average"
+        cli.say(f"{policy}: window {h2o.window_length}, {h2o.heavy} heavy{mean}, N = {h2o.update_interval}")
         policies.append(shown_policy(policy, h2o, viewer.show(h2o), full, tokenizer))
     data = {
         "model": Path(args.model_name).name,

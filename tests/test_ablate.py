@@ -19,11 +19,14 @@ from checkpoints import make_checkpoint, make_requests, write_requests
 from conftest import make_llamas, new_oracle, prompt
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import ForcedDecode, Recorded, compare
+from h2optimizer.flags import DEMO_MODEL
 from test_benchmarks import load
 from utils import bench
 from utils.ablation import figures, policy_name, read_cells, unpack
 from utils.bench import Spread, prefill_and_step_ms, stock_llama
-from utils.requests import InputError
+from utils.budgets import MeasuredBudgets, request_fingerprint
+from utils.requests import InputError, read_requests
+from utils.results import PLAN
 from utils.rouge import mean_with_interval
 
 ROWS = [prompt(40), prompt(23, 1), prompt(31, 2)]
@@ -185,6 +188,11 @@ def test_step_time_is_what_a_token_adds():
 
 
 # The script
+
+
+def cells_of(ablate, *flags):
+    args = ablate.parse_args(list(flags))
+    return ablate.cells_of(args, ablate.grids(args), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +382,7 @@ def test_grid_as_yaml(ablate, tmp_path, grid, cells):
     """A field that is lost, a product that is not taken, settings that mean the same and are measured twice."""
     path = tmp_path / "grid.yaml"
     path.write_text(grid)
-    made = ablate.cells_of(ablate.parse_args(["--grid", str(path)]), torch.device("cpu"))
+    made = cells_of(ablate, "--grid", str(path))
     assert [(h2o.window_length, h2o.score) for h2o in made] == cells
 
 
@@ -414,7 +422,7 @@ def test_spread_of_times_is_recorded_and_shown(sweep, ablate, monkeypatch):
     assert row["tokens_per_second_range"] == pytest.approx([750, 3000])
     for shown in "11.0 [10.0, 12.0]", "2.00 [1.00, 4.00]", "1500 [750, 3000]":
         assert shown in outcome.table[2]
-    assert "Median [lowest, highest] of 3 calls of 3 prompts" in outcome.units and "5 requests" in outcome.units
+    assert "Median [lowest, highest] of 3 calls with 3 prompts" in outcome.units and "5 requests" in outcome.units
     monkeypatch.setattr(ablate, "prefill_and_whole_ms", lambda generate, tokens: (10.0, 12.0))
     once = sweep("--window_length", "8", "--sample_num", "1")
     assert "One call" in once.units and "one request: no interval" in once.units
@@ -424,7 +432,7 @@ def test_number_written_otherwise_is_the_same_cell(ablate):
     """score_decay 1 and 1.0, or 0 and 0.0, of two commands: the same cache measured twice, under two names."""
     names = set()
     for decay in ("0", "0.0"):
-        (h2o,) = ablate.cells_of(ablate.parse_args(["--score_decay", decay]), torch.device("cpu"))
+        (h2o,) = cells_of(ablate, "--score_decay", decay)
         names.add(ablate.cell_name({}, h2o))
     assert len(names) == 1
 
@@ -433,8 +441,22 @@ def test_fault_is_told_once(ablate, tmp_path, capsys):
     """The same left-out line again and again, for a value that a grid names twice."""
     path = tmp_path / "grid.yaml"
     path.write_text("window_length: [8, 8]\nupdate_interval: [1, 1.0]\n")
-    ablate.cells_of(ablate.parse_args(["--grid", str(path)]), torch.device("cpu"))
+    cells_of(ablate, "--grid", str(path))
     assert capsys.readouterr().err.count("left out") == 1
+
+
+def test_plan_that_saw_the_requests(sweep, lab, tmp_path):
+    """A plan judged on its own texts without a word, or not taken at all."""
+    requests, _ = read_requests(lab.requests, None, None)
+    plan = MeasuredBudgets(
+        widths=(4, 8),
+        losses=(((1.0, 0.5), (0.1, 0.0)), ((0.1, 0.1), (0.2, 0.0))),
+        texts=tuple(map(request_fingerprint, requests[1:])),
+    )
+    plan.save(tmp_path / "plan.json")
+    of = sweep("--window_length", "12", "--head_budgets", str(tmp_path / "plan.json"), "--sample_num", "2")
+    assert f"{tmp_path}/plan.json was measured on 1 of these 2 requests; a plan is no fair test" in of.err
+    assert of.cells[1]["h2o"]["head_budgets"] == [list(row) for row in plan.windows(12, 6)]
 
 
 def test_figures_that_are_no_numbers_are_not_written(sweep, ablate, monkeypatch):
@@ -485,7 +507,7 @@ def ablate_error(sweep, words: str) -> bool:
 def test_values_are_of_the_fields_types(ablate):
     """A window of "64", a score_every_step of "false" that is true."""
     flags = "--window_length 64 --score_decay 0.5 --score_queries 8 all --score_every_step false True"
-    made = ablate.cells_of(ablate.parse_args(flags.split()), torch.device("cpu"))
+    made = cells_of(ablate, *flags.split())
     seen = {(h2o.window_length, h2o.score_decay, h2o.score_queries, h2o.score_every_step) for h2o in made}
     assert seen == {(64, 0.5, queries, every) for queries in (8, None) for every in (True, False)}
 
@@ -504,6 +526,8 @@ def test_cells_that_cannot_work_are_left_out(sweep):
     [
         ("--window_length 1", ["window_length=1", "at least 2"]),
         ("--window_length 8 --num_heavy_hitters 9", ["num_heavy_hitters=9"]),
+        ("--head_budgets nosuch.json", ["--head_budgets nosuch.json", "cannot be read"]),
+        (f"--head_budgets {DEMO_MODEL / PLAN}", [f"--head_budgets {DEMO_MODEL / PLAN}: budgets for 5 layers of 4 KV"]),
         ("--score mas", ["score", "'mas'", "mass"]),
         ("--window_length 99999999999999999999", ["window_length=99999999999999999999", "2**31"]),
         ("--score_every_step maybe", ["score_every_step='maybe'", "True or False"]),

@@ -52,6 +52,17 @@ def test_windows_have_the_mean_and_only_grow(make, seed):
         before = slots
 
 
+@pytest.mark.parametrize("make", [measured, given, refined])
+@pytest.mark.parametrize("recent", [1, 8, 61])
+def test_newest_slots_are_each_heads(make, recent):
+    """Newest slots that are divided as well, that come on top of the window, or that leave a head none by score."""
+    plan = make()
+    for window in (recent + 2, 64, 300):
+        slots = flat(plan.windows(window, recent))
+        assert sum(slots) == window * 15 and min(slots) >= recent + 1
+        assert [of - recent for of in slots] == flat(plan.windows(window - recent))
+
+
 def test_slots_go_where_they_save_most():
     """Slots by size of the loss instead of what they save; a head that needs many slots at once and is given none."""
     plan = MeasuredBudgets(
@@ -93,9 +104,11 @@ def test_large_plans_take_little_work():
     assert sum(flat(plan.windows(4096))) == 4096 * 640
 
 
-def test_too_small_a_window():
-    with pytest.raises(ValueError, match="window_length=1: must be at least 2"):
-        measured().windows(1)
+@pytest.mark.parametrize("window, recent", [(1, 0), (16, 16), (16, 15)])
+def test_window_without_slots_to_divide(window, recent):
+    wanted = f"window_length={window}: {recent} of its slots hold the newest tokens, .*give at least {recent + 2}, or"
+    with pytest.raises(ValueError, match=wanted):
+        measured().windows(window, recent)
 
 
 # Files
@@ -104,7 +117,7 @@ def test_too_small_a_window():
 def test_saved_plan_is_loaded(tmp_path):
     """A field that is lost on the way, or a file that says another thing than the plan."""
     path = tmp_path / "plan.json"
-    plan = measured(score="value_mass", num_heavy_hitters="31/32", model="m", weights="ab", texts=("c", "d"))
+    plan = measured(score="value_mass", recent=24, model="m", weights="ab", texts=("c", "d"))
     plan = dataclasses.replace(plan, refined=(plan.windows(32),))
     plan.save(path)
     loaded = HeadBudgets.load(path)

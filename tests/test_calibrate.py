@@ -19,7 +19,7 @@ from utils.budgets import HeadBudgets, MeasuredBudgets
 from utils.requests import read_requests
 from utils.results import PLAN, checkpoint_fingerprint
 
-PROMPT, TOKENS = prompt(30), 9
+PROMPT, TOKENS, RECENT = prompt(30), 9, 5
 
 
 # The measurement, without what measures it
@@ -65,10 +65,10 @@ def logprobs_of(stock, text: list[int], gone: dict[tuple[int, int], list[int]]) 
             handle.remove()
 
 
-def gone_of(mass: torch.Tensor, width: int, recent: int) -> list[int]:
-    """The tokens that one head, of this mass, does not keep in a window."""
+def gone_of(mass: torch.Tensor, width: int, recent: int = RECENT) -> list[int]:
+    """The tokens that one head, of this mass, does not keep: all but `width` beside the newest."""
     old = range(len(mass) - recent)
-    return sorted(old, key=lambda slot: -mass[slot].item())[width - recent :] if width < len(mass) else []
+    return sorted(old, key=lambda slot: -mass[slot].item())[width:]
 
 
 def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -76,13 +76,13 @@ def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def slow_losses(stock, text: list[int], widths: list[int], recent: dict[int, int]) -> torch.Tensor:
+def slow_losses(stock, text: list[int], widths: list[int], recent: int = RECENT) -> torch.Tensor:
     mass, wanted = mass_of(stock), logprobs_of(stock, text, {})
     losses = torch.zeros(*mass.shape[:2], len(widths), dtype=torch.float64)
     for layer in range(losses.shape[0]):
         for head in range(losses.shape[1]):
             for at, width in enumerate(widths):
-                gone = {(layer, head): gone_of(mass[layer, head], width, recent[width])}
+                gone = {(layer, head): gone_of(mass[layer, head], width, recent)}
                 losses[layer, head, at] = divergence(wanted, logprobs_of(stock, text, gone))
     return losses
 
@@ -91,25 +91,26 @@ def slow_losses(stock, text: list[int], widths: list[int], recent: dict[int, int
 def test_losses_are_those_of_masked_stock_llama(kv_heads):
     """A cut of another head, layer or slot than meant; a text that sees its own later tokens; mass of its queries; a
     divergence of the first token, or the wrong way round; a cut as wide as the prompt that costs something."""
-    llamas, widths = make_llamas(num_key_value_heads=kv_heads, num_hidden_layers=3), [4, 11, 30, 64]
+    llamas, widths = make_llamas(num_key_value_heads=kv_heads, num_hidden_layers=3), [4, 11, 25, 64]
     text = greedy(llamas.stock, TOKENS)
-    losses, tokens = Calibrator(llamas.h2o, head_cuts(widths, "mass", -1), TOKENS).losses(PROMPT)
-    expected = slow_losses(llamas.stock, text, widths, {width: width - width // 2 for width in widths})
+    losses, tokens = Calibrator(llamas.h2o, head_cuts(widths, "mass", RECENT), TOKENS).losses(PROMPT)
+    expected = slow_losses(llamas.stock, text, widths)
     assert tokens == TOKENS - 1 and losses.shape == (3, kv_heads, 4)
     assert expected[..., :2].min() > 1e-3 and not losses[..., 2:].any()
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_few_recent_slots(gqa):
-    """Another share of recent slots than H2OConfig's."""
+@pytest.mark.parametrize("recent", [1, 11])
+def test_newest_slots_beside_a_width(gqa, recent):
+    """A width that holds the newest slots as well, or a number of them that grows with it."""
     text = greedy(gqa.stock, TOKENS)
-    losses, _ = Calibrator(gqa.h2o, head_cuts([12], "mass", 11), TOKENS).losses(PROMPT)
-    torch.testing.assert_close(losses, slow_losses(gqa.stock, text, [12], {12: 1}), rtol=1e-3, atol=1e-5)
+    losses, _ = Calibrator(gqa.h2o, head_cuts([4, 12], "mass", recent), TOKENS).losses(PROMPT)
+    torch.testing.assert_close(losses, slow_losses(gqa.stock, text, [4, 12], recent), rtol=1e-3, atol=1e-5)
 
 
 def test_where_memory_runs_out_fewer_variants_go_together(gqa, monkeypatch):
     """Variants that are lost, or measured twice, when a batch of them is too large."""
-    calibrator = Calibrator(gqa.h2o, head_cuts([4, 8, 11, 16], "mass", -1), TOKENS)
+    calibrator = Calibrator(gqa.h2o, head_cuts([4, 8, 11, 16], "mass", RECENT), TOKENS)
     whole, _ = calibrator.losses(PROMPT)
     divergence, sizes, ticks = calibration.ForcedText.divergence, [], []
 
@@ -128,7 +129,9 @@ def test_where_memory_runs_out_fewer_variants_go_together(gqa, monkeypatch):
 
 def test_text_that_says_nothing(gqa):
     """A text of one token, which the prefill decides, counted as if it were predicted."""
-    losses, tokens = Calibrator(gqa.h2o, head_cuts([4], "mass", -1), TOKENS).losses(PROMPT, end=lambda text: text[:1])
+    losses, tokens = Calibrator(gqa.h2o, head_cuts([4], "mass", RECENT), TOKENS).losses(
+        PROMPT, end=lambda text: text[:1]
+    )
     assert tokens == 0 and not losses.any()
 
 
@@ -141,17 +144,13 @@ def test_cuts_beside_other_cuts_are_those_of_masked_stock_llama(gqa):
     windows = [[8, 40], [12, 4]]
 
     def slow(windows) -> float:
-        gone = {
-            (i, h): gone_of(mass[i, h], windows[i][h], windows[i][h] - windows[i][h] // 2)
-            for i in (0, 1)
-            for h in (0, 1)
-        }
+        gone = {(i, h): gone_of(mass[i, h], windows[i][h]) for i in (0, 1) for h in (0, 1)}
         return divergence(logprobs_of(gqa.stock, text, {}), logprobs_of(gqa.stock, text, gone))
 
     def cuts(windows):
         return [[calibrator.cut_to(width) for width in of_layer] for of_layer in windows]
 
-    calibrator = Calibrator(gqa.h2o, head_cuts([8], "mass", -1), TOKENS)
+    calibrator = Calibrator(gqa.h2o, head_cuts([8], "mass", RECENT), TOKENS)
     forced = calibrator.forced(PROMPT)
     for held in ([[30, 30], [30, 30]], windows):
         base = forced.hold(cuts(held)).item()
@@ -164,7 +163,7 @@ def test_cuts_beside_other_cuts_are_those_of_masked_stock_llama(gqa):
 
 def test_slots_are_taken_where_it_costs_least(gqa):
     """Slots taken from the dearest head, too many or too few, or given back."""
-    calibrator = Calibrator(gqa.h2o, head_cuts([8], "mass", -1), TOKENS)
+    calibrator = Calibrator(gqa.h2o, head_cuts([8], "mass", RECENT), TOKENS)
     forced = calibrator.forced(PROMPT)
     joint, before = JointElimination(calibrator, [forced], ((24, 24), (24, 24))), [24] * 4
     cost, layer, head, width = joint._cheapest()[0]
@@ -206,7 +205,7 @@ def run(calibrate, lab, tmp_path, capsys, monkeypatch):
         path = tmp_path / output
         common = ["--model-name", lab.model, "--input-path", lab.requests, "--output-path", path, "--device", "cpu"]
         common += ["--texts", 3, "--max_new_tokens", 6, "--widths", "8,16", "--score", "mass"]
-        common += ["--num_heavy_hitter_tokens", -1]
+        common += ["--recent", 4]
         assert calibrate.main([*map(str, common), *map(str, flags)]) == code
         said = capsys.readouterr()
         errors = [line for line in said.err.splitlines() if line.startswith(("error", "interrupted"))]
@@ -220,7 +219,7 @@ def test_plan_says_what_it_was_measured_on(run, lab):
     """A plan of other requests, settings or weights than it says, and one that no other program can check."""
     plan = run("--first", 1).plan
     assert isinstance(plan, MeasuredBudgets) and plan.shape == (2, 2) and plan.widths == (8, 16)
-    assert (plan.score, plan.num_heavy_hitters, plan.model, len(plan.texts)) == ("mass", -1, "model", 3)
+    assert (plan.score, plan.recent, plan.model, len(plan.texts)) == ("mass", 4, "model", 3)
     assert checkpoint_fingerprint(lab.model).startswith(plan.weights)
     assert max(loss for layer in plan.losses for head in layer for loss in head) > 1e-3
     assert sum(map(sum, plan.windows(20))) == 80
@@ -233,7 +232,7 @@ def test_mean_is_over_all_tokens(calibrate):
     """Texts that count alike whatever their length."""
     settings = {
         "--score": "mass",
-        "--num_heavy_hitter_tokens": -1,
+        "--recent": 4,
         "--model-name": "m",
         "weights": None,
         "requests": [],
@@ -315,9 +314,10 @@ def test_other_settings_are_other_losses(run):
     ("flags", "message"),
     [
         (["--widths", "400,500"], "--widths 400,500: the longest prompt has only"),
-        (["--widths", "1,8"], "--widths=1: must be a whole number of at least 2"),
+        (["--widths", "0,8"], "argument --widths: '0': must be a whole number of at least 1"),
         (["--widths", "8,x"], "argument --widths: 'x': must be a whole number of at least 1"),
-        (["--num_heavy_hitter_tokens", "9"], "--num_heavy_hitter_tokens=9: must be less than widths=8"),
+        (["--recent", "0"], "argument --recent: '0': must be a whole number of at least 1"),
+        (["--recent", "400"], "and --recent takes 400 of them; give smaller numbers"),
         (["--texts", "9"], "has 5 requests; --first 0 and --texts 9 ask for more"),
         (["--score", "mas"], "argument --score: invalid choice: 'mas'"),
         (["--figure", "plan.txt"], "argument --figure: plan.txt: must end in .png, .svg, .pdf"),
@@ -344,7 +344,7 @@ def test_plan_is_not_written_over_something_else(run, lab, tmp_path):
 def test_settings_are_refused_before_a_model_is_loaded(run, calibrate, monkeypatch):
     """Minutes of loading before a word about a flag."""
     monkeypatch.setattr(calibrate, "load_model", lambda *args: pytest.fail("it was loaded"))
-    assert "--num_heavy_hitter_tokens=9" in run("--num_heavy_hitter_tokens", 9, code=2).errors[0]
+    assert "2**31" in run("--recent", 2**31, code=2).errors[0]
 
 
 def test_default_widths_reach_the_longest_prompt(run):

@@ -19,10 +19,14 @@ from transformers import LlamaForCausalLM
 
 from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import H2OConfig
+from h2optimizer.flags import DEMO_MODEL
 from test_benchmarks import load
+from utils.budgets import MeasuredBudgets, request_fingerprint
 from utils.cache import CACHE_ARGUMENT
 from utils.figures import spread
 from utils.policy_figure import draw_policies, label_of
+from utils.requests import read_requests
+from utils.results import PLAN
 from utils.rouge import mean_with_interval
 
 RUNNER = """
@@ -207,6 +211,8 @@ def test_labels_of_lines():
         (["--policies", "mass,heavy=3"], "--policies mass,heavy=3: unrecognized argument"),
         (["--policies", "mass,num_window_length=8"], "pass --window_length 8"),
         (["--policies", "mass:12"], "--policies mass:12: --num_heavy_hitter_tokens"),
+        (["--policies", "mass,head_budgets=none.json"], "--head_budgets none.json: cannot be read"),
+        (["--policies", f"mass,head_budgets={DEMO_MODEL / PLAN}"], "budgets for 5 layers of 4 KV heads, but the model"),
         (["--policies"], "none given"),
         (["--presses", "TOVA"], "pass --kvpress"),
         (["--kvpress", "/nonexistent"], "kvpress is not installed there"),
@@ -217,6 +223,24 @@ def test_bad_flags(compared, no_model, flags, words):
     """A traceback, or a line that comes after a model was loaded."""
     (error,) = compared(*flags, code=2).errors
     assert words in error
+
+
+def test_plan_that_saw_the_requests(compared, lab, tmp_path):
+    """A plan judged on its own texts without a word, also where --max_tokens changes the requests."""
+    requests, _ = read_requests(lab.requests, None, None)
+    plan = MeasuredBudgets(
+        widths=(4, 8),
+        losses=(((1.0, 0.5), (0.1, 0.0)), ((0.1, 0.1), (0.2, 0.0))),
+        texts=tuple(map(request_fingerprint, requests[:3])),
+    )
+    plan.save(tmp_path / "plan.json")
+    policy = f"mass,head_budgets={tmp_path / 'plan.json'}"
+    of = compared("--policies", "mass", policy, "--max_tokens", "5")
+    (warning,) = [line for line in of.err.splitlines() if line.startswith("warning")]
+    assert "plan.json was measured on 3 of these 4 requests; a plan is no fair test on its own texts" in warning
+    rows = {row["policy"]: row for row in of.rows}
+    assert rows[policy]["slots_kept"] == rows["mass"]["slots_kept"] == 12
+    assert rows[policy]["kl"] != rows["mass"]["kl"]
 
 
 def test_interruption_ends_the_runner(compared, kvpress, script, tmp_path):

@@ -1,11 +1,13 @@
 """H2OConfig: which flags work, and when a model takes them up."""
 
 import dataclasses
+import json
 
 import pytest
 
 from conftest import assert_row_is_oracles, generate, new_oracle, new_tokens, prompt, with_flags
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from utils.budgets import HeadBudgets
 from utils.cache import HHCache
 
 REFUSED = {
@@ -54,6 +56,55 @@ def test_flags_that_work_at_their_bounds():
     assert H2OConfig(window_length=4, score="streaming_llm", num_heavy_hitters=2).heavy == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.window_length = 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "recent"),
+    [({}, 32), ({"num_heavy_hitters": "31/32"}, 2), ({"num_heavy_hitters": 40}, 24), ({"score": "streaming_llm"}, 60)],
+    ids=str,
+)
+def test_plan_is_its_table(tmp_path, flags, recent):
+    """Settings that depend on a file after they are made, or heads with other numbers of newest slots."""
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"windows": [[1, 9], [3, 3]]}))
+    plan = H2OConfig(window_length=64, head_budgets=str(path), **flags)
+    table = HeadBudgets.load(path).windows(64, recent)
+    path.unlink()
+    assert plan == H2OConfig(window_length=64, head_budgets=table, **flags)
+    assert plan.recent == plan.head_windows.recent == recent and min(map(min, table)) > recent
+    other = dataclasses.replace(plan, update_interval=1)
+    assert other.head_budgets == table and other == dataclasses.replace(other)
+    with pytest.raises(ValueError, match=r"^head_budgets: the windows' mean is 64: it must be window_length=65$"):
+        dataclasses.replace(plan, window_length=65, num_heavy_hitters=65 - recent)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (((32, 97),), "the windows' mean is 64.5: it must be window_length=64"),
+        (((31, 97),), "31: a head's window must be a whole number of at least 32, for it holds the 32 newest slots"),
+        (((64.0, 64),), "64.0: a head's window must be a whole number"),
+        (((64, 64), (64,)), "needs rows of one length"),
+        ((), "needs rows of one length"),
+        (64, "must be 'even', or a table"),
+    ],
+)
+def test_tables_that_cannot_work(table, said):
+    """Heads without room for the newest slots, or more bytes than the window promises."""
+    with pytest.raises(ValueError) as raised:
+        H2OConfig(window_length=64, head_budgets=table)
+    message = str(raised.value)
+    assert message.startswith("head_budgets: ") and said in message and "\n" not in message
+
+
+def test_plan_needs_slots_to_divide(tmp_path):
+    """A traceback, or a message without a way out."""
+    path = tmp_path / "plan.json"
+    path.write_text('{"windows": [[1, 2]]}')
+    with pytest.raises(ValueError, match=r"^window_length=2: 1 of its slots hold the newest tokens, .* at least 3, or"):
+        H2OConfig(window_length=2, head_budgets=str(path))
+    with pytest.raises(ValueError, match=r"^head_budgets .*none\.json: cannot be read"):
+        H2OConfig(head_budgets=str(tmp_path / "none.json"))
 
 
 def test_new_flags_take_effect_at_the_next_generate(llamas):

@@ -179,6 +179,16 @@ def test_several_processes_write_what_one_would(finish, expected, way, flags):
     assert several.metrics["processes"] == 2 and several.metrics["tensor_parallel"] == bool(way)
 
 
+def test_heads_of_their_own_windows_are_split_with_the_model(finish, expected, folder):
+    """Windows of another process's heads, or a cache counted as if all processes held as much as the first."""
+    (folder / "plan.json").write_text('{"windows": [[1, 3], [2, 4]]}')
+    flags = [*H2O, "--head_budgets", str(folder / "plan.json"), "--score", "value_mass", "--score_norm", "mean"]
+    several, one = finish(2, *flags, *SPLIT, "--batch_size", "3"), expected(flags)
+    assert_same_results(several, one)
+    for name in ("tokens_generated", "kv_bytes_per_request", "slots_kept_per_request", "settings"):
+        assert several.metrics[name] == one.metrics[name]
+
+
 def test_parts_choose_what_the_first_chooses(finish, expected):
     """Rounding that differs from GPU to GPU, and then parts of two texts that are fed to one model."""
 

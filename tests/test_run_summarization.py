@@ -225,6 +225,7 @@ def test_cache_statistics_prove_eviction(run, tokenizer):
 EVERY_FLAG = {
     "window_length": ("--num_window_length 20", 20),
     "num_heavy_hitters": ("--num_heavy_hitter_tokens 7", 7),
+    "head_budgets": ("--head_budgets plan.json", ((15, 15), (18, 32))),
     "update_interval": ("--update_interval 3", 3),
     "slimming": ("--slimming mask", "mask"),
     "backend": ("--backend eager", "eager"),
@@ -245,7 +246,8 @@ EVERY_FLAG = {
 def test_every_flag_reaches_the_cache(run, caches):
     """A flag that is parsed and then forgotten; a field of H2OConfig without a flag."""
     assert set(EVERY_FLAG) == {field.name for field in dataclasses.fields(H2OConfig)}
-    together = {name: of_field for name, of_field in EVERY_FLAG.items() if name != "compile"}  # needs capture
+    alone = ("compile", "head_budgets")  # the one needs capture, the other slims in place
+    together = {name: of_field for name, of_field in EVERY_FLAG.items() if name not in alone}
     given = [word for flag, _ in together.values() for word in flag.split()]
     run(make_requests(1, max_tokens=6), "--enable_h2o_generation", *given)
     assert len(caches) == 2
@@ -259,6 +261,50 @@ def test_compile_reaches_the_cache():
     """As every flag; what it needs is not here, so nothing is run with it."""
     args = run_summarization.parse_args(["--enable_h2o_generation", "--compile"])
     assert h2o_config(args) == H2OConfig(compile=True)
+
+
+PLAN = {"windows": [[1, 1], [2, 7]]}
+PLANNED = "--enable_h2o_generation --num_window_length 20 --num_heavy_hitter_tokens 7 --head_budgets".split()
+
+
+def test_plan_reaches_the_cache(run, caches, tmp_path):
+    """A plan that is read and forgotten, or that a resumed run takes for another one."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN))
+    requests = make_requests(2, max_tokens=6)
+    first = run(requests, *PLANNED, str(plan))
+    table = EVERY_FLAG["head_budgets"][1]
+    assert {cache.h2o for cache in caches} == {H2OConfig(window_length=20, num_heavy_hitters=7, head_budgets=table)}
+    assert {result["cache"]["slots_kept"] for result in first.results} <= set(range(20, 36))
+    assert "2 of 2 results exist already" in " ".join(run(requests, *PLANNED, str(plan)).stderr)
+
+
+@pytest.mark.parametrize(
+    "plan, words",
+    [
+        (None, ["--head_budgets ", "plan.json: cannot be read (No such file"]),
+        ("{}", ["--head_budgets ", "plan.json: not a plan of head budgets"]),
+        ({"windows": [[1, 1, 2], [1, 1, 2]]}, ["--head_budgets ", "plan.json: budgets for 2 layers of 3 KV heads"]),
+        (
+            {"widths": [4], "losses": [[[1.0], [2.0]], [[3.0], [4.0]]], "model": "other", "weights": "0" * 16},
+            ["--head_budgets ", "plan.json: measured on another model (other, "],
+        ),
+    ],
+)
+def test_plan_that_does_not_fit(refused, no_model, tmp_path, plan, words):
+    """A plan of another model that is used without a word, or refused after the model is loaded."""
+    path = tmp_path / "plan.json"
+    if plan is not None:
+        path.write_text(plan if isinstance(plan, str) else json.dumps(plan))
+    refused(make_requests(1), *PLANNED, str(path), words=words)
+
+
+def test_plan_without_slots_to_divide(refused, no_model, tmp_path):
+    """Heads that keep fewer slots than the newest ones, in a message that names no flag."""
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(PLAN))
+    words = ["--num_window_length=20: 19 of its slots", "give at least 21, or raise num_heavy_hitter_tokens"]
+    refused(make_requests(1), *PLANNED, str(path), "--num_heavy_hitter_tokens", "1", words=words)
 
 
 def test_compile_without_its_kernels(refused, no_model):

@@ -39,3 +39,18 @@ def test_a_schedule_is_a_plain_loop(schedule):
         assert schedule.last_due(steps) == schedule.last_due(np.array([steps]))[0] == last
         ahead = schedule.steps_to_due(steps)
         assert [schedule.is_due(step) for step in range(steps, steps + ahead)] == [False] * (ahead - 1) + [True]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_heads_of_their_own_windows_are_a_mean(chunk):
+    """A head counted once where several have its window, or evictions that are not those of the shortest."""
+    alone = {window: Schedule(window, 3, chunk) for window in (2, 5, 9)}
+    together = Schedule(5, 3, chunk, ((2, 4), (5, 1), (9, 3)))
+    for prompt, steps in itertools.product((1, 4, 8, 20), range(1, 9)):
+        held = {window: schedule.held_after(prompt, steps) for window, schedule in alone.items()}
+        mean = (4 * held[2].slots + held[5].slots + 3 * held[9].slots) / 8
+        assert together.held_after(prompt, steps) == (round(mean), held[2].evictions)
+        read = {window: schedule.slots_read(prompt, steps) for window, schedule in alone.items()}
+        assert together.slots_read(prompt, steps) == pytest.approx((4 * read[2] + read[5] + 3 * read[9]) / 8)
+        assert together.evicts(prompt, steps) == alone[2].evicts(prompt, steps)
+        assert together.evicts_in_prefill(prompt) == alone[2].evicts_in_prefill(prompt)

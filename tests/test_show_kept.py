@@ -10,11 +10,13 @@ import torch
 
 from checkpoints import make_checkpoint, make_requests, make_tokenizer, write_requests
 from h2optimizer.decoding import BoundedDecoding
+from h2optimizer.flags import DEMO_MODEL
 from h2optimizer.loading import load_model
 from h2optimizer.summarizing import tokenize
 from test_benchmarks import load
 from utils.ablation import unpack
 from utils.requests import Request
+from utils.results import PLAN
 
 UGLY = '</script><b>"it\'s" & 🦙 <!-- é\n\n  漢字 \ufffd {{data}} \u2028end'
 CHROMIUM = shutil.which("chromium")
@@ -142,7 +144,7 @@ def test_policies_are_flags(script):
     "flags, said",
     [
         (["--policies", "mess"], r"--policies mess: argument --score: invalid choice: 'mess'"),
-        (["--policies", "mass:many"], r"--policies mass:many: argument --num_heavy_hitter_tokens"),
+        (["--policies", "mass:many"], r"--policies mass:many: --num_heavy_hitter_tokens='many': must be a"),
         (["--policies", "mass:300"], r"--policies mass:300: --num_heavy_hitter_tokens=300: must be less than"),
         (["--policies", "mass,window=8"], r"--policies mass,window=8: unrecognized argument --window"),
         (["--policies", "mass,output-path=x"], r"--policies mass,output-path=x: unrecognized argument"),
@@ -150,6 +152,11 @@ def test_policies_are_flags(script):
         (["--request", "3"], r"--request 3: the requests of .*requests.jsonl are 0 to 2"),
         (["--max_tokens", "32768"], r"--request 0: asks for 32,768 tokens, a page holds 32,767; pass a --max_tokens"),
         (["--chat"], r"--chat: the tokenizer of .* has no chat template"),
+        (["--policies", "mass,head_budgets=none.json"], r".*: --head_budgets none\.json: cannot be read \(No"),
+        (
+            ["--policies", f"mass,head_budgets={DEMO_MODEL / PLAN}"],
+            r"--policies mass,head_budgets=.*json: --head_budgets .*json: budgets for 5 layers of 4 KV heads, but the",
+        ),
     ],
 )  # fmt: skip
 def test_one_line_for_bad_input(script, checkpoint, tmp_path, capsys, flags, said):
@@ -159,6 +166,17 @@ def test_one_line_for_bad_input(script, checkpoint, tmp_path, capsys, flags, sai
     assert script.main([*map(str, where), *flags]) == 2
     assert re.match(f"error: {said}", capsys.readouterr().err.splitlines()[-1])
     assert not output.exists()
+
+
+def test_heads_with_windows_of_their_own(show, tmp_path, capsys):
+    """A caption that gives each head the mean, or even heads that are said to differ."""
+    (tmp_path / "plan.json").write_text('{"windows": [[1, 2], [3, 6]]}')
+    policies = ["mass", f"value_mass:3/4,head_budgets={tmp_path / 'plan.json'}"]
+    even, planned = show("--num_window_length", 16, "--update_interval", 1, "--policies", *policies)["policies"]
+    assert even["even"] and not planned["even"]
+    assert (planned["window"], planned["heavy"], planned["recent"], planned["slots"]) == (16, 12, 4, 16)
+    said = capsys.readouterr().err
+    assert "window 16, 8 heavy, N = 1" in said and "window 16, 12 heavy on average, N = 1" in said
 
 
 def test_an_existing_file_is_kept(script, checkpoint, tmp_path, capsys):

@@ -23,7 +23,6 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,9 +31,6 @@ from utils.policies import POLICIES, RECENT_ONLY, STREAMING_LLM
 from utils.requests import read_lines
 from utils.results import read_entries
 from utils.rouge import ROUGE_TYPES, mean_with_interval
-
-if TYPE_CHECKING:  # utils does not import h2optimizer
-    from h2optimizer import H2OConfig
 
 FULL, RECENT = "full cache", RECENT_ONLY.label
 # Fields that a policy's name covers; others that differ from their defaults are appended to it.
@@ -52,7 +48,7 @@ def unpack(packed: dict) -> np.ndarray:
     return np.frombuffer(data, dtype=packed["dtype"]).reshape(packed["shape"])
 
 
-def held_shares(retention: dict, layer: int, h2o: H2OConfig) -> tuple[np.ndarray, np.ndarray]:
+def held_shares(retention: dict, layer: int, h2o) -> tuple[np.ndarray, np.ndarray]:
     """Shares [steps, tokens] of a layer's KV heads that hold a token, at steps from 1: heavy hitters, recent tokens.
 
     Recent tokens are the `recent` newest at the last slimming before the step, and all later ones; none of these has

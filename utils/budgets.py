@@ -1,15 +1,17 @@
 """Budgets per KV head: how many slots each head keeps, from what a cut of that head alone costs a model.
 
+All heads keep the same number of newest tokens. A plan divides the slots that remain.
+
 A plan is a JSON file. `scripts/calibrate.py` writes one with measured losses, which serves any window. A plan made by
 hand is {"windows": [[96, 32], …]}, a list of layers with a number for each KV head. Only the ratios of these numbers
-count: they are scaled to the window.
+count.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from utils.results import fingerprint, replace_file, to_json
 
 FORM = 1  # version of the file
 HASH = 16  # hexadecimal digits of a fingerprint
-LEAST = 2  # slots of a head: one heavy hitter and the newest token
+LEAST = 2  # slots of a head, beside the newest
 UNIT = 4  # budgets from losses are multiples of so many slots, but for one head that takes the remainder
 KNOTS_PER_OCTAVE = 8
 MOST_SLOTS = 2**31
@@ -61,13 +63,13 @@ class HeadBudgets:
     def windows(self, window_length: int, recent: int = 0) -> Windows:
         """Slots of each head, `recent` of them for the newest tokens, with a mean of exactly `window_length`.
 
-        No head's budget falls as `window_length` grows. Raises ValueError where fewer than 2 slots a head are left to
-        divide.
+        The other slots are divided, at least 2 to each head. No head's budget falls as `window_length` grows. Raises
+        ValueError where there are fewer.
         """
         if window_length - recent < LEAST:
             raise ValueError(
-                f"window_length={window_length}: {recent} of its slots hold the newest tokens, so a plan has none to "
-                "divide; raise num_heavy_hitters"
+                f"window_length={window_length}: {recent} of its slots hold the newest tokens, so a plan has too "
+                f"few to divide; give at least {recent + LEAST}, or raise num_heavy_hitters"
             )
         layers, heads = self.shape
         slots = recent + self._divide(window_length - recent)
@@ -250,6 +252,16 @@ def _apportioned(parts: np.ndarray, total: int, least: int = 0) -> np.ndarray:
 
 def request_fingerprint(request: Request) -> str:
     return fingerprint([request])[:HASH]
+
+
+def own_texts(plans: Iterable[HeadBudgets], requests: list[Request]) -> Iterator[str]:
+    """A warning for each plan that was measured on some of these requests."""
+    for plan in plans:
+        if seen := plan.calibrated_on(requests):
+            yield (
+                f"warning: {plan.path} was measured on {seen} of these {len(requests)} requests; a plan is no fair "
+                "test on its own texts"
+            )
 
 
 def _curves(losses: np.ndarray, widths: np.ndarray, knots: np.ndarray) -> np.ndarray:

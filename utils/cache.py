@@ -402,6 +402,8 @@ class HHCache(Cache):
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             mine.slots.take_rows(rows, theirs.slots, source_rows)
         self._rows.take(rows, source._rows, source_rows)
+        if self.clock == 0:  # a new cache is where its first rows come from
+            self._columns = source._columns
         self.clock = max(self.clock, 1)  # the rows have had their prefill
 
     @torch.no_grad()

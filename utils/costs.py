@@ -62,13 +62,21 @@ def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=No
 def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
     """Bytes of memory per row: a full cache of `tokens` tokens, or H2O's slots for any number, plus a step's logits.
 
-    H2O's slots also have mass (float32) and position (int32), and one layer at a time the slots picked by slimming.
+    H2O's slots also have mass (float32) and position (int32), count and norm (float32) if they rank by these, and one
+    layer at a time the slots picked by slimming.
     """
     logits = 8 * config.vocab_size
     if h2o is None:
         return int(tokens * slot_bytes(config, itemsize)) + logits
-    heads, picked = config.num_key_value_heads, 4 * config.num_key_value_heads * (h2o.window_length + 1)
-    return int(h2o.capacity * (slot_bytes(config, itemsize) + config.num_hidden_layers * heads * 8)) + logits + picked
+    heads, windows = config.num_key_value_heads, h2o.head_windows
+    most = (
+        heads * (h2o.window_length + 1)
+        if windows.even
+        else windows.table.sum(axis=1).max() + heads * h2o.update_interval
+    )
+    beside = 8 + 4 * (h2o.needs_mass and h2o.score_norm == "mean") + 4 * h2o.policy.by_value
+    slots = h2o.capacity * (slot_bytes(config, itemsize) + config.num_hidden_layers * heads * beside)
+    return int(slots) + logits + 4 * int(most)
 
 
 def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:

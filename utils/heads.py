@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from utils.step import Rows
 
 Table = tuple[tuple[int, ...], ...]  # [layers][KV heads]
 
@@ -97,6 +93,13 @@ class HeadWindows:
         """int [layers, KV heads]."""
         return self.sizes[self.index]
 
+    @property
+    def counts(self) -> tuple[tuple[int, int], ...]:
+        """The different windows, and how many heads have each; none if heads are alike."""
+        if self.even:
+            return ()
+        return tuple(zip(self.sizes.tolist(), np.bincount(self.index.ravel()).tolist(), strict=True))
+
     def of_heads(self, layer: int, heads: int) -> list[int]:
         """The windows of the `heads` KV heads of a layer that this process holds."""
         return self.table[layer, heads_held(self.index.shape[1], heads)].tolist()
@@ -119,9 +122,13 @@ class HeadRows:
 
     `held` int [B, U] counts the slots of a head with each of the U different windows. On a device the numbers of all
     layers' heads stand at a fixed address, int32 [layers, 2, B * KV heads]: lengths, and tokens seen.
+
+    Args:
+        rows: the `utils.step.Rows` that count the batch.
+        windows: with a table.
     """
 
-    def __init__(self, rows: Rows, windows: HeadWindows):
+    def __init__(self, rows, windows: HeadWindows):
         self.rows, self.windows = rows, windows
         self.held = np.zeros((len(rows.lengths), len(windows.sizes)), dtype=np.int64)
         self.part: slice | None = None  # the heads that this process holds
@@ -136,10 +143,6 @@ class HeadRows:
         longer = (self.held > windows.sizes).any(axis=1).tolist()
         self.held = np.minimum(self.held, windows.sizes)
         return longer
-
-    def mean_held(self) -> list[float]:
-        """Slots that each row holds, the mean of all layers and heads."""
-        return self.held[:, self.windows.index].mean(axis=(1, 2)).tolist()
 
     def mirror(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
         """int32 [2, B * heads] of a layer on `device`: lengths and tokens seen."""
@@ -181,9 +184,15 @@ class LayerRows:
     """The rows of a layer whose heads have windows of their own: B * KV heads rows of one head each.
 
     Answers what `Step` and `SlimmingPlan` ask of `Rows`.
+
+    Args:
+        rows: the `utils.step.Rows` of the batch.
+        layer: its index.
+        heads: how many of its KV heads this process holds.
+        device: that holds the layer.
     """
 
-    def __init__(self, rows: Rows, layer: int, heads: int, device: torch.device):
+    def __init__(self, rows, layer: int, heads: int, device: torch.device):
         self.rows, self.layer, self.heads = rows, layer, heads
         self.mirror(device)
         self._split: torch.Tensor | None = None

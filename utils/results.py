@@ -245,7 +245,8 @@ class ResultsFile(JsonlFile):
         source: Path | None = None,
         check: Callable[[dict], None] | None = None,
     ):
-        self.settings, self.overwrite, self.check = settings, overwrite, check
+        self.settings = json.loads(to_json(settings))  # as a resumed run reads them: tuples are lists
+        self.overwrite, self.check = overwrite, check
         self.metrics: dict = {}  # of a finished run
         self.metrics_path = path.parent / (path.name.removesuffix(".jsonl") + ".metrics.json")
         parts = parts_of(path)
@@ -277,8 +278,8 @@ class ResultsFile(JsonlFile):
             old, new = before.get(flag), self.settings.get(flag)
             if old != new:
                 raise InputError(
-                    f"{flag} is {new!r}, but {old!r} in the results at {self.path}: pass the same value to resume, "
-                    f"{KEEP}"
+                    f"{flag} is {new!r:.120}, but {old!r:.120} in the results at {self.path}: pass the same value to "
+                    f"resume, {KEEP}"
                 )
         self.resume(KEEP, self.check)
         self.metrics = metrics
