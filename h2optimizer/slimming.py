@@ -19,7 +19,12 @@ class KernelSlimmer(TorchSlimmer):
     """Slimming in two launches. Torch picks the slots if a row is too wide for the kernel that ranks."""
 
     by_kernel = True
-    most_slots = 32768
+
+    @property
+    def most_slots(self) -> int:
+        from h2optimizer.kernels.slimming import MAX_SLOTS
+
+        return MAX_SLOTS
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
         if not _ranks(slimming) or not slimming.plan.even:
@@ -48,7 +53,7 @@ class KernelSlimmer(TorchSlimmer):
 
 def _ranks(slimming: Slimming) -> bool:
     """Whether the kernel that picks takes so many slots."""
-    return max(slimming.plan.slots, slimming.plan.capacity) <= KernelSlimmer.most_slots
+    return max(slimming.plan.slots, slimming.plan.capacity) <= KernelSlimmer().most_slots
 
 
 def _heads(slimming: Slimming):
