@@ -35,6 +35,7 @@ from h2optimizer.slimming import slimmer_of
 from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
 from utils.cache import HHCache
 from utils.cli import OneLineParser, count, sizes
+from utils.heads import HeadWindows
 from utils.results import to_json
 from utils.step import Rows, Step
 
@@ -119,7 +120,11 @@ def make_inputs(args, case: Case) -> list[Inputs]:
 
 def all_scored(case: Case, first: int = 0) -> Step:
     """A prefill in which queries from column `first` on add mass."""
-    rows, new, firsts = Rows(case.batch), [case.columns] * case.batch, [first] * case.batch
+    rows, new, firsts = (
+        Rows(case.batch, HeadWindows.of(case.width, 1)),
+        [case.columns] * case.batch,
+        [first] * case.batch,
+    )
     return Step(rows, [0] * case.batch, new, case.columns, decode=False, due=True, scored=True, first_scored=firsts)
 
 

@@ -66,7 +66,7 @@ def test_article_without_a_token(refused, monkeypatch):
         return tokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", drops_all)
-    refused([{"article": "aa", "summary_gt": "b"}], words="request 0: the tokenizer of")
+    refused([{"article": "aa", "summary_gt": "b"}], words="request 0: its article has no tokens in the tokenizer of")
 
 
 # Chats
@@ -274,9 +274,15 @@ def test_model_name_with_the_hub_out_of_reach(refused, monkeypatch):
 
 ODD = {
     "sliding window": ({"config.json": {"sliding_window": 16}}, "sliding_window"),
-    "no token": ({"generation_config.json": {"eos_token_id": 10**9}}, "eos_token_id 1000000000 is not a token"),
-    "nested": ({"generation_config.json": {"eos_token_id": [[2]]}}, "eos_token_id [2] is not a token"),
-    "negative": ({"generation_config.json": {"eos_token_id": -1}}, "eos_token_id -1 is not a token"),
+    "no token": (
+        {"generation_config.json": {"eos_token_id": 10**9}},
+        "eos_token_id 1000000000 is not one of the model's tokens",
+    ),
+    "nested": (
+        {"generation_config.json": {"eos_token_id": [[2]]}},
+        "eos_token_id [2] is not one of the model's tokens",
+    ),
+    "negative": ({"generation_config.json": {"eos_token_id": -1}}, "eos_token_id -1 is not one of the model's tokens"),
 }
 
 
