@@ -34,14 +34,16 @@ class Slots:
     ):
         self.capacity = capacity
         batch, self.heads, _, self.head_dim = key_states.shape
-        positions = torch.arange(capacity, dtype=torch.int32, device=key_states.device)
-        self._allocate(key_states, value_states, positions.expand(batch, self.heads, -1).contiguous(), ranked)
+        self._allocate(key_states, value_states, (batch, self.heads, capacity), ranked)
+        positions = torch.arange(capacity, dtype=torch.int32, device=self.device)
+        self.positions = positions.expand(batch, self.heads, -1).contiguous()
 
-    def _allocate(self, key_states, value_states, positions: torch.Tensor, ranked: tuple[str, ...]) -> None:
-        self.device, self.ranked, self.positions = key_states.device, ranked, positions
-        self.keys = key_states.new_zeros(*positions.shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*positions.shape, value_states.shape[-1])
-        self.mass = torch.zeros_like(positions, dtype=torch.float32)
+    def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
+        """Everything but positions. Keys come first: a window far beyond memory fails at once."""
+        self.device, self.ranked = key_states.device, ranked
+        self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(*slots, value_states.shape[-1])
+        self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
         self.count = torch.zeros_like(self.mass) if "count" in ranked else None
         self.norms = torch.zeros_like(self.mass) if "norms" in ranked else None
 
@@ -202,8 +204,8 @@ class HeadSlots(Slots):
         slot = torch.arange(self.capacity).expand(self.heads, -1)
         last = torch.tensor(capacities)[:, None] - 1
         self._to_heads = (torch.tensor(begins[:-1])[:, None] + slot.minimum(last)).flatten().to(device)
-        positions = positions.to(device).expand(batch, -1).contiguous()
-        self._allocate(key_states, value_states, positions, tuple(ranked))
+        self._allocate(key_states, value_states, (batch, sum(capacities)), tuple(ranked))
+        self.positions = positions.to(device).expand(batch, -1).contiguous()
 
     def empty_like(self, batch_size: int) -> HeadSlots:
         return HeadSlots(*self._states(batch_size), self.capacities, self.ranked)
