@@ -33,8 +33,10 @@ def greedy(stock, tokens: int) -> list[int]:
 
 def mass_of(stock) -> torch.Tensor:
     """[layers, KV heads, prompt tokens]: attention from the prompt's queries and a group's heads."""
+    before = stock.config._attn_implementation
     stock.set_attn_implementation("eager")
     attentions = stock(torch.tensor([PROMPT]), output_attentions=True, use_cache=False).attentions
+    stock.set_attn_implementation(before)  # the model is all tests'
     kv_heads = stock.config.num_key_value_heads
     return torch.stack([of[0].sum(dim=1).unflatten(0, (kv_heads, -1)).sum(dim=1) for of in attentions])
 

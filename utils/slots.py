@@ -195,6 +195,7 @@ class HeadSlots(Slots):
     def __init__(self, key_states: torch.Tensor, value_states: torch.Tensor, capacities: list[int], ranked=()):
         device, self.capacities, self.capacity = key_states.device, tuple(capacities), max(capacities)
         batch, self.heads, _, self.head_dim = key_states.shape
+        self._allocate(key_states, value_states, (batch, sum(capacities)), tuple(ranked))
         begins = [0, *itertools.accumulate(capacities)]
         self.offsets = torch.tensor(begins, dtype=torch.int32, device=device)
         positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in capacities])
@@ -204,7 +205,6 @@ class HeadSlots(Slots):
         slot = torch.arange(self.capacity).expand(self.heads, -1)
         last = torch.tensor(capacities)[:, None] - 1
         self._to_heads = (torch.tensor(begins[:-1])[:, None] + slot.minimum(last)).flatten().to(device)
-        self._allocate(key_states, value_states, (batch, sum(capacities)), tuple(ranked))
         self.positions = positions.to(device).expand(batch, -1).contiguous()
 
     def empty_like(self, batch_size: int) -> HeadSlots:
