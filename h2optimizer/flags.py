@@ -212,6 +212,7 @@ def in_flags(message: str) -> str:
     for field, flag in FLAG_OF_FIELD.items():
         message = message.replace(field, flag)
     message = message.replace("score_every_step=False", "--no-score_every_step")
+    message = re.sub(r"(?<![-/\w])head_budgets\b(?!\.)", "--head_budgets", message)  # not a file's name
     message = re.sub(r"\b(capture|compile)=True", r"--\1", message)
     message = re.sub(r"\b(backend|slimming)='(\w+)'", r"--\1 \2", message)
     return message if message.startswith("--") else f"--{message}"
