@@ -6,6 +6,7 @@ Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama i
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from transformers import LlamaForCausalLM
@@ -139,7 +140,7 @@ class H2OConfig:
         except ValueError as error:
             raise ValueError(f"num_heavy_hitters={error}") from None
 
-    @property
+    @cached_property  # each forward asks
     def heavy(self) -> int:
         """Heavy hitters in the window, or the sinks or random slots that replace them; with head budgets, the mean."""
         share, policy = self._share, POLICIES[self.score]
@@ -149,7 +150,7 @@ class H2OConfig:
             return self.num_heavy_hitters
         return self.window_length // 2 if policy.heavy is None else policy.heavy
 
-    @property
+    @cached_property
     def head_windows(self) -> HeadWindows:
         """How many slots each KV head keeps."""
         return HeadWindows.of(self.window_length if self.head_budgets == "even" else self.head_budgets, self.recent)

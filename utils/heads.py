@@ -81,6 +81,11 @@ class HeadWindows:
         return self.sizes - self.recent
 
     @property
+    def split(self) -> np.ndarray:
+        """int [2, U]: slots kept by score, and newest ones."""
+        return np.stack([self.heavy, np.full_like(self.sizes, self.recent)])
+
+    @property
     def smallest(self) -> int:
         return int(self.sizes.min())
 
@@ -237,7 +242,7 @@ class LayerRows:
 
     def split(self, windows: HeadWindows) -> np.ndarray:
         """Slots of each head kept by score, and newest ones: int [2, heads]."""
-        return self._of_heads(np.stack([windows.heavy, np.full_like(windows.heavy, windows.recent)]))
+        return self._of_heads(windows.split)
 
     def _of_heads(self, values: np.ndarray) -> np.ndarray:
         """Of values [n, U] those of this layer's heads: [n, heads]."""

@@ -285,7 +285,7 @@ class Rows:
 
     def split(self, windows: HeadWindows) -> np.ndarray:
         """Slots kept by score, and newest ones, the same for all heads: int [2, 1]."""
-        return np.stack([windows.heavy, np.full_like(windows.heavy, windows.recent)])
+        return windows.split
 
 
 def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:
