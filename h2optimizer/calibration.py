@@ -1,9 +1,11 @@
-"""What each KV head's slots are worth: the loss of a text when one head alone keeps few slots of the prompt.
+"""What each KV head's slots are worth: the loss of a text when one head alone has a narrow window.
 
 A prompt is prefilled once. The full cache's own greedy text is then fed again (teacher forcing), all its tokens in one
-forward over the prompt's slots. A *variant* is that forward with one KV head cut to one width, and all else whole.
-Variants of a layer share all that comes before it: its states, queries, keys and values. From its output projection on
-they are a batch, whose queries lie side by side in one product with the prompt's keys, which are never copied.
+forward over the prompt's slots. A *variant* is that forward with one KV head's window cut to one width, and all else
+whole. Its window is slimmed after the prompt and after each token, as in decoding, so a mask tells what each query
+still sees. Variants of a layer share all that comes before it: its states, queries, keys and values. From its output
+projection on they are a batch, whose queries lie side by side in one product with the prompt's keys, which are never
+copied.
 
 Cost: a variant of layer i computes its text's tokens through layers i to the last, and the vocabulary. With L layers of
 K KV heads, W widths and m tokens of text that is K * W * m times L * (L + 1) / 2 layers and L vocabularies. With the
@@ -35,10 +37,10 @@ VOCABULARY_LOGITS = 2**25  # numbers in logits of the vocabulary at once
 
 
 @dataclass(frozen=True)
-class PromptLayer:
-    """One layer's slots after the prefill of a prompt of n tokens: `utils.policies.Candidates`.
+class TextLayer:
+    """One layer's slots after a prompt and the text that follows it, n tokens: `utils.policies.Candidates`.
 
-    keys and values are views [1, Hkv, n, D] of the cache's.
+    keys and values are views [1, Hkv, n, D] of the cache's; mass and count are of the prompt's queries alone.
     """
 
     layer_idx: int
@@ -54,32 +56,46 @@ class PromptLayer:
     def heads(self) -> int:
         return self.keys.shape[1]
 
-    def kept(self, cut: H2OConfig) -> torch.Tensor:
-        """The slots that each head keeps in the window of `cut`: int64 [Hkv, window_length], ascending."""
-        newest = torch.arange(self.keys.shape[2], device=self.keys.device) >= self.keys.shape[2] - cut.recent
-        score = cut.policy.score(self)
-        return select_slots(score, torch.zeros_like(newest), newest, cut.window_length)[0]
+    def visible(self, cuts: Sequence[H2OConfig], received: torch.Tensor) -> torch.Tensor:
+        """Which tokens the text's queries see in windows that are slimmed after the prompt and after each step.
 
-    def mask(self, cuts: Sequence[H2OConfig]) -> torch.Tensor:
-        """The slots that each head keeps in a window of its own: bool [Hkv, n]."""
-        mask = torch.zeros(self.keys.shape[1:3], dtype=torch.bool, device=self.keys.device)
-        for cut in dict.fromkeys(cuts):
-            heads = [head for head, of in enumerate(cuts) if of == cut]
-            mask[heads] = mask[heads].scatter(1, self.kept(cut)[heads], True)
-        return mask
+        A slot's mass grows by what the full cache's query gives it, as a share of what this gives to all slots that are
+        still there.
 
-    def only(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [1, Hkv, window, D] of the kept slots."""
-        index = kept[None, :, :, None].expand(-1, -1, -1, self.keys.shape[-1])
-        return self.keys.gather(2, index), self.values.gather(2, index)
+        Args:
+            cuts: windows; all but window_length and num_heavy_hitters agree.
+            received: float32 [Hkv, m, n], the attention of the text's m queries in the full cache, summed over a
+                group's heads.
+
+        Returns: bool [cuts, Hkv, m, n].
+        """
+        (kv_heads, steps, tokens), device = received.shape, received.device
+        policy, decay, tiny = cuts[0].policy, cuts[0].score_decay, torch.finfo(torch.float32).tiny
+        numbers = torch.tensor([[cut.window_length, cut.recent] for cut in cuts], device=device)
+        windows, recent = numbers.T[..., None, None]  # [cuts, 1, 1] each
+        at = torch.arange(tokens, device=device)
+        there = (at < tokens - steps).expand(len(cuts), kv_heads, -1)
+        rows = dataclasses.replace(self, mass=None if self.mass is None else self.mass.expand(len(cuts), -1, -1))
+        seen = []
+        for step in range(steps):
+            here = tokens - steps + step  # tokens before this query's
+            newest = (at >= here - recent) & (at < here)
+            kept = select_slots(policy.score(rows), ~there, newest, int(windows.max()), windows)
+            there = torch.zeros_like(there).scatter(2, kept, True) & there
+            there = there | (at == here)
+            seen.append(there)
+            if rows.mass is not None:
+                given = received[:, step]
+                share = given * there
+                share *= given.sum(-1, keepdim=True) / share.sum(-1, keepdim=True).clamp(min=tiny)
+                rows = dataclasses.replace(rows, mass=rows.mass * decay + share)
+        return torch.stack(seen, dim=2)
 
 
-def head_cuts(widths: list[int], score: str, recent: int) -> list[H2OConfig]:
+def head_cuts(widths: list[int], score: str, recent: int, score_decay: float = 1.0) -> list[H2OConfig]:
     """A head's windows, of each width beside the newest slots. Raises ValueError for what H2OConfig refuses."""
-    return [
-        H2OConfig(window_length=width + recent, num_heavy_hitters=width, score=score, update_interval=1)
-        for width in widths
-    ]
+    shared = {"score": score, "score_decay": score_decay, "update_interval": 1}
+    return [H2OConfig(window_length=width + recent, num_heavy_hitters=width, **shared) for width in widths]
 
 
 class Calibrator:
@@ -102,14 +118,15 @@ class Calibrator:
         tokens.
 
         The loss is the KL divergence from the full cache's next-token distributions, summed over the tokens of its own
-        greedy text, without the first, which the exact prefill decides for any cache. A cut as wide as the prompt costs
-        nothing.
+        greedy text, without the first, which the exact prefill decides for any cache. A cut as wide as prompt and text
+        costs nothing.
 
         Args: end: cuts the greedy text, a list of tokens, where it ends.
         """
         forced = self.forced(prompt, end)
         measured = torch.zeros(self.shape, dtype=torch.float64)
-        narrow = [at for at, cut in enumerate(self.cuts) if cut.window_length < len(prompt)]
+        tokens = 0 if forced is None else len(prompt) + forced.step.columns - 1  # the last query's own is not slimmed
+        narrow = [at for at, cut in enumerate(self.cuts) if cut.window_length < tokens]
         if forced is None or not narrow:
             self.tick(measured.numel())
             return measured, 0 if forced is None else forced.step.columns
@@ -123,9 +140,11 @@ class Calibrator:
     @torch.inference_mode()
     def forced(self, prompt: list[int], end: Callable[[list[int]], list[int]] = list) -> ForcedText | None:
         """The greedy text after a prompt, to be fed again; None where it has a single token."""
-        layers, text = self._read(prompt)
+        cache, text = self._read(prompt)
         text = end(text)
-        return ForcedText(self.model, layers, text[:-1]) if len(text) > 1 else None
+        if len(text) < 2:
+            return None
+        return ForcedText(self.model, _text_layers(cache, len(prompt) + len(text) - 1), text[:-1])
 
     def cut_to(self, width: int) -> H2OConfig:
         """A window of a head like the others, of this width beside the newest slots."""
@@ -155,8 +174,8 @@ class Calibrator:
         one = 4 * self.model.config.num_attention_heads * forced.step.columns * forced.step.width
         return max(1, min(budget // one, most))
 
-    def _read(self, prompt: list[int]) -> tuple[list[PromptLayer], list[int]]:
-        """The slots of a prompt, of which none is evicted, and the greedy text that follows it."""
+    def _read(self, prompt: list[int]) -> tuple[HHCache, list[int]]:
+        """The slots of a prompt and the greedy text that follows it, of which none is evicted; and the text."""
         window = len(prompt) + self.most_tokens
         whole = {"window_length": window, "num_heavy_hitters": -1, "update_interval": self.most_tokens}
         h2o = dataclasses.replace(self.cuts[0], **whole, score_every_step=False)  # mass of the prompt's queries alone
@@ -166,10 +185,10 @@ class Calibrator:
         for _ in range(self.most_tokens - 1):
             logits = self.model(text[-1][:, None], **{CACHE_ARGUMENT: cache}).logits
             text.append(choose_greedily(logits[:, -1]))
-        return _prompt_layers(cache, len(prompt)), torch.cat(text).tolist()
+        return cache, torch.cat(text).tolist()
 
 
-def _prompt_layers(cache: HHCache, tokens: int) -> list[PromptLayer]:
+def _text_layers(cache: HHCache, tokens: int) -> list[TextLayer]:
     """Views of the first slots of each layer."""
     layers = []
     for layer in cache.layers:
@@ -177,7 +196,7 @@ def _prompt_layers(cache: HHCache, tokens: int) -> list[PromptLayer]:
         keys, values = slots.read(tokens)
         ranked = (None if of is None else of[:, :, :tokens] for of in (slots.mass, slots.count, slots.norms))
         positions = slots.positions[:, :, :tokens]
-        layers.append(PromptLayer(layer.layer_idx, keys, values, *ranked, positions, cache.h2o.score_seed))
+        layers.append(TextLayer(layer.layer_idx, keys, values, *ranked, positions, cache.h2o.score_seed))
     return layers
 
 
@@ -243,14 +262,14 @@ class ForcedText:
 
     Args:
         model: as Calibrator's.
-        prompt: the layers' slots.
+        layers: their slots, the text's included.
         text: the tokens to feed.
     """
 
     @torch.inference_mode()
-    def __init__(self, model, prompt: list[PromptLayer], text: list[int]):
-        self.model, self.prompt = model, prompt
-        device, tokens = model.device, prompt[0].keys.shape[2]
+    def __init__(self, model, layers: list[TextLayer], text: list[int]):
+        self.model, self.layers = model, layers
+        device, tokens = model.device, layers[0].keys.shape[2] - len(text)
         rows = Rows(1, HeadWindows.of(tokens + len(text), 1))
         rows.append([tokens + len(text)])
         self.step = Step(rows, [tokens], [len(text)], len(text), False, False, False, [len(text)])
@@ -258,7 +277,8 @@ class ForcedText:
         positions = torch.arange(tokens, tokens + len(text), device=device)[None]
         self.rope = model.model.rotary_emb(states, positions)
         self.embedded = states
-        self.masks: list[torch.Tensor | None] = [None] * len(prompt)  # slots that each layer's heads keep; None = all
+        self.masks: list[torch.Tensor | None] = [None] * len(layers)  # tokens that each query sees; None = all
+        self.received: list[torch.Tensor] = []  # each layer's, for `TextLayer.visible`
         self.logprobs = self._logits(self._run()).log_softmax(-1, dtype=torch.float32)[0]  # [m, vocabulary]
 
     @torch.inference_mode()
@@ -267,13 +287,13 @@ class ForcedText:
 
         `divergence` then is that of these windows with one head cut further.
         """
-        self.masks = [prompt.mask(of_layer) for prompt, of_layer in zip(self.prompt, cuts, strict=True)]
+        self.masks = [self._mask(layer_idx, of_layer) for layer_idx, of_layer in enumerate(cuts)]
         return self._divergence_of(self._run())[0]
 
     def _run(self) -> torch.Tensor:
         """The last states [1, m, hidden]; `states` are those that enter each layer."""
         self.states, states = [], self.embedded
-        for layer_idx in range(len(self.prompt)):
+        for layer_idx in range(len(self.layers)):
             self.states.append(states)
             states = self._after(layer_idx, states, self._attend(layer_idx, states))
         return states
@@ -283,7 +303,7 @@ class ForcedText:
         """KL divergence of variants of one layer, each a head and its cut: float64 [variants], summed over tokens."""
         states = self.states[layer_idx]
         states = self._after(layer_idx, states, self._cut(layer_idx, heads, cuts))
-        for later in range(layer_idx + 1, len(self.prompt)):
+        for later in range(layer_idx + 1, len(self.layers)):
             states = self._after(later, states, self._attend(later, states))
         at_once = max(1, VOCABULARY_LOGITS // self.logprobs.numel())
         return torch.cat([self._divergence_of(part) for part in states.split(at_once)])
@@ -294,15 +314,21 @@ class ForcedText:
         divergence = (self.logprobs.exp() * (self.logprobs - logprobs)).sum(-1)
         return divergence.sum(-1, dtype=torch.float64).clamp(min=0.0)  # rounding makes nothing a little less than that
 
+    def _mask(self, layer_idx: int, cuts: Sequence[H2OConfig]) -> torch.Tensor:
+        """What the queries of each head see in a window of its own: bool [Hkv, m, n]."""
+        different = list(dict.fromkeys(cuts))
+        visible = self.layers[layer_idx].visible(different, self.received[layer_idx])
+        return torch.stack([visible[different.index(cut), head] for head, cut in enumerate(cuts)])
+
     def _cut(self, layer_idx: int, heads: Sequence[int], cuts: Sequence[H2OConfig]) -> torch.Tensor:
         """The layer's attention in each variant: [variants, m, Hq * D]. It differs from the whole in one KV head."""
-        prompt, states = self.prompt[layer_idx], self.states[layer_idx]
-        projected = self._project(layer_idx, states)
-        whole = self._attend_to(layer_idx, projected, prompt.keys, prompt.values, self.masks[layer_idx])
-        by_head = whole.expand(len(heads), -1, -1).unflatten(-1, (prompt.keys.shape[1], -1)).clone()
-        for cut in dict.fromkeys(cuts):  # all heads at once are hardly more work than one
-            narrow = self._attend_to(layer_idx, projected, *prompt.only(prompt.kept(cut)))
-            narrow = narrow.unflatten(-1, (prompt.keys.shape[1], -1))
+        projected, kv_heads = self._project(layer_idx, self.states[layer_idx]), self.layers[layer_idx].heads
+        whole = self._attend_to(layer_idx, projected, self.masks[layer_idx])
+        by_head = whole.expand(len(heads), -1, -1).unflatten(-1, (kv_heads, -1)).clone()
+        different = list(dict.fromkeys(cuts))
+        visible = self.layers[layer_idx].visible(different, self.received[layer_idx])
+        for cut, mask in zip(different, visible, strict=True):  # all heads at once are hardly more work than one
+            narrow = self._attend_to(layer_idx, projected, mask).unflatten(-1, (kv_heads, -1))
             for variant, head in enumerate(heads):
                 if cuts[variant] == cut:
                     by_head[variant, :, head] = narrow[0, :, head]
@@ -320,32 +346,31 @@ class ForcedText:
 
     def _attend(self, layer_idx: int, states: torch.Tensor) -> torch.Tensor:
         """Attention over the prompt's slots and the variant's own tokens: [variants, m, Hq * D]."""
-        prompt = self.prompt[layer_idx]
-        return self._attend_to(
-            layer_idx, self._project(layer_idx, states), prompt.keys, prompt.values, self.masks[layer_idx]
-        )
+        return self._attend_to(layer_idx, self._project(layer_idx, states), self.masks[layer_idx])
 
-    def _attend_to(
-        self, layer_idx: int, projected, keys: torch.Tensor, values: torch.Tensor, mask=None
-    ) -> torch.Tensor:
-        """Causal attention over keys and values [1, Hkv, n, D] that all variants share, and over their own tokens.
+    def _attend_to(self, layer_idx: int, projected, mask: torch.Tensor | None) -> torch.Tensor:
+        """Causal attention over the prompt's slots, which all variants share, and over their own tokens.
 
-        mask: bool [Hkv, n], the keys that are there; None if all are.
+        mask: bool [Hkv, m, n], the tokens that each query sees; None if all up to its own.
         """
         query, key, value = projected
         variants, kv_heads, columns = len(query), key.shape[1], key.shape[2]
+        keys, values = (of[:, :, :-columns] for of in (self.layers[layer_idx].keys, self.layers[layer_idx].values))
         scaling = self.model.model.layers[layer_idx].self_attn.scaling
         grouped = query.unflatten(1, (kv_heads, -1))  # [variants, Hkv, G, m, D]
         side_by_side = grouped.transpose(0, 1).flatten(1, 2)[None]  # [1, Hkv, variants * G, m, D]
         shared = scaled_logits(side_by_side, keys, scaling)[0].unflatten(1, (variants, -1)).transpose(0, 1)
-        if mask is not None:
-            shared.masked_fill_(~mask[:, None, None], -torch.inf)
         own = scaled_logits(grouped, key, scaling)
-        later = torch.ones(columns, columns, dtype=torch.bool, device=own.device).triu(1)
-        own.masked_fill_(later, -torch.inf)
+        own.masked_fill_(torch.ones_like(own[0, 0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        if mask is not None:
+            shared.masked_fill_(~mask[:, None, :, :-columns], -torch.inf)
+            own.masked_fill_(~mask[:, None, :, -columns:], -torch.inf)
         total = torch.logaddexp(shared.logsumexp(-1, keepdim=True), own.logsumexp(-1, keepdim=True))
-        shared, own = (of.sub_(total).exp_().to(value.dtype) for of in (shared, own))
-        # [Hkv, variants * G * m, n] @ [Hkv, n, D]
+        shared, own = (of.sub_(total).exp_() for of in (shared, own))
+        if len(self.received) == layer_idx:
+            self.received.append(torch.cat([shared, own], dim=-1)[0].sum(dim=1, dtype=torch.float32))
+        shared, own = (of.to(value.dtype) for of in (shared, own))
+        # [Hkv, variants * G * m, n - m] @ [Hkv, n - m, D]
         output = (shared.transpose(0, 1).flatten(1, 3) @ values[0]).view(kv_heads, variants, -1, columns, key.shape[3])
         output = output.transpose(0, 1) + (own.flatten(2, 3) @ value).view(grouped.shape)
         return output.flatten(1, 2).transpose(1, 2).flatten(2)

@@ -6,10 +6,11 @@
 Every program takes the plan with --head_budgets plan.json. All heads keep as many of the newest tokens, and a plan
 divides the other slots. One plan serves any window: the window is the mean of the heads' budgets.
 
-For each text, each KV head alone is cut to a few widths (--widths) beside its newest tokens (--recent), everything else
-stays whole, and the KL divergence from the full cache is measured on the full cache's own greedy text. Slots then go to
-the heads where they save most. With --refine the budgets of narrow windows are measured together: from wide windows on,
-slots are taken where, beside all earlier cuts, it costs least. That takes several times as long.
+For each text, each KV head alone gets a window of a few widths (--widths) beside its newest tokens (--recent), which is
+slimmed after the prompt and after each token of the text. Everything else stays whole, and the KL divergence from the
+full cache is measured on the full cache's own greedy text. Slots then go to the heads where they save most. With
+--refine the budgets of narrow windows are measured together: from wide windows on, slots are taken where, beside all
+earlier cuts, it costs least. That takes several times as long.
 
 Calibrate on texts like those to come, at least as long, and judge the plan on others. A request's prompt is its
 `article` as it stands, or with --chat one turn in the tokenizer's chat template, as in run_summarization.py.
@@ -84,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--widths",
         type=counts,
-        help="slots to cut a head to, beside its newest, as 24,64,160 (16, 32, 64, … up to the longest prompt)",
+        help="a head's slots beside its newest, as 24,64,160 (16, 32, 64, … up to the longest prompt)",
     )
     add(
         "--score",
@@ -93,10 +94,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"what stays beside the newest slots (%(default)s): {named_policies()}",
     )
     add(
+        "--score_decay",
+        type=float,
+        default=0.8,
+        help="factor on stored mass before each token adds to it (%(default)s)",
+    )
+    add(
         "--recent",
         type=count,
         default=16,
-        help="newest tokens of a prompt that a cut leaves beside those of its width (%(default)s)",
+        help="newest tokens that a window holds beside those of its width (%(default)s)",
     )
     add(
         "--refine",
@@ -127,7 +134,7 @@ def cuts_of(args: argparse.Namespace, longest: int) -> list[H2OConfig]:
 def checked_cuts(args: argparse.Namespace, widths: list[int]) -> list[H2OConfig]:
     """Raises InputError for what H2OConfig refuses."""
     try:
-        return head_cuts(sorted(set(widths)), args.score, args.recent)
+        return head_cuts(sorted(set(widths)), args.score, args.recent, args.score_decay)
     except ValueError as error:
         raise InputError(in_flags(str(error)).replace("num_window_length", "widths")) from None
 
@@ -153,6 +160,7 @@ def settings_of(args: argparse.Namespace, requests: list[Request], weights: str 
         "--chat": args.chat,
         "--score": args.score,
         "--recent": args.recent,
+        "--score_decay": args.score_decay,
         "--widths": args.widths or "auto",
         "--max_new_tokens": args.max_new_tokens,
         "--refine": args.refine,
@@ -258,7 +266,7 @@ def refine(plan: MeasuredBudgets, model, tokenizer, prompts: list[Prompt], most_
             break
         tables[window] = tuple(map(tuple, entry["windows"]))
     if todo := windows[len(tables) :]:
-        cuts = head_cuts([max(windows)], plan.score, plan.recent)
+        cuts = head_cuts([max(windows)], plan.score, plan.recent, plan.settings["--score_decay"])
         with tqdm(total=len(todo), unit="window", dynamic_ncols=True) as bar:
             calibrator = Calibrator(model, cuts, most_tokens)
             ends = [lambda text, of=prompt: end_of(text, of, model, tokenizer) for prompt in prompts]

@@ -31,17 +31,17 @@ def greedy(stock, tokens: int) -> list[int]:
     return said[0, len(PROMPT) :].tolist()
 
 
-def mass_of(stock) -> torch.Tensor:
-    """[layers, KV heads, prompt tokens]: attention from the prompt's queries and a group's heads."""
+def attention_of(stock, text: list[int]) -> torch.Tensor:
+    """[layers, KV heads, queries, tokens] of prompt and fed text: attention of a group's heads, summed."""
     before = stock.config._attn_implementation
     stock.set_attn_implementation("eager")
-    attentions = stock(torch.tensor([PROMPT]), output_attentions=True, use_cache=False).attentions
+    attentions = stock(torch.tensor([PROMPT + text[:-1]]), output_attentions=True, use_cache=False).attentions
     stock.set_attn_implementation(before)  # the model is all tests'
     kv_heads = stock.config.num_key_value_heads
-    return torch.stack([of[0].sum(dim=1).unflatten(0, (kv_heads, -1)).sum(dim=1) for of in attentions])
+    return torch.stack([of[0].unflatten(0, (kv_heads, -1)).sum(dim=1) for of in attentions]).detach()
 
 
-def logprobs_of(stock, text: list[int], gone: dict[tuple[int, int], list[int]]) -> torch.Tensor:
+def logprobs_of(stock, text: list[int], gone: dict[tuple[int, int], list[set[int]]]) -> torch.Tensor:
     """Of the text's tokens but the first, where its queries do not see the tokens `gone`, by layer and KV head."""
     ids, n = torch.tensor([PROMPT + text[:-1]]), len(PROMPT)
     heads, group = (
@@ -51,9 +51,9 @@ def logprobs_of(stock, text: list[int], gone: dict[tuple[int, int], list[int]]) 
     handles = []
     for layer_idx, layer in enumerate(stock.model.layers):
         hidden = torch.ones(heads, ids.shape[1], ids.shape[1]).triu(1).bool()
-        for (of_layer, head), tokens in gone.items():
-            if of_layer == layer_idx:
-                hidden[head * group : (head + 1) * group, n:, tokens] = True
+        for (of_layer, head), of_queries in gone.items():
+            for query, tokens in enumerate(of_queries if of_layer == layer_idx else ()):
+                hidden[head * group : (head + 1) * group, n + query, sorted(tokens)] = True
         mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None]
 
         def with_mask(module, args, kwargs, mask=mask):
@@ -67,10 +67,25 @@ def logprobs_of(stock, text: list[int], gone: dict[tuple[int, int], list[int]]) 
             handle.remove()
 
 
-def gone_of(mass: torch.Tensor, width: int, recent: int = RECENT) -> list[int]:
-    """The tokens that one head, of this mass, does not keep: all but `width` beside the newest."""
-    old = range(len(mass) - recent)
-    return sorted(old, key=lambda slot: -mass[slot].item())[width:]
+def gone_of(attention: torch.Tensor, width: int, recent: int = RECENT, decay: float = 1.0) -> list[set[int]]:
+    """For each query of the text, the tokens that one head, of this attention [queries, tokens], has dropped by then.
+
+    A window of `width` beside the newest, slimmed after the prompt and after each token.
+    """
+    n = len(PROMPT)
+    there, mass, gone = list(range(n)), attention[:n].double().sum(dim=0).tolist(), []
+    for token in range(n, len(attention)):
+        old = there[: max(0, len(there) - recent)]
+        for slot in sorted(old, key=lambda slot: -mass[slot])[width:]:
+            there.remove(slot)
+        gone.append(set(range(token)) - set(there))
+        there.append(token)
+        given = attention[token].double().tolist()
+        grown = sum(given) / sum(given[slot] for slot in there)
+        mass = [of * decay for of in mass]
+        for slot in there:
+            mass[slot] += given[slot] * grown
+    return gone
 
 
 def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -78,36 +93,39 @@ def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def slow_losses(stock, text: list[int], widths: list[int], recent: int = RECENT) -> torch.Tensor:
-    mass, wanted = mass_of(stock), logprobs_of(stock, text, {})
-    losses = torch.zeros(*mass.shape[:2], len(widths), dtype=torch.float64)
+def slow_losses(stock, text: list[int], widths: list[int], recent: int = RECENT, decay: float = 1.0) -> torch.Tensor:
+    attention, wanted = attention_of(stock, text), logprobs_of(stock, text, {})
+    losses = torch.zeros(*attention.shape[:2], len(widths), dtype=torch.float64)
     for layer in range(losses.shape[0]):
         for head in range(losses.shape[1]):
             for at, width in enumerate(widths):
-                gone = {(layer, head): gone_of(mass[layer, head], width, recent)}
+                gone = {(layer, head): gone_of(attention[layer, head], width, recent, decay)}
                 losses[layer, head, at] = divergence(wanted, logprobs_of(stock, text, gone))
     return losses
 
 
 @pytest.mark.parametrize("kv_heads", GROUPS.values(), ids=GROUPS)
 def test_losses_are_those_of_masked_stock_llama(kv_heads):
-    """A cut of another head, layer or slot than meant; a text that sees its own later tokens; mass of its queries; a
-    divergence of the first token, or the wrong way round; a cut as wide as the prompt that costs something."""
-    llamas, widths = make_llamas(num_key_value_heads=kv_heads, num_hidden_layers=3), [4, 11, 25, 64]
+    """A cut of another head, layer or slot than meant; a window slimmed after the prompt alone, or without the mass of
+    the text's queries; a divergence of the first token, or the wrong way round; a wide window that costs something."""
+    llamas, widths = make_llamas(num_key_value_heads=kv_heads, num_hidden_layers=3), [4, 11, 28, 64]
     text = greedy(llamas.stock, TOKENS)
     losses, tokens = Calibrator(llamas.h2o, head_cuts(widths, "mass", RECENT), TOKENS).losses(PROMPT)
     expected = slow_losses(llamas.stock, text, widths)
     assert tokens == TOKENS - 1 and losses.shape == (3, kv_heads, 4)
-    assert expected[..., :2].min() > 1e-3 and not losses[..., 2:].any()
+    assert expected[..., :2].min() > 1e-3 and expected[..., 2].any() and not losses[..., 3:].any()
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("recent", [1, 11])
-def test_newest_slots_beside_a_width(gqa, recent):
-    """A width that holds the newest slots as well, or a number of them that grows with it."""
+@pytest.mark.parametrize(("recent", "decay"), [(1, 1.0), (11, 1.0), (3, 0.1)])
+def test_newest_slots_beside_a_width(gqa, recent, decay):
+    """A width that holds the newest slots as well, or a number of them that grows with it; mass that never decays."""
     text = greedy(gqa.stock, TOKENS)
-    losses, _ = Calibrator(gqa.h2o, head_cuts([4, 12], "mass", recent), TOKENS).losses(PROMPT)
-    torch.testing.assert_close(losses, slow_losses(gqa.stock, text, [4, 12], recent), rtol=1e-3, atol=1e-5)
+    losses, _ = Calibrator(gqa.h2o, head_cuts([4, 12], "mass", recent, decay), TOKENS).losses(PROMPT)
+    expected = slow_losses(gqa.stock, text, [4, 12], recent, decay)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+    if decay != 1.0:
+        assert (losses - slow_losses(gqa.stock, text, [4, 12], recent)).abs().max() > 1e-3
 
 
 def test_where_memory_runs_out_fewer_variants_go_together(gqa, monkeypatch):
@@ -142,11 +160,11 @@ def test_text_that_says_nothing(gqa):
 
 def test_cuts_beside_other_cuts_are_those_of_masked_stock_llama(gqa):
     """A head measured beside whole ones, or beside the windows of an earlier round; one cut in place of another."""
-    text, mass = greedy(gqa.stock, TOKENS), mass_of(gqa.stock).detach()
-    windows = [[8, 40], [12, 4]]
+    text = greedy(gqa.stock, TOKENS)
+    attention, windows = attention_of(gqa.stock, text), [[8, 40], [12, 4]]
 
     def slow(windows) -> float:
-        gone = {(i, h): gone_of(mass[i, h], windows[i][h]) for i in (0, 1) for h in (0, 1)}
+        gone = {(i, h): gone_of(attention[i, h], windows[i][h]) for i in (0, 1) for h in (0, 1)}
         return divergence(logprobs_of(gqa.stock, text, {}), logprobs_of(gqa.stock, text, gone))
 
     def cuts(windows):

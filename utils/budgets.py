@@ -130,8 +130,8 @@ class MeasuredBudgets(HeadBudgets):
     """
 
     widths: tuple[int, ...]  # slots, ascending
-    # Mean KL divergence from the full cache, in nats per token, when this head alone keeps so many slots of the prompt:
-    # [layers][KV heads][widths].
+    # Mean KL divergence from the full cache, in nats per token, when this head alone keeps so many slots beside its
+    # newest: [layers][KV heads][widths].
     losses: tuple[tuple[tuple[float, ...], ...], ...]
     score: str = "mass"  # H2OConfig's, of the measurement
     recent: int = 0  # newest slots that each head kept beside those that a width counts
