@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from h2optimizer.shards import is_divided
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
@@ -50,7 +51,7 @@ def is_replayable(model) -> bool:
         # transformers leaves its own hooks after a request for outputs or gradient checkpointing; they are idle now
         foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
         replaced = vars(module).get("forward")
-        if sharded and str(getattr(replaced, "__module__", "")).startswith("transformers.distributed."):
+        if sharded and is_divided(module):
             replaced = None  # the original forward plus a sum over the model's shards
         if foreign or replaced is not None:
             return False

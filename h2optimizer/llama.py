@@ -190,7 +190,7 @@ class H2OAttention:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.merged = MergedLinear()
+        self.merged, self.output = MergedLinear(), MergedLinear()
 
     def forward(
         self,
@@ -218,20 +218,19 @@ class H2OAttention:
             attn_output = self._attend(projected, position_embeddings, cache)
         if not step.static and step.due:
             cache.slim(self.layer_idx)
-        return self.o_proj(attn_output), None
+        return self.output(attn_output, self.o_proj), None
 
     def project(self, hidden_states: torch.Tensor, step) -> list[torch.Tensor]:
         """Query, key and value [B, columns, heads * D], unrotated; a decode step may return them as one tensor."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        merged = self.merged.product(hidden_states, *projections) if step.decode else None
+        merged = self.merged.product(hidden_states, *projections)
         return [projection(hidden_states) for projection in projections] if merged is None else [merged]
 
     def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: HHCache):
         """Run query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
         step, h2o = cache.step, cache.h2o
         if len(projected) == 1:
-            widths = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
-            projected = projected[0].split(widths, dim=-1)
+            projected = projected[0].split(self.merged.widths, dim=-1)
         shape = (*projected[0].shape[:-1], -1, self.head_dim)
         query_states, key_states, value_states = (states.view(shape).transpose(1, 2) for states in projected)
 
@@ -330,7 +329,9 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.output.merge(attention.o_proj)
             mlp.merged.merge(mlp.gate_proj, mlp.up_proj)
+            mlp.down.merge(mlp.down_proj)
 
     @can_return_tuple
     def forward(

@@ -1,6 +1,6 @@
-"""The decode, slimming and MLP kernels in plain torch, for tests of what goes on around them: the interpreter takes
-tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and write in
-place. Slimming is torch's own; that the kernels leave the same cache is for test_slimming.py."""
+"""The decode, slimming, MLP and float8 kernels in plain torch, for tests of what goes on around them: the interpreter
+takes tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and
+write in place. Slimming is torch's own; that the kernels leave the same cache is for test_slimming.py."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import torch
 from h2optimizer import attention
 from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
-from h2optimizer.kernels import decode, mlp
+from h2optimizer.kernels import decode, float8, mlp
 from h2optimizer.slimming import KernelSlimmer
 from utils.slimming import TorchSlimmer
 
@@ -69,9 +69,14 @@ def run_silu_and_multiply(gate_up):
     return (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
 
 
+def quantize_rows(rows, largest, least):
+    top = rows.float().abs().amax(-1, keepdim=True).clamp(min=least)
+    return (rows.float() * (largest / top)).to(torch.float8_e4m3fn), top / largest
+
+
 def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
-    doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,)}
+    doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,), float8: (quantize_rows,)}
     for module, functions in doubles.items():
         for double in functions:
             monkeypatch.setattr(module, double.__name__, double)

@@ -19,7 +19,7 @@ from conftest import (
     uneven,
 )
 from gpu_models import CUDA_BACKENDS, HALF, HALF_CONFIG, assert_as_good_as_eager, assert_as_good_as_stock
-from h2optimizer import H2OConfig
+from h2optimizer import H2OConfig, float8
 from h2optimizer.backends import resolve_backend
 from h2optimizer.fidelity import compare
 from h2optimizer.likelihood import log_likelihoods_in_batches
@@ -165,3 +165,30 @@ def test_scores_are_the_cpus(gqa, gqa_on_gpu, batch):
     for i in range(len(pairs)):
         assert found[1][i].logprob == pytest.approx(found[0][i].logprob, rel=1e-3, abs=1e-3)
         assert found[1][i][1:] == found[0][i][1:]
+
+
+# Float8
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8 products"
+)
+@pytest.mark.parametrize("rows, size", [(1, 4096), (7, 14336), (300, 512), (70_000, 64)])
+def test_float8_products(rows, size):
+    """Numbers cut off where torch rounds, a tail that is read from the next row, scales of other rows, more rows than
+    a grid's second axis has, or zeros divided by zero."""
+    chance = torch.Generator("cuda").manual_seed(0)
+    inputs, weight = (
+        torch.randn(n, size, generator=chance, device="cuda").mul(2.0 ** (n % 5)).bfloat16() for n in (rows, 128)
+    )
+    inputs[rows // 2, 1:] = 0
+    inputs[-1:] *= rows == 1
+    numbers, scales = float8.quantize_rows(inputs)
+    top = inputs.float().abs().amax(-1, keepdim=True).clamp(min=float8.LEAST)
+    assert torch.equal(scales, top / float8.LARGEST)
+    assert torch.equal(numbers.float(), (inputs.float() * (float8.LARGEST / top)).to(torch.float8_e4m3fn).float())
+    of_weight = float8.quantize_rows(weight)
+    expected = (numbers.double() * scales.double()) @ (of_weight[0].double() * of_weight[1].double()).T
+    product = float8.linear(inputs[None], *of_weight)[0]
+    assert product.dtype == torch.bfloat16 and product.isfinite().all()
+    assert (product.double() - expected).norm() < 0.01 * expected.norm()

@@ -9,7 +9,7 @@ from h2optimizer.kernels.common import on_its_device
 
 @triton.jit
 def _silu_and_multiply_kernel(gate_up, output, size, BLOCK: tl.constexpr):
-    row, offset = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, offset = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + row * 2 * size + offset, mask=offset < size, other=0.0)
     up = tl.load(gate_up + row * 2 * size + size + offset, mask=offset < size, other=0.0)
     x = gate.to(tl.float32)
@@ -24,7 +24,7 @@ def run_silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     output = gate_up.new_empty(*gate_up.shape[:-1], size)
     rows, block = gate_up.numel() // (2 * size), 1024
     assert gate_up.is_contiguous()
-    _silu_and_multiply_kernel[triton.cdiv(size, block), rows](gate_up, output, size, BLOCK=block, num_warps=4)
+    _silu_and_multiply_kernel[rows, triton.cdiv(size, block)](gate_up, output, size, BLOCK=block, num_warps=4)
     return output
 
 
