@@ -1,4 +1,4 @@
-"""Fused decode steps: projections, norms and activations in one launch each, where stock Llama needs several."""
+"""Fused layers: products that are merged, and one launch between two of them where stock Llama needs several."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from h2optimizer import float8, shards
-from utils.cache import KERNEL_DTYPES
+from h2optimizer import attention, float8, shards
+from h2optimizer.backends import has_kernels
+from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache, kernels_take
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
 class MergedLinear:
-    """One product for several linear layers of the same input in decode steps, where separate small reads are slow.
+    """One product for several linear layers of the same input.
 
     `merge` concatenates the weights, and the layers' parameters become views of the result. Checkpoints, training and
     in-place changes see no difference. Layers that cannot be merged, or were replaced, moved, hooked or wrapped since,
@@ -26,12 +27,12 @@ class MergedLinear:
         self.widths: list[int] = []  # each layer's outputs, here those of this process
 
     def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
-        """The layers' concatenated outputs for [B, 1, n], [B, 1, outputs]; None if they must run separately."""
-        if self.weight is None or (inputs.shape[1] != 1 and self.scale is None):
+        """The layers' concatenated outputs for [..., n], [..., outputs]; None if they must run separately."""
+        if self.weight is None:
             return None
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return None
-        if torch.is_grad_enabled() and (inputs.requires_grad or any(layer.weight.requires_grad for layer in layers)):
+        if _needs_gradients(inputs, *(layer.weight for layer in layers)):
             return None  # gradients belong to the layers' own weights, and the kernels that follow have none
         if self.scale is not None:
             return float8.linear(inputs, self.weight, self.scale)
@@ -66,7 +67,7 @@ class MergedLinear:
             return
         self.widths, merged = [len(numbers) for numbers, *_ in parts], []
         for same in zip(*parts, strict=True):
-            merged.append(torch.cat(same))
+            merged.append(torch.cat([part.data for part in same]))
             for layer, part, rows in zip(layers, same, merged[-1].split(self.widths), strict=True):
                 if shards.is_divided(layer):
                     shards.set_local_rows(layer, rows)
@@ -93,17 +94,87 @@ def stored(layer: torch.nn.Module) -> tuple[torch.Tensor, ...] | None:
     return None if weight is None or weight.dtype not in KERNEL_DTYPES else (weight,)
 
 
+def _needs_gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def rotate(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, by_kernel: bool, in_place: bool = False
+) -> torch.Tensor:
+    """RoPE on [B, H, n, D] with tables [1 or B, n, D]: in one pass `by_kernel` if the kernel takes them, else in torch.
+
+    in_place: the kernel may write over the states.
+    """
+    suited = by_kernel and kernels_take(states) and (states.dtype, states.shape[-1]) == (cos.dtype, cos.shape[-1])
+    if not suited or _needs_gradients(states):
+        return attention.rotate(states, cos[:, None], sin[:, None])
+    from h2optimizer.kernels import layer
+
+    return layer.rotate(states, cos, sin, in_place)
+
+
 class FusedRMSNorm:
-    """A family's RMSNorm in one kernel for decode steps, where its own six cost more to launch than to run."""
+    """A family's RMSNorm in one kernel: with the residual sum before it, or alone in decode steps.
+
+    `add` normalises the sum in the same pass, and `forward` returns that when it is asked for the norm of this very
+    sum. So the modules are still called one after the other, and hooks see what they see in the family's own code.
+    """
+
+    _ready: tuple[torch.Tensor, int, torch.Tensor] | None = None  # a sum, its version, its norm
+
+    def add(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """residual + branch, [..., n]."""
+        states = residual, branch, self.weight.data
+        alike = {(type(each), each.dtype, each.device) for each in states} == {
+            (torch.Tensor, self.weight.dtype, residual.device)
+        }
+        if not alike or residual.shape != branch.shape or self.weight.dtype not in KERNEL_DTYPES:
+            return residual + branch
+        if _needs_gradients(residual, branch, self.weight):
+            return residual + branch
+        from h2optimizer.kernels import layer
+
+        summed, normed = layer.add_and_normalise(residual, branch, self.weight, self.variance_epsilon)
+        self._ready = summed, summed._version, normed
+        return summed
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and self._ready is not None:
+            (summed, version, normed), self._ready = self._ready, None
+            if summed is hidden_states and version == summed._version:
+                return normed
         if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class FusedDecoderLayer:
+    """A family's decoder layer whose residual sums are one pass each with the norm that follows."""
+
+    next_norm: FusedRMSNorm  # of the next layer, or the model's last one
+
+    def precede(self, norm: FusedRMSNorm) -> None:
+        """Say which norm follows this layer. It stays a part of the module that has it."""
+        object.__setattr__(self, "next_norm", norm)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        cache = kwargs.get(CACHE_ARGUMENT)
+        if args or torch.compiler.is_compiling() or not isinstance(cache, HHCache):
+            return super().forward(hidden_states, *args, **kwargs)
+        if not has_kernels(cache.h2o, hidden_states.device):
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = _add(hidden_states, attended, self.post_attention_layernorm)
+        return _add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.next_norm)
+
+
+def _add(residual: torch.Tensor, branch: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """The residual sum before a norm, which may have been replaced by one that does not add."""
+    return norm.add(residual, branch) if isinstance(norm, FusedRMSNorm) else residual + branch
+
+
 class FusedMLP:
-    """A family's gated MLP that merges gate and up into one product in decode steps."""
+    """A family's gated MLP that merges gate and up into one product, and activates in one pass."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

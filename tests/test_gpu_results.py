@@ -6,21 +6,27 @@ import torch
 import gpu_models
 from conftest import (
     GROUPS,
+    SCALING,
+    Llamas,
     assert_close,
     assert_invariants,
     by_head,
     forward,
     generate,
+    make_llamas,
+    make_states,
     make_step,
     new_cache,
     of_llamas,
+    own_columns,
     prompt,
     slot_tensors,
     uneven,
 )
 from gpu_models import CUDA_BACKENDS, HALF, HALF_CONFIG, assert_as_good_as_eager, assert_as_good_as_stock
 from h2optimizer import H2OConfig, float8
-from h2optimizer.backends import resolve_backend
+from h2optimizer.attention import Inputs
+from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.fidelity import compare
 from h2optimizer.likelihood import log_likelihoods_in_batches
 from utils.cache import HHCache
@@ -116,6 +122,32 @@ def test_half_precision_generates_ragged_batches(half_on_gpu):
 def test_bf16_with_a_wide_window_is_as_good_as_stock(half_on_gpu, backend, rolling):
     """Precision lost where stock Llama keeps it: at most twice stock's own error against float64."""
     assert_as_good_as_stock(half_on_gpu, HALF_CONFIG, backend=backend, position_rolling=rolling)
+
+
+@pytest.mark.parametrize("flags", [{}, {"position_rolling": True}, {"prefill_chunk": 33}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_layers_are_as_good_as_stock(dtype, flags):
+    """Precision lost between the merged products of a prompt, with padding and in chunks."""
+    llamas = Llamas(*(model.to("cuda") for model in make_llamas(**HALF_CONFIG, dtype=dtype)))
+    llamas.h2o.merge_projections()
+    assert all(layer.mlp.merged.weight is not None for layer in llamas.h2o.model.layers)
+    assert_as_good_as_stock(llamas, HALF_CONFIG, backend="triton", **flags)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", ["prefill", "prefill, last queries"])
+def test_a_merged_product_is_attended_where_it_is(case, dim):
+    """Strides that a kernel does not take or takes wrongly, or an output that the next product would have to copy."""
+    step = make_step(**HALF[case])
+    states = make_states(step, 2, torch.bfloat16, dim, device="cuda")
+    product = torch.cat([of.transpose(1, 2).flatten(2) for of in states], dim=-1)
+    parts = product.split([of.shape[1] * dim for of in states], dim=-1)
+    views = [part.view(*part.shape[:2], -1, dim).transpose(1, 2) for part in parts]
+    results = [ATTENTION_BACKENDS["triton"](Inputs(*of, step, SCALING, "sum")) for of in (views, states)]
+    (output, mass), (expected, expected_mass) = results
+    assert output.transpose(1, 2).is_contiguous()
+    assert_close(own_columns(output, step), own_columns(expected, step), 1e-2)
+    assert_close(mass, expected_mass, 1e-4)
 
 
 @pytest.mark.parametrize("group_reduce", ["sum", "first"])
