@@ -66,7 +66,7 @@ class MergedLinear:
             return
         self.widths, merged = [len(numbers) for numbers, *_ in parts], []
         for same in zip(*parts, strict=True):
-            merged.append(torch.cat(same))
+            merged.append(torch.cat([part.data for part in same]))
             for layer, part, rows in zip(layers, same, merged[-1].split(self.widths), strict=True):
                 if shards.is_divided(layer):
                     shards.set_local_rows(layer, rows)
