@@ -48,8 +48,10 @@ def one_token(model):
 
 
 def test_one_product_is_three(interpreted):
-    """Outputs that are split at another place, or weights in another order."""
+    """Outputs that are split at another place, weights in another order, or a merged weight with a history, which no
+    model that is copied may have."""
     llamas = merged_llama()
+    assert all(merge.weight.is_leaf for merge in merges(llamas.h2o))
     logits = one_token(llamas.h2o)
     for layer in llamas.h2o.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
