@@ -32,8 +32,7 @@ def stored(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def linear(inputs: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Inputs [..., n] times a float8 weight [outputs, n] with scales [outputs, 1]: [..., outputs], in their dtype."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    rows, of_rows = quantize_rows(rows)
+    rows, of_rows = quantize_rows(inputs.reshape(-1, inputs.shape[-1]).contiguous())
     product = torch._scaled_mm(
         rows, numbers.t(), scale_a=of_rows, scale_b=scales.t(), out_dtype=inputs.dtype, use_fast_accum=True
     )

@@ -54,6 +54,8 @@ def test_merged_products_are_torchaos(quantize):
     error, of_torchao = ((output.double() - exact).norm() for output in (product, torch.cat(own, dim=-1)))
     assert error < 1.1 * of_torchao
     assert all(torch.equal(layer(inputs), expected) for layer, expected in zip(three, own, strict=True)), "as before"
+    last = inputs[:, -1:]  # rows that do not lie one after the other
+    torch.testing.assert_close(merged.product(last, *three), product[:, -1:], rtol=0, atol=0)
     assert sum(part.untyped_storage().data_ptr() == merged.weight.data_ptr() for part in parts(three)) == 3, "one copy"
 
 
