@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from h2optimizer.shards import is_divided
+from h2optimizer.weights import plain_tensors
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
@@ -218,5 +219,6 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _addresses(model) -> list[int]:
     """Identities of the model's modules and addresses of its tensors."""
-    tensors = [tensor.data_ptr() for held in (model.parameters(), model.buffers()) for tensor in held]
+    held = [*model.parameters(), *model.buffers()]
+    tensors = [plain.data_ptr() for tensor in held for plain in plain_tensors(tensor)]
     return [*map(id, model.modules()), *tensors]

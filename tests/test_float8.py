@@ -10,7 +10,8 @@ from conftest import make_llamas, prompt
 from h2optimizer import H2OLlamaForCausalLM, float8, generation, loading
 from h2optimizer.fused import MergedLinear
 from h2optimizer.kernels import float8 as kernels
-from recorded_steps import both_ways, sequences
+from recorded_steps import both_ways, decoders_of, sequences
+from utils.cache import HHCache
 from utils.cli import InputError
 
 pytest.importorskip("torchao")
@@ -119,6 +120,19 @@ def test_a_quantised_model_decodes_from_graphs(quantize, captured, flags):
             assert merged.scale is not None
     assert type(model.lm_head.weight) is torch.nn.Parameter
     model.kept_caches = generation.KeptCaches()
+
+
+def test_steps_of_weights_that_have_moved_are_not_replayed(quantize, captured):
+    """A graph that reads the layers' own numbers, which merging has freed."""
+    model = make_llamas(dtype=torch.bfloat16, hidden_size=32, intermediate_size=32, num_hidden_layers=1).h2o
+    quantize(model.model)
+    model.h2o = recorded_steps.settings()
+    cache = HHCache(model.h2o)
+    recorded_steps.run(model, max_new_tokens=3, past_key_values=cache)
+    (decoder,) = decoders_of(model, cache)
+    assert decoder.is_current()
+    model.merge_projections()
+    assert not decoder.is_current()
 
 
 def test_a_quantised_model_decodes_compiled(quantize, captured):
