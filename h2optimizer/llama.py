@@ -226,16 +226,19 @@ class H2OAttention:
         merged = self.merged.product(hidden_states, *projections)
         return [projection(hidden_states) for projection in projections] if merged is None else [merged]
 
+    def heads_of(self, projected: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Query, key and value [B, heads, columns, D], views of what `project` returns."""
+        if len(projected) == 1:
+            projected = projected[0].split(self.merged.widths, dim=-1)
+        return [states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in projected]
+
     def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: HHCache):
         """Run query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
         step, h2o = cache.step, cache.h2o
         backend = resolve_backend(h2o.backend, projected[0].device.type)
         # H2O: nobody else reads a merged product, so it is rotated where it is, and attention reads strided views
         turn = partial(rotate, by_kernel=backend in KERNEL_BACKENDS, in_place=len(projected) == 1)
-        if len(projected) == 1:
-            projected = projected[0].split(self.merged.widths, dim=-1)
-        shape = (*projected[0].shape[:-1], -1, self.head_dim)
-        query_states, key_states, value_states = (states.view(shape).transpose(1, 2) for states in projected)
+        query_states, key_states, value_states = self.heads_of(projected)
 
         cos, sin = position_embeddings
         if not h2o.position_rolling:

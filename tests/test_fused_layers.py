@@ -90,6 +90,21 @@ def test_a_ragged_prompt_in_the_interpreter(interpreted, dtype):
     assert max(errors["triton"]) <= 2 * max(errors["eager"])
 
 
+def test_heads_of_a_merged_product():
+    """Outputs that are split at another place than the layers', for who calls the parts of a layer one by one."""
+    states, found = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)), []
+    for model in (fused_llamas().h2o, make_llamas().h2o):
+        attention = model.model.layers[1].self_attn
+        with torch.no_grad():
+            projected = attention.project(states)
+            found.append((len(projected), attention.heads_of(projected)))
+    (parts, merged), (parts_apart, apart) = found
+    assert (parts, parts_apart) == (1, 3)
+    for ours, theirs, heads in zip(merged, apart, (4, 2, 2), strict=True):
+        assert ours.shape == (2, heads, 5, 16)
+        assert_close(ours, theirs, 1e-6)
+
+
 def test_all_hidden_states_are_stock_llamas(launched):
     """A state before the residual sum, or one that its norm has replaced; twice, for hooks stay after the first."""
     llamas = fused_llamas()
