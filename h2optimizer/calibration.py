@@ -339,9 +339,8 @@ class ForcedText:
     def _project(self, layer_idx: int, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Rotated query and key, and value [variants, heads, m, D]."""
         layer = self.model.model.layers[layer_idx]
-        projected = layer.self_attn.project(layer.input_layernorm(states), self.step)
-        shape = (*states.shape[:-1], -1, layer.self_attn.head_dim)
-        query, key, value = (of.view(shape).transpose(1, 2) for of in projected)
+        attention = layer.self_attn
+        query, key, value = attention.heads_of(attention.project(layer.input_layernorm(states)))
         return *apply_rotary_pos_emb(query, key, *self.rope), value
 
     def _attend(self, layer_idx: int, states: torch.Tensor) -> torch.Tensor:

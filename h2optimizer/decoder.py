@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from h2optimizer.shards import is_divided
+from h2optimizer.weights import plain_tensors
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
@@ -50,7 +52,7 @@ def is_replayable(model) -> bool:
         # transformers leaves its own hooks after a request for outputs or gradient checkpointing; they are idle now
         foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
         replaced = vars(module).get("forward")
-        if sharded and str(getattr(replaced, "__module__", "")).startswith("transformers.distributed."):
+        if sharded and is_divided(module):
             replaced = None  # the original forward plus a sum over the model's shards
         if foreign or replaced is not None:
             return False
@@ -217,5 +219,6 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _addresses(model) -> list[int]:
     """Identities of the model's modules and addresses of its tensors."""
-    tensors = [tensor.data_ptr() for held in (model.parameters(), model.buffers()) for tensor in held]
+    held = [*model.parameters(), *model.buffers()]
+    tensors = [plain.data_ptr() for tensor in held for plain in plain_tensors(tensor)]
     return [*map(id, model.modules()), *tensors]

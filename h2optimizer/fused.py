@@ -1,4 +1,4 @@
-"""Fused decode steps: projections, norms and activations in one launch each, where stock Llama needs several."""
+"""Fused layers: products that are merged, and one launch between two of them where stock Llama needs several."""
 
 from __future__ import annotations
 
@@ -6,39 +6,52 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from utils.cache import KERNEL_DTYPES
+from h2optimizer import attention, float8, shards
+from h2optimizer.backends import has_kernels
+from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache, kernels_take
 
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
 class MergedLinear:
-    """One product for several linear layers of the same input in decode steps, where separate small reads are slow.
+    """One product for several linear layers of the same input.
 
     `merge` concatenates the weights, and the layers' parameters become views of the result. Checkpoints, training and
     in-place changes see no difference. Layers that cannot be merged, or were replaced, moved, hooked or wrapped since,
-    run separately.
+    run separately. In float8, a single layer is worth it too: its inputs are quantised in one pass.
     """
 
     def __init__(self):
         self.weight: torch.Tensor | None = None
+        self.scale: torch.Tensor | None = None  # of a float8 weight, [outputs, 1]
+        self.widths: list[int] = []  # each layer's outputs, here those of this process
 
     def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
-        """The layers' concatenated outputs for [B, 1, n], [B, 1, outputs]; None if they must run separately."""
-        if self.weight is None or inputs.shape[1] != 1:
+        """The layers' concatenated outputs for [..., n], [..., outputs]; None if they must run separately."""
+        if self.weight is None:
             return None
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return None
-        if torch.is_grad_enabled() and (inputs.requires_grad or any(layer.weight.requires_grad for layer in layers)):
+        if _needs_gradients(inputs, *(layer.weight for layer in layers)):
             return None  # gradients belong to the layers' own weights, and the kernels that follow have none
+        if self.scale is not None:
+            return float8.linear(inputs, self.weight, self.scale)
         return F.linear(inputs, self.weight)
+
+    def __call__(self, inputs: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        """The output of a single layer."""
+        product = self.product(inputs, layer)
+        return layer(inputs) if product is None else product
 
     def is_current(self, *layers: torch.nn.Module) -> bool:
         """Whether the layers still consist of views of the merged weight and nothing else."""
-        at = self.weight.data_ptr()
+        merged = [self.weight] if self.scale is None else [self.weight, self.scale]
+        at = [tensor.data_ptr() for tensor in merged]
         for layer in layers:
-            if not _is_plain(layer) or layer.weight.data_ptr() != at or layer.weight.dtype != self.weight.dtype:
+            parts = stored(layer)
+            if parts is None or [part.data_ptr() for part in parts] != at or parts[0].dtype != self.weight.dtype:
                 return False
-            at += layer.weight.nbytes
+            at = [address + part.nbytes for address, part in zip(at, parts, strict=True)]
         return True
 
     @torch.no_grad()
@@ -46,40 +59,126 @@ class MergedLinear:
     def merge(self, *layers: torch.nn.Module) -> None:
         if self.weight is not None and self.is_current(*layers):
             return
-        self.weight = None
-        if all(map(_is_plain, layers)):
-            weights = [layer.weight.data for layer in layers]
-            if len({(weight.dtype, weight.device) for weight in weights}) == 1:
-                self.weight = torch.cat(weights)
-                for layer, rows in zip(layers, self.weight.split([len(weight) for weight in weights]), strict=True):
-                    layer.weight.data = rows
+        self.weight = self.scale = None
+        parts = [stored(layer) for layer in layers]
+        if None in parts or len({tuple((part.dtype, part.device) for part in each) for each in parts}) != 1:
+            return
+        if len(layers) == 1 and len(parts[0]) == 1:
+            return
+        self.widths, merged = [len(numbers) for numbers, *_ in parts], []
+        for same in zip(*parts, strict=True):
+            merged.append(torch.cat([part.data for part in same]))
+            for layer, part, rows in zip(layers, same, merged[-1].split(self.widths), strict=True):
+                if shards.is_divided(layer):
+                    shards.set_local_rows(layer, rows)
+                else:
+                    part.data = rows
+        self.weight, self.scale = (*merged, None)[:2]
 
 
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Whether a linear layer is its weight and nothing else: no bias, hooks, adapter, sharding or quantisation."""
-    if type(layer) is not torch.nn.Linear or layer.bias is not None or "forward" in vars(layer):
-        return False
-    if layer.weight.dtype not in KERNEL_DTYPES:
-        return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooked and type(layer.weight) is torch.nn.Parameter and type(layer.weight.data) is torch.Tensor
+def stored(layer: torch.nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """What the product of a linear layer reads, by outputs: its weight, or numbers and scales in float8.
+
+    Under tensor parallelism, this process's rows of them. None for a layer that is more than that product (a bias, a
+    hook, an adapter, a sum over processes), or is quantised otherwise.
+    """
+    if type(layer) is not torch.nn.Linear or layer.bias is not None:
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    weight = layer.weight
+    if "forward" in vars(layer):
+        weight = shards.local_rows(layer)
+    elif type(weight) is not torch.nn.Parameter or type(weight.data) is not torch.Tensor:
+        return float8.stored(weight)
+    return None if weight is None or weight.dtype not in KERNEL_DTYPES else (weight,)
+
+
+def _needs_gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def rotate(
+    states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, by_kernel: bool, in_place: bool = False
+) -> torch.Tensor:
+    """RoPE on [B, H, n, D] with tables [1 or B, n, D]: in one pass `by_kernel` if the kernel takes them, else in torch.
+
+    in_place: the kernel may write over the states.
+    """
+    suited = by_kernel and kernels_take(states) and (states.dtype, states.shape[-1]) == (cos.dtype, cos.shape[-1])
+    if not suited or _needs_gradients(states):
+        return attention.rotate(states, cos[:, None], sin[:, None])
+    from h2optimizer.kernels import layer
+
+    return layer.rotate(states, cos, sin, in_place)
 
 
 class FusedRMSNorm:
-    """A family's RMSNorm in one kernel for decode steps, where its own six cost more to launch than to run."""
+    """A family's RMSNorm in one kernel: with the residual sum before it, or alone in decode steps.
+
+    `add` normalises the sum in the same pass, and `forward` returns that when it is asked for the norm of this very
+    sum. So the modules are still called one after the other, and hooks see what they see in the family's own code.
+    """
+
+    _ready: tuple[torch.Tensor, int, torch.Tensor] | None = None  # a sum, its version, its norm
+
+    def add(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """residual + branch, [..., n]."""
+        states = residual, branch, self.weight.data
+        alike = {(type(each), each.dtype, each.device) for each in states} == {
+            (torch.Tensor, self.weight.dtype, residual.device)
+        }
+        if not alike or residual.shape != branch.shape or self.weight.dtype not in KERNEL_DTYPES:
+            return residual + branch
+        if _needs_gradients(residual, branch, self.weight):
+            return residual + branch
+        from h2optimizer.kernels import layer
+
+        summed, normed = layer.add_and_normalise(residual, branch, self.weight, self.variance_epsilon)
+        self._ready = summed, summed._version, normed
+        return summed
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and self._ready is not None:
+            (summed, version, normed), self._ready = self._ready, None
+            if summed is hidden_states and version == summed._version:
+                return normed
         if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class FusedDecoderLayer:
+    """A family's decoder layer whose residual sums are one pass each with the norm that follows."""
+
+    next_norm: FusedRMSNorm  # of the next layer, or the model's last one
+
+    def precede(self, norm: FusedRMSNorm) -> None:
+        """Say which norm follows this layer. It stays a part of the module that has it."""
+        object.__setattr__(self, "next_norm", norm)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        cache = kwargs.get(CACHE_ARGUMENT)
+        if args or torch.compiler.is_compiling() or not isinstance(cache, HHCache):
+            return super().forward(hidden_states, *args, **kwargs)
+        if not has_kernels(cache.h2o, hidden_states.device):
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = _add(hidden_states, attended, self.post_attention_layernorm)
+        return _add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.next_norm)
+
+
+def _add(residual: torch.Tensor, branch: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """The residual sum before a norm, which may have been replaced by one that does not add."""
+    return norm.add(residual, branch) if isinstance(norm, FusedRMSNorm) else residual + branch
+
+
 class FusedMLP:
-    """A family's gated MLP that merges gate and up into one product in decode steps."""
+    """A family's gated MLP that merges gate and up into one product, and activates in one pass."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.merged = MergedLinear()
+        self.merged, self.down = MergedLinear(), MergedLinear()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         by_silu = isinstance(self.act_fn, SILU)
@@ -90,4 +189,4 @@ class FusedMLP:
 
         compiling = torch.compiler.is_compiling()
         activate = mlp.silu_and_multiply if compiling else mlp.run_silu_and_multiply
-        return self.down_proj(activate(gate_up))
+        return self.down(activate(gate_up), self.down_proj)

@@ -6,18 +6,18 @@ Edit the flags of `H2OConfig` for an ablation. Each departure from stock Llama i
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.utils import can_return_tuple
 
-from h2optimizer.attention import Inputs, decodes_by_kernel, kernel_decode_step, rotate
-from h2optimizer.backends import ATTENTION_BACKENDS, has_kernels, resolve_backend
+from h2optimizer.attention import Inputs, decodes_by_kernel, kernel_decode_step
+from h2optimizer.backends import ATTENTION_BACKENDS, KERNEL_BACKENDS, has_kernels, resolve_backend
 from h2optimizer.columns import Columns
-from h2optimizer.fused import FusedMLP, FusedRMSNorm, MergedLinear
+from h2optimizer.fused import FusedDecoderLayer, FusedMLP, FusedRMSNorm, MergedLinear, rotate
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.slimming import slimmer_of
 from h2optimizer.weights import ChecksItsWeights
@@ -190,7 +190,7 @@ class H2OAttention:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.merged = MergedLinear()
+        self.merged, self.output = MergedLinear(), MergedLinear()
 
     def forward(
         self,
@@ -208,7 +208,7 @@ class H2OAttention:
         if step is None:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
-        projected = self.project(hidden_states, step)
+        projected = self.project(hidden_states)
         layer = cache.layers[self.layer_idx] if step.decode else None
         by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.keys.dtype
         if by_kernel and not any(states.requires_grad for states in projected):
@@ -218,27 +218,31 @@ class H2OAttention:
             attn_output = self._attend(projected, position_embeddings, cache)
         if not step.static and step.due:
             cache.slim(self.layer_idx)
-        return self.o_proj(attn_output), None
+        return self.output(attn_output, self.o_proj), None
 
-    def project(self, hidden_states: torch.Tensor, step) -> list[torch.Tensor]:
-        """Query, key and value [B, columns, heads * D], unrotated; a decode step may return them as one tensor."""
+    def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Query, key and value [B, columns, heads * D], unrotated, or one tensor of them that nothing else holds."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        merged = self.merged.product(hidden_states, *projections) if step.decode else None
+        merged = self.merged.product(hidden_states, *projections)
         return [projection(hidden_states) for projection in projections] if merged is None else [merged]
+
+    def heads_of(self, projected: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Query, key and value [B, heads, columns, D], views of what `project` returns."""
+        if len(projected) == 1:
+            projected = projected[0].split(self.merged.widths, dim=-1)
+        return [states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in projected]
 
     def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor], cache: HHCache):
         """Run query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D]."""
         step, h2o = cache.step, cache.h2o
-        if len(projected) == 1:
-            widths = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
-            projected = projected[0].split(widths, dim=-1)
-        shape = (*projected[0].shape[:-1], -1, self.head_dim)
-        query_states, key_states, value_states = (states.view(shape).transpose(1, 2) for states in projected)
+        backend = resolve_backend(h2o.backend, projected[0].device.type)
+        # H2O: nobody else reads a merged product, so it is rotated where it is, and attention reads strided views
+        turn = partial(rotate, by_kernel=backend in KERNEL_BACKENDS, in_place=len(projected) == 1)
+        query_states, key_states, value_states = self.heads_of(projected)
 
         cos, sin = position_embeddings
         if not h2o.position_rolling:
-            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
-        backend = resolve_backend(h2o.backend, query_states.device.type)
+            query_states, key_states = turn(query_states, cos, sin), turn(key_states, cos, sin)
         keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
         keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
         layer, key_rope = cache.layers[self.layer_idx], None
@@ -247,7 +251,7 @@ class H2OAttention:
         if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
             cos, sin = (table[:, : keys.shape[2]] for table in (cos, sin))
             key_rope = (cos[0], sin[0])
-            query_states = rotate(query_states, *(_at_queries(table, seen)[:, None] for table in (cos, sin)))
+            query_states = turn(query_states, *(_at_queries(table, seen) for table in (cos, sin)))
 
         # H2O: attention reports the mass that each slot received; slimming follows when due
         attn_output, mass = ATTENTION_BACKENDS[backend](
@@ -284,20 +288,26 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             change them for the next `generate`. Raises ValueError for anything else.
     """
 
-    attention: type  # the family's, with H2OAttention
+    layer: type  # the family's, with FusedDecoderLayer
+    attention: type  # with H2OAttention
     mlp: type  # with FusedMLP
     norm: type  # with FusedRMSNorm
 
     def __init__(self, config, h2o: H2OConfig | dict | None = None):
         super().__init__(config)
         self.h2o = H2OConfig() if h2o is None else h2o
-        for layer_idx, layer in enumerate(self.model.layers):  # H2O: weights and names stay the same
+        for layer_idx in range(len(self.model.layers)):  # H2O: weights and names stay the same
+            layer = self.model.layers[layer_idx] = self.layer(config, layer_idx)
             layer.self_attn = self.attention(config, layer_idx)
             layer.mlp = self.mlp(config)
             layer.input_layernorm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
             layer.post_attention_layernorm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.model.norm = self.norm(config.hidden_size, eps=config.rms_norm_eps)
+        norms = [layer.input_layernorm for layer in self.model.layers] + [self.model.norm]
+        for layer, norm in zip(self.model.layers, norms[1:], strict=True):
+            layer.precede(norm)
         self.post_init()
+        self._no_split_modules = {self.layer.__name__}  # device maps keep layers whole, which they know by name
 
     @property
     def h2o(self) -> H2OConfig:
@@ -321,7 +331,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         self._h2o = h2o
 
     def merge_projections(self) -> None:
-        """Merge the weights of q, k and v, and those of gate and up, into one tensor each if kernels decode.
+        """Merge the weights of q, k and v, and those of gate and up, into one tensor each if kernels run.
 
         `generate` does this. Callers of `forward` may call it first.
         """
@@ -330,7 +340,9 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         for layer in self.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.output.merge(attention.o_proj)
             mlp.merged.merge(mlp.gate_proj, mlp.up_proj)
+            mlp.down.merge(mlp.down_proj)
 
     @can_return_tuple
     def forward(
@@ -448,7 +460,11 @@ class H2OLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
     """Llama's RMSNorm."""
 
 
+class H2OLlamaDecoderLayer(FusedDecoderLayer, LlamaDecoderLayer):
+    """Llama's decoder layer."""
+
+
 class H2OLlamaForCausalLM(H2OForCausalLM, LlamaForCausalLM):
     """Llama whose `generate` uses an `HHCache`."""
 
-    attention, mlp, norm = H2OLlamaAttention, H2OLlamaMLP, H2OLlamaRMSNorm
+    layer, attention, mlp, norm = H2OLlamaDecoderLayer, H2OLlamaAttention, H2OLlamaMLP, H2OLlamaRMSNorm

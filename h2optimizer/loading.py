@@ -21,7 +21,9 @@ from transformers import (
     TorchAoConfig,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils import is_torchao_available
 
+from h2optimizer import float8
 from h2optimizer.llama import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits, refuse_other_family
 from utils.budgets import HeadBudgets
@@ -29,7 +31,8 @@ from utils.cli import InputError
 from utils.processes import Processes
 from utils.results import checkpoint_fingerprint
 
-QUANTIZERS = ("torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")  # library-format
+# library-format
+QUANTIZERS = ("torchao-float8", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")
 
 
 def select_device(name: str) -> torch.device:
@@ -149,12 +152,19 @@ def loading_options(
 def quantization(choice: str, config: LlamaConfig, device: torch.device, dtype: str) -> dict:
     """from_pretrained's arguments for --quantize: transformers' own configuration. Raises InputError."""
     library = choice.split("-")[0]
-    if choice == "torchao-int4" and (device.type != "cuda" or dtype not in ("auto", "bfloat16")):
+    if choice in ("torchao-float8", "torchao-int4") and (device.type != "cuda" or dtype not in ("auto", "bfloat16")):
         raise InputError(
             f"--quantize {choice}: its kernels need a GPU and bfloat16; pass --dtype bfloat16, or another choice"
         )
+    if choice == "torchao-float8" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise InputError(
+            f"--quantize {choice}: needs a GPU of compute capability 8.9 or higher (Ada, Hopper or newer); this one "
+            f"has {'.'.join(map(str, capability))}, so choose torchao-int8"
+        )
     if not is_installed(library):
         raise InputError(f"--quantize {choice}: needs {library}; pip install {library}")
+    if library == "torchao" and not is_torchao_available():
+        raise InputError(f"--quantize {choice}: needs a newer torchao; pip install --upgrade torchao")
     if choice == "bitsandbytes-int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if choice == "bitsandbytes-int4":
@@ -162,6 +172,8 @@ def quantization(choice: str, config: LlamaConfig, device: torch.device, dtype: 
         computed_in = own if dtype == "auto" else getattr(torch, dtype)
         settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": computed_in}
         return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings)}
+    if choice == "torchao-float8":  # all products but the last, which gives the logits
+        return {"quantization_config": TorchAoConfig(float8.config()), "dtype": torch.bfloat16}
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     if choice == "torchao-int8":

@@ -84,7 +84,7 @@ def _not_finite(model) -> list[str]:
     """Names of parameters and buffers with NaN or infinity. Makes one pass and waits once per device."""
     flags: dict[torch.device, tuple[list, list]] = {}
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        for tensor in _plain(weight.data):
+        for tensor in plain_tensors(weight.data):
             if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
                 names, finite = flags.setdefault(tensor.device, ([], []))
                 names.append(name)
@@ -97,12 +97,12 @@ def _not_finite(model) -> list[str]:
     return sorted(broken)
 
 
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors inside a sharded or quantised one; a plain one is returned as it is."""
     if hasattr(tensor, "__tensor_flatten__"):
         for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
             if isinstance(inner, torch.Tensor):  # a sharded one also lists its device mesh
-                yield from _plain(inner)
+                yield from plain_tensors(inner)
     else:
         yield tensor
 

@@ -8,18 +8,27 @@ Compiling and recording happen before the clock starts, and are printed as `setu
 the share of the time that the device spends in forwards of more than one token per row. The last line is JSON;
 requests_per_s_x is the ratio to one by one.
 
+Several workloads run in one process: give --prompt_tokens and --shared_tokens as lists. With --shared_tokens S, the
+first S of a prompt's --prompt_tokens are the same in all prompts.
+
+`prefill_ms` is the time of one forward of the size that a system prefilled most, `prefill` (rows x tokens);
+`products_ms` is that of its matrix products alone, in order, with the same weights and the activations of the first of
+each size. Both are medians of turns. With --quantize, the batcher runs once more, with float8 weights and products.
+
 With --soak, requests of mixed lengths, a third of them sampled, go through the batcher. Each must come back once with
 as many tokens as it asked for, and memory must not grow; otherwise the exit status is 1.
 """
 
 import argparse
 import random
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,8 +42,22 @@ from transformers import LlamaForCausalLM
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
 from h2optimizer.batching import Batcher, Clock, Sequence
-from utils.bench import SHAPES, attempt, device_report, host_us, make_models, print_row, print_table, synchronize
-from utils.cli import OneLineParser, count, count_or_auto, count_or_zero
+from h2optimizer.decoding import decoding_of
+from h2optimizer.loading import quantization
+from utils.bench import (
+    SHAPES,
+    MatrixProducts,
+    attempt,
+    device_report,
+    device_us,
+    host_us,
+    make_models,
+    print_row,
+    print_table,
+    synchronize,
+)
+from utils.cache import CACHE_ARGUMENT
+from utils.cli import OneLineParser, count, count_or_auto, count_or_zero, counts, counts_or_zeros
 from utils.memory import allocated, free_memory, peak_allocated
 from utils.results import to_json
 
@@ -44,10 +67,13 @@ ONE_BY_ONE = "stock, one by one"
 
 
 class PrefillTimer:
-    """Sums the device time of a model's forwards of several tokens per row, without waiting for the device."""
+    """Sums the device time of a model's forwards of several tokens per row, without waiting for the device.
+
+    `sizes` counts these forwards by rows and tokens per row.
+    """
 
     def __init__(self, model: LlamaForCausalLM):
-        self.clock, self.moments = Clock(model.device), []
+        self.clock, self.moments, self.sizes = Clock(model.device), [], Counter()
         self.hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True),
@@ -67,24 +93,32 @@ class PrefillTimer:
         ids = args[0] if args else kwargs["input_ids"]
         if ids.shape[1] > 1:
             self.moments.append((self.begin, self.clock.now()))
+            self.sizes[tuple(ids.shape)] += 1
 
 
 # Requests
 
 
-def make_requests(args, soak: bool = False) -> list[Sequence]:
+class Workload(NamedTuple):
+    prompt_tokens: int  # of the longest prompt
+    shared_tokens: int  # of them, the first ones, which all prompts share
+
+
+def make_requests(args, work: Workload, soak: bool = False) -> list[Sequence]:
     """Random prompts, always the same; a soak has all lengths, and samples a third of them."""
     chance, vocabulary = random.Random(0), SHAPES[args.shape]["vocab_size"]
+    of_all = random.Random(1)
+    shared = [of_all.randrange(1, vocabulary) for _ in range(work.shared_tokens)]
     requests = []
     for i in range(args.requests):
-        length, tokens, sampling = args.prompt_tokens, args.new_tokens, {}
+        length, tokens, sampling = work.prompt_tokens, args.new_tokens, {}
         if soak:
             length, tokens = chance.randint(min(SHORTEST, length), length), chance.randint(1, tokens)
             sampling = {"temperature": 0.8, "top_p": 0.9, "seed": (i,)} if i % 3 == 0 else {}
         elif args.mixed:
             length = chance.randint(max(1, length // 2), length)
-        prompt = [chance.randrange(1, vocabulary) for _ in range(length)]
-        requests.append(Sequence(prompt, tokens, **sampling))
+        own = [chance.randrange(1, vocabulary) for _ in range(length - len(shared))]
+        requests.append(Sequence(shared[:length] + own, tokens, **sampling))
     return requests
 
 
@@ -162,33 +196,72 @@ def figures(model, requests: list[Sequence], run) -> dict[str, float]:
         "decode_per_s": decoded / (elapsed[0] - prefill_s) if decoded else None,
         "prefill_share": prefill_s / elapsed[0],
         "peak_GiB": peak / 2**30,
+        "prefill": timer.sizes.most_common(1)[0][0],
     }
 
 
-def measure(args, model, stock) -> Iterator[dict]:
-    """Yield one result per system as soon as it is measured."""
-    requests, batch = make_requests(args), args.stock_batch
-    systems = {}
+def systems_of(args, model, stock, requests: list[Sequence]) -> dict[str, tuple]:
+    """Name of each system with unquantised weights -> its model, and how to measure it."""
+    systems, batch = {}, args.stock_batch
     if args.stock_requests:
-        sample = requests[: args.stock_requests]
-        systems[ONE_BY_ONE] = partial(measure_stock, stock, sample, 1)
+        systems[ONE_BY_ONE] = stock, partial(measure_stock, stock, requests[: args.stock_requests], 1)
     if batch:
         sample = requests[: SAMPLED_BATCHES * batch]
-        systems[f"stock, batches of {batch}"] = partial(measure_stock, stock, sample, batch)
-    systems["H2O batcher"] = partial(measure_batcher, args, model, requests)
+        systems[f"stock, batches of {batch}"] = stock, partial(measure_stock, stock, sample, batch)
+    systems["H2O batcher"] = model, partial(measure_batcher, args, model, requests)
     if args.compile:
-        systems["H2O batcher compile"] = partial(measure_batcher, args, model, requests, compile=True)
-    baseline = None
-    for name, run in systems.items():
+        systems["H2O batcher compile"] = model, partial(measure_batcher, args, model, requests, compile=True)
+    return systems
+
+
+def measure(args, work: Workload, systems: dict[str, tuple], requests: int, baseline: float | None) -> Iterator[dict]:
+    """Yield one result per system as soon as it is measured. `baseline`: requests/s one by one, if known."""
+    for name, (model, run) in systems.items():
         result = attempt(name, run)
         free_memory()
         if result is None:
             continue
+        size = result.pop("prefill")
+        products = attempt(f"products of {name}", beside_products, args, model, size)
+        free_memory()
         if name == ONE_BY_ONE:
             baseline = result["requests_per_s"]
         if baseline is not None:
             result["requests_per_s_x"] = result["requests_per_s"] / baseline
-        yield {"system": name} | result | {"all_s": len(requests) / result["requests_per_s"]}
+        result |= {"all_s": requests / result["requests_per_s"], "prefill": "x".join(map(str, size))}
+        yield {"system": name} | work._asdict() | result | (products or {})
+
+
+@torch.inference_mode()
+def beside_products(args, model, size: tuple[int, int]) -> dict[str, float]:
+    """The time of a prefill of rows x tokens, and of its matrix products alone, in turns."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    ids = torch.randint(1, model.config.vocab_size, size, device=model.device, generator=generator)
+    decoding = decoding_of(model)
+
+    def prefill():
+        model(ids, logits_to_keep=1, **{CACHE_ARGUMENT: decoding.new_cache()})
+
+    prefill()
+    with (products := MatrixProducts()):
+        prefill()
+    products.run()
+    times = [(device_us(prefill), device_us(products.run)) for _ in range(args.repeats)]
+    prefill_ms, products_ms = (statistics.median(each) / 1e3 for each in zip(*times, strict=True))
+    return {"prefill_ms": prefill_ms, "products_ms": products_ms, "prefill_x_products": prefill_ms / products_ms}
+
+
+def quantize(args, model) -> None:
+    """Turn the weights of the model's layers into float8, in place. Raises InputError where that cannot be."""
+    from torchao.quantization import quantize_
+
+    quantize_(model.model, float8_config(args, model))
+    model.merge_projections()  # lets go of the merged bf16 weights
+
+
+def float8_config(args, model):
+    options = quantization(args.quantize, model.config, model.device, "bfloat16")
+    return options["quantization_config"].quant_type
 
 
 # Soak
@@ -203,7 +276,7 @@ def memory_bytes() -> int:
 
 def soak(args, model) -> dict:
     """Run many mixed requests through one batcher: wrong results, and memory after each tenth of the requests."""
-    requests = make_requests(args, soak=True)
+    requests = make_requests(args, args.work[0], soak=True)
     batcher, rows = make_batcher(args, model, requests, compile=args.compile)
     returned, memory, begin = Counter(), [], time.perf_counter()
     for done, sequence in enumerate(batcher.run(requests), start=1):
@@ -246,7 +319,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=count, help="number of requests (default: 512; with --soak 2000)")
     parser.add_argument(
-        "--prompt_tokens", type=count, default=2048, help="tokens of the longest prompt (default: %(default)s)"
+        "--prompt_tokens",
+        type=counts,
+        default="2048",
+        help="tokens of the longest prompt; comma-separated: of one workload after the other (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shared_tokens",
+        type=counts_or_zeros,
+        default="0",
+        help="how many of a prompt's tokens, the first ones, are the same in all prompts; comma-separated: a number "
+        "for each of --prompt_tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--new_tokens",
@@ -277,6 +360,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="also run the batcher with compile=True")
     parser.add_argument(
+        "--quantize",
+        choices=("torchao-float8",),
+        help="also run the batcher with float8 weights and products, last (default: bf16 only)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=count,
+        default=5,
+        help="turns of a prefill and its matrix products (default: %(default)s)",
+    )
+    parser.add_argument(
         "--soak", action="store_true", help="look for lost requests and leaked memory instead; works with --compile"
     )
     args = parser.parse_args(argv)
@@ -284,30 +378,56 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
     except ValueError as error:
         parser.error(str(error))
+    prompts, shared = args.prompt_tokens, args.shared_tokens
+    if not prompts:
+        parser.error("--prompt_tokens: give at least one number")
+    if len(shared) not in (1, len(prompts)):
+        parser.error(f"--shared_tokens: {len(shared)} numbers for {len(prompts)} of --prompt_tokens; give one for each")
+    args.work = [Workload(*each) for each in zip(prompts, shared * (len(prompts) // len(shared)), strict=True)]
+    for prompt_tokens, shared_tokens in args.work:
+        if shared_tokens > prompt_tokens:
+            parser.error(f"--shared_tokens {shared_tokens}: must be at most --prompt_tokens {prompt_tokens}")
+    if args.soak and (len(args.work) > 1 or args.quantize):
+        parser.error("--soak: runs one workload of bf16; give one --prompt_tokens and leave --quantize out")
     args.requests = args.requests or (2000 if args.soak else 512)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 
 TABLE = {
-    "system": "", "rows": "", "requests": "", "setup_s": ".1f", "seconds": ".1f", "all_s": ".1f",
-    "requests_per_s": ".2f", "tokens_per_s": ".0f", "decode_per_s": ".0f", "prefill_share": ".2f", "peak_GiB": ".1f",
-    "requests_per_s_x": ".2f",
+    "system": "", "prompt_tokens": "", "shared_tokens": "", "rows": "", "requests": "", "setup_s": ".1f",
+    "seconds": ".1f", "all_s": ".1f", "requests_per_s": ".2f", "tokens_per_s": ".0f", "decode_per_s": ".0f",
+    "prefill_share": ".2f", "peak_GiB": ".1f", "requests_per_s_x": ".2f", "prefill": "", "prefill_ms": ".1f",
+    "products_ms": ".1f", "prefill_x_products": ".2f",
 }  # fmt: skip
 
 
 def run(args) -> int:
     model, stock = make_models(H2OLlamaForCausalLM, args.shape, args.device)
-    report = device_report(args.device) | {name: vars(args)[name] for name in ("prompt_tokens", "new_tokens", "mixed")}
+    if args.quantize:
+        float8_config(args, model)  # fails now, not after minutes
+    report = device_report(args.device) | {name: vars(args)[name] for name in ("new_tokens", "mixed")}
     if args.soak:
         result = soak(args, model)
         for line in result["wrong"][:10]:
             print(f"wrong: {line}", file=sys.stderr)
         print(to_json(report | result))
         return 1 if result["wrong"] else 0
-    rows = []
-    for result in measure(args, model, stock):
-        rows.append(print_row(result))
+    rows, baselines = [], {}
+    for work in args.work:
+        requests = make_requests(args, work)
+        for result in measure(args, work, systems_of(args, model, stock, requests), len(requests), None):
+            rows.append(print_row(result))
+            if result["system"] == ONE_BY_ONE:
+                baselines[work] = result["requests_per_s"]
+    if args.quantize:
+        del stock  # it shares the weights, and would keep them
+        quantize(args, model)
+        for work in args.work:
+            requests = make_requests(args, work)
+            systems = {"H2O batcher float8": (model, partial(measure_batcher, args, model, requests))}
+            for result in measure(args, work, systems, len(requests), baselines.get(work)):
+                rows.append(print_row(result))
     print()
     print_table(rows, TABLE)
     print(to_json(report | {"rows": rows}))

@@ -1,6 +1,6 @@
-"""The decode, slimming and MLP kernels in plain torch, for tests of what goes on around them: the interpreter takes
-tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and write in
-place. Slimming is torch's own; that the kernels leave the same cache is for test_slimming.py."""
+"""The decode, slimming, layer and float8 kernels in plain torch, for tests of what goes on around them: the interpreter
+takes tenths of a second for each step. Like the kernels they read lengths from the tensors on the device only, and
+write in place. Slimming is torch's own; that the kernels leave the same cache is for test_slimming.py."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import torch
 from h2optimizer import attention
 from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
-from h2optimizer.kernels import decode, mlp
+from h2optimizer.kernels import decode, float8, layer, mlp
 from h2optimizer.slimming import KernelSlimmer
 from utils.slimming import TorchSlimmer
 
@@ -69,12 +69,32 @@ def run_silu_and_multiply(gate_up):
     return (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
 
 
+def quantize_rows(rows, largest, least):
+    top = rows.float().abs().amax(-1, keepdim=True).clamp(min=least)
+    return (rows.float() * (largest / top)).to(torch.float8_e4m3fn), top / largest
+
+
+def add_and_normalise(residual, branch, weight, eps):
+    with torch.inference_mode(False):  # a sum that counts its changes
+        summed = torch.empty_like(residual)
+    torch.add(residual, branch, out=summed)
+    scale = torch.rsqrt(summed.float().square().mean(-1, keepdim=True) + eps)
+    return summed, weight * (summed.float() * scale).to(weight.dtype)
+
+
+def turn(states, cos, sin, in_place):
+    turned = rotate(states, cos[:, None], sin[:, None])
+    return states.copy_(turned) if in_place else turned
+
+
 def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
-    doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,)}
+    doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,), layer: (add_and_normalise,)}
+    doubles[float8] = (quantize_rows,)
     for module, functions in doubles.items():
         for double in functions:
             monkeypatch.setattr(module, double.__name__, double)
+    monkeypatch.setattr(layer, "rotate", turn)
     for method in ("pick", "slim"):
         monkeypatch.setattr(KernelSlimmer, method, getattr(TorchSlimmer, method))
     monkeypatch.setitem(ATTENTION_BACKENDS, "triton", attention.sdpa_attention)

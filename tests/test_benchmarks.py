@@ -8,11 +8,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from utils.bench import SHAPES, make_models
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, float8
+from utils.bench import SHAPES, MatrixProducts, make_models
 from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.costs import floor_ms, slots_read
 
@@ -175,12 +176,56 @@ def test_floor():
 def test_summarization(capsys):
     """A system or a figure that went missing."""
     flags = ("--requests", "7", "--stock_requests", "2", "--stock_batch", "2", "--mixed", "--compile")
-    assert load("bench_summarization").main([*REQUESTS, *flags]) == 0
+    assert load("bench_summarization").main([*REQUESTS, *flags, "--repeats", "1"]) == 0
     rows = {row["system"]: row for row in last_line(capsys)["rows"]}
     assert rows.keys() == {"stock, one by one", "stock, batches of 2", "H2O batcher", "H2O batcher compile"}
     assert [row["requests"] for row in rows.values()] == [2, 7, 7, 7] and rows["H2O batcher"]["rows"] == 3
     assert all(row["requests_per_s_x"] > 0 and 0 < row["prefill_share"] < 1 for row in rows.values())
     assert all(row["decode_per_s"] > 4 / 5 * row["tokens_per_s"] for row in rows.values()), "prefill's time is left out"
+    assert all(row["prefill_ms"] > row["products_ms"] > 0 for row in rows.values())
+    assert rows["stock, one by one"]["prefill"].startswith("1x")
+
+
+def test_workloads_of_one_run(capsys, monkeypatch):
+    """Prompts that share nothing, or all, or lengths of another workload; float8 rows that ran on other weights."""
+    quant_api = pytest.importorskip("torchao.quantization.quant_api")
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    bench, seen = load("bench_summarization"), []
+    monkeypatch.setattr(bench, "float8_config", lambda args, model: float8.config())
+    monkeypatch.setattr(bench.H2OLlamaForCausalLM, "merge_projections", lambda model: None)
+    make, prepare = bench.make_models, bench.make_batcher
+
+    def make_batcher(args, model, requests, **flags):
+        seen.append((type(model.model.layers[0].mlp.up_proj.weight).__name__, [r.prompt for r in requests]))
+        return prepare(args, model, requests, **flags)
+
+    monkeypatch.setattr(bench, "make_models", lambda *args: [model.bfloat16() for model in make(*args)])
+    monkeypatch.setattr(bench, "make_batcher", make_batcher)
+    flags = ("--stock_requests", "0", "--stock_batch", "0", "--requests", "3", "--quantize", "torchao-float8")
+    lengths = ("--prompt_tokens", "24,9,24", "--shared_tokens", "0,0,16", "--repeats", "1")
+    assert bench.main([*REQUESTS, *flags, *lengths]) == 0
+    rows = last_line(capsys)["rows"]
+    assert [row["system"] for row in rows] == ["H2O batcher"] * 3 + ["H2O batcher float8"] * 3
+    assert [(row["prompt_tokens"], row["shared_tokens"]) for row in rows] == [(24, 0), (9, 0), (24, 16)] * 2
+    assert [kind for kind, _ in seen] == ["Parameter"] * 3 + ["Float8Tensor"] * 3
+    for (_, prompts), row in zip(seen, rows, strict=True):
+        assert {len(prompt) for prompt in prompts} == {row["prompt_tokens"]}
+        same = [len({prompt[i] for prompt in prompts}) == 1 for i in range(row["prompt_tokens"])]
+        assert all(same[: row["shared_tokens"]]) and not all(same[row["shared_tokens"] :])
+    assert all(row["products_ms"] > 0 for row in rows)
+
+
+def test_all_matrix_products_are_repeated():
+    """Products left out or of another shape, and so a prefill that seems to be far from their time."""
+    model, _ = make_models(H2OLlamaForCausalLM, "tiny", "cpu")
+    for mode in torch.no_grad, torch.inference_mode:
+        with mode(), MatrixProducts() as products:
+            model(torch.ones(3, 10, dtype=torch.long), logits_to_keep=1)
+        assert len(products) == 2 * 7 + 1
+        with FlopCounterMode(display=False) as counter:
+            products.run()
+        layer = 3 * 64 * 128 + 2 * 64 * 64 + 2 * 64 * 32
+        assert counter.get_total_flops() == 2 * (30 * 2 * layer + 3 * 64 * 512)
 
 
 def test_soak_sees_lost_tokens_and_requests(capsys, monkeypatch):
@@ -221,6 +266,11 @@ def test_soak_sees_lost_tokens_and_requests(capsys, monkeypatch):
     ("bench_summarization", ("--batch_size", "many")),
     ("bench_summarization", ("--requests", "0")),
     ("bench_summarization", ("--window_length", "1")),
+    ("bench_summarization", ("--prompt_tokens", "")),
+    ("bench_summarization", ("--prompt_tokens", "64", "--shared_tokens", "65")),
+    ("bench_summarization", ("--prompt_tokens", "64,32", "--shared_tokens", "1,2,3")),
+    ("bench_summarization", ("--prompt_tokens", "64,32", "--soak")),
+    ("bench_summarization", ("--quantize", "torchao-float8", "--shape", "tiny")),
 ], ids=str)  # fmt: skip
 def test_wrong_flags_get_one_line(capsys, script, flags):
     assert load(script).main([*flags]) == 2

@@ -10,6 +10,7 @@ import torch
 
 import gpu_models
 from checkpoints import make_checkpoint, make_requests, write_requests
+from h2optimizer.loading import QUANTIZERS
 
 pytestmark = gpu_models.MARKS
 
@@ -84,10 +85,12 @@ def test_layers_spread_over_all_gpus(summarize, flags):
     assert [result["result"]["choices"] for result in auto] == [result["result"]["choices"] for result in expected]
 
 
-@pytest.mark.parametrize("choice", ["torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4"])
+@pytest.mark.parametrize("choice", QUANTIZERS)
 def test_quantised_weights_on_a_gpu(summarize, choice):
     """A graph recorded over layers that ask the device; weights that are merged, or moved, as if they were plain."""
     pytest.importorskip(choice.split("-")[0])
+    if choice == "torchao-float8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 products")
     flags = [*ON_H2O, "--quantize", choice, "--dtype", "bfloat16"]
     assert summarize(*flags) == summarize(*flags, "--no-capture")
     assert len(summarize("--quantize", choice, "--dtype", "bfloat16")) == 12

@@ -6,21 +6,27 @@ import torch
 import gpu_models
 from conftest import (
     GROUPS,
+    SCALING,
+    Llamas,
     assert_close,
     assert_invariants,
     by_head,
     forward,
     generate,
+    make_llamas,
+    make_states,
     make_step,
     new_cache,
     of_llamas,
+    own_columns,
     prompt,
     slot_tensors,
     uneven,
 )
 from gpu_models import CUDA_BACKENDS, HALF, HALF_CONFIG, assert_as_good_as_eager, assert_as_good_as_stock
-from h2optimizer import H2OConfig
-from h2optimizer.backends import resolve_backend
+from h2optimizer import H2OConfig, float8
+from h2optimizer.attention import Inputs
+from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.fidelity import compare
 from h2optimizer.likelihood import log_likelihoods_in_batches
 from utils.cache import HHCache
@@ -118,6 +124,32 @@ def test_bf16_with_a_wide_window_is_as_good_as_stock(half_on_gpu, backend, rolli
     assert_as_good_as_stock(half_on_gpu, HALF_CONFIG, backend=backend, position_rolling=rolling)
 
 
+@pytest.mark.parametrize("flags", [{}, {"position_rolling": True}, {"prefill_chunk": 33}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_layers_are_as_good_as_stock(dtype, flags):
+    """Precision lost between the merged products of a prompt, with padding and in chunks."""
+    llamas = Llamas(*(model.to("cuda") for model in make_llamas(**HALF_CONFIG, dtype=dtype)))
+    llamas.h2o.merge_projections()
+    assert all(layer.mlp.merged.weight is not None for layer in llamas.h2o.model.layers)
+    assert_as_good_as_stock(llamas, HALF_CONFIG, backend="triton", **flags)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", ["prefill", "prefill, last queries"])
+def test_a_merged_product_is_attended_where_it_is(case, dim):
+    """Strides that a kernel does not take or takes wrongly, or an output that the next product would have to copy."""
+    step = make_step(**HALF[case])
+    states = make_states(step, 2, torch.bfloat16, dim, device="cuda")
+    product = torch.cat([of.transpose(1, 2).flatten(2) for of in states], dim=-1)
+    parts = product.split([of.shape[1] * dim for of in states], dim=-1)
+    views = [part.view(*part.shape[:2], -1, dim).transpose(1, 2) for part in parts]
+    results = [ATTENTION_BACKENDS["triton"](Inputs(*of, step, SCALING, "sum")) for of in (views, states)]
+    (output, mass), (expected, expected_mass) = results
+    assert output.transpose(1, 2).is_contiguous()
+    assert_close(own_columns(output, step), own_columns(expected, step), 1e-2)
+    assert_close(mass, expected_mass, 1e-4)
+
+
 @pytest.mark.parametrize("group_reduce", ["sum", "first"])
 @pytest.mark.parametrize("head_dim", [16, 128])
 @pytest.mark.parametrize("kv_heads", GROUPS.values(), ids=GROUPS)
@@ -165,3 +197,30 @@ def test_scores_are_the_cpus(gqa, gqa_on_gpu, batch):
     for i in range(len(pairs)):
         assert found[1][i].logprob == pytest.approx(found[0][i].logprob, rel=1e-3, abs=1e-3)
         assert found[1][i][1:] == found[0][i][1:]
+
+
+# Float8
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8 products"
+)
+@pytest.mark.parametrize("rows, size", [(1, 4096), (7, 14336), (300, 512), (70_000, 64)])
+def test_float8_products(rows, size):
+    """Numbers cut off where torch rounds, a tail that is read from the next row, scales of other rows, more rows than
+    a grid's second axis has, or zeros divided by zero."""
+    chance = torch.Generator("cuda").manual_seed(0)
+    inputs, weight = (
+        torch.randn(n, size, generator=chance, device="cuda").mul(2.0 ** (n % 5)).bfloat16() for n in (rows, 128)
+    )
+    inputs[rows // 2, 1:] = 0
+    inputs[-1:] *= rows == 1
+    numbers, scales = float8.quantize_rows(inputs)
+    top = inputs.float().abs().amax(-1, keepdim=True).clamp(min=float8.LEAST)
+    assert torch.equal(scales, top / float8.LARGEST)
+    assert torch.equal(numbers.float(), (inputs.float() * (float8.LARGEST / top)).to(torch.float8_e4m3fn).float())
+    of_weight = float8.quantize_rows(weight)
+    expected = (numbers.double() * scales.double()) @ (of_weight[0].double() * of_weight[1].double()).T
+    product = float8.linear(inputs[None], *of_weight)[0]
+    assert product.dtype == torch.bfloat16 and product.isfinite().all()
+    assert (product.double() - expected).norm() < 0.01 * expected.norm()

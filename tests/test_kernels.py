@@ -5,14 +5,15 @@ by a probability of zero shows it. The interpreter computes bf16 wrongly, so a C
 """
 
 import itertools
-import os
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import kernel_cases
 from conftest import SCALING, assert_close, make_step, own_columns, plain_attention
 from h2optimizer.attention import Inputs, eager_attention, rotate
+from kernel_cases import cases, on_each_device
 
 pytest.importorskip("triton")
 from h2optimizer.kernels import decode, prefill
@@ -31,28 +32,7 @@ UNTOUCHED = -7.0  # mass and count past a row's length, to be found as they were
 
 # the interpreter computes both sides of a tl.where
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning")
-
-
-def cases(names, few, full):
-    """Parametrize over `few` cases on a CPU and `full` ones on a GPU."""
-    on_gpu = [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in full]
-    return pytest.mark.parametrize(f"device, {names}", [("cpu", *case) for case in few] + on_gpu)
-
-
-def on_each_device(test):
-    marked = pytest.param("cuda", marks=pytest.mark.gpu)
-    return pytest.mark.parametrize("device", ["cpu", marked])(test)
-
-
-@pytest.fixture(autouse=True)
-def placed(request):
-    """Triton interprets kernels for all devices or for none."""
-    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if (device == "cuda" and not torch.cuda.is_available()) or (
-        device is not None and (device == "cpu") != interpreted
-    ):
-        pytest.skip(f"kernels do not run on {device} here")
+placed = kernel_cases.placed  # autouse
 
 
 # States

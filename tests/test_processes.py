@@ -4,6 +4,7 @@ and models that one process spreads over devices, or loads with quantised weight
 Processes are forks of this one, which has imported everything: that takes longer than all else here.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -555,6 +556,43 @@ def test_parts_of_a_model(folder, tmp_path):
     assert "distributed" not in (tmp_path / "saved" / "config.json").read_text()
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu_programs.py")
+def test_parts_of_a_model_merge_their_products(folder, tmp_path):
+    """Products of all heads for the part's own; a merged product of layers whose outputs are summed, without the sum;
+    a style that gathers its outputs, which a product of the part's rows does not; rows saved in another order."""
+    kernel_doubles = pytest.importorskip("kernel_doubles")
+    h2o = H2OConfig(window_length=16, update_interval=4)
+    whole = H2OLlamaForCausalLM.from_pretrained(folder / "model", h2o=h2o, dtype=torch.float32)
+    ids = torch.arange(5, 45).view(2, 20)
+    inputs = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
+    expected = whole.generate(**inputs)
+
+    def work(rank):
+        group = Processes.launched()
+        group.tensor_parallel = True
+        group.join()
+        kernel_doubles.install(pytest.MonkeyPatch())
+        place = loading.loading_options(folder / "model", torch.device("cpu"), "auto", group)
+        model = H2OLlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **place)
+        model.h2o = dataclasses.replace(h2o, backend="triton")
+        for model.capture_sharded in (False, True):
+            assert torch.equal(model.generate(**inputs), expected)
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            assert attention.merged.is_current(*projections) and mlp.merged.is_current(mlp.gate_proj, mlp.up_proj)
+            assert attention.merged.widths == [projection.out_features // 2 for projection in projections]
+            assert fused.stored(attention.o_proj) is None and fused.stored(mlp.down_proj) is None
+        assert fused.stored(model.lm_head) is None
+        model.save_pretrained(tmp_path / "saved", is_main_process=rank == 0)
+        return group.close(0)
+
+    for process in Group(2, work, tmp_path).wait():
+        assert process.status == 0, process.stderr
+    saved = H2OLlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert all(map(torch.equal, saved.state_dict().values(), whole.state_dict().values()))
+
+
 # One process: layers spread over devices, quantised weights
 
 
@@ -591,6 +629,7 @@ def test_layers_spread_over_what_there_is(alone_with, expected, tmp_path, monkey
 @pytest.mark.parametrize("flags, words", [
     (["--device", "cpu"], ["--device_map", "--device"]),
     (["--quantize", "torchao-int4", "--device", "cpu"], ["--quantize torchao-int4", "GPU"]),
+    (["--quantize", "torchao-float8", "--device", "cpu"], ["--quantize torchao-float8", "GPU"]),
     (["--quantize", "int8"], ["--quantize", "bitsandbytes-int4"]),
 ])  # fmt: skip
 def test_placement_that_cannot_be(alone_with, capsys, flags, words):
@@ -623,7 +662,7 @@ def test_quantised_weights(alone_with, wide, tmp_path, capsys, choice):
     flags = ["--device", "cpu", "--greedy", "--sample_num", "2"]
     for cache in (H2O, []):
         status, model = alone_with(*cache, *flags, "--quantize", choice, "--overwrite", model=wide)
-        assert status == 0 and not fused._is_plain(model.model.layers[0].self_attn.q_proj)
+        assert status == 0 and fused.stored(model.model.layers[0].self_attn.q_proj) is None
     plain = H2OLlamaForCausalLM.from_pretrained(wide, dtype=torch.float32)
     ids = torch.arange(5, 45)[None]
 

@@ -1,6 +1,7 @@
 """Shared by the benchmark scripts: models, timers, CUDA graphs, ceilings and a table. utils/costs.py counts costs."""
 
 import copy
+import functools
 import statistics
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.memory import free_memory
@@ -54,6 +56,42 @@ def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
     stock.tie_weights()  # otherwise a tied head would be counted, and moved, as a separate weight
     stock.model.rotary_emb, stock.generation_config = model.model.rotary_emb, copy.deepcopy(model.generation_config)
     return stock.eval()
+
+
+# Matrix products -> their operand that is no weight. In inference mode, a linear layer is one operator.
+PRODUCTS = {
+    torch.ops.aten.linear.default: 0,
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    torch.ops.aten._scaled_mm.default: 0,
+}
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records the matrix products of what runs inside `with`, so that `run` can repeat them alone, in order.
+
+    They read the same weights. Products of inputs of one shape all read the first of those inputs.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._calls: list[Callable] = []
+        self._inputs: dict[tuple, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (at := PRODUCTS.get(function)) is not None:
+            own = args[at]
+            shared = self._inputs.setdefault((own.shape, own.dtype), own.detach())
+            self._calls.append(functools.partial(function, *args[:at], shared, *args[at + 1 :], **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for call in self._calls:
+            call()
 
 
 def device_report(device: str) -> dict[str, str]:

@@ -151,6 +151,11 @@ def counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")] if text else []
 
 
+def counts_or_zeros(text: str) -> list[int]:
+    """An argparse type: 0,256 is [0, 256]."""
+    return [count_or_zero(part) for part in text.split(",")]
+
+
 def sizes(*names: str) -> Callable[[str], list[tuple[int, ...]]]:
     """An argparse type: with names "batch" and "slots", 1x1024,32x1024 is [(1, 1024), (32, 1024)]; "" is []."""
 

@@ -22,6 +22,20 @@ def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
     return higher, total * shrink + tl.sum(p, 1), acc
 
 
+@triton.jit
+def rotated_halves(low, high, cos, sin):
+    """RoPE on both halves of heads, rounded where torch rounds: after each product and after the sum.
+
+    cos and sin are float32, whose values have the heads' dtype.
+    """
+    dtype = low.dtype
+    low_cos, low_sin = (low.to(tl.float32) * cos).to(dtype), (low.to(tl.float32) * sin).to(dtype)
+    high_cos, high_sin = (high.to(tl.float32) * cos).to(dtype), (high.to(tl.float32) * sin).to(dtype)
+    turned_low = (low_cos.to(tl.float32) - high_sin.to(tl.float32)).to(dtype)
+    turned_high = (high_cos.to(tl.float32) + low_sin.to(tl.float32)).to(dtype)
+    return turned_low, turned_high
+
+
 def padded(head_dim: int) -> int:
     """Tile width for this head_dim: a power of two that a matrix product accepts."""
     return max(16, triton.next_power_of_2(head_dim))

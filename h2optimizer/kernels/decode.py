@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
+from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision, rotated_halves
 
 MOST_KEPT = 136  # most logits that a thread can keep in registers beside half-precision tiles without spilling
 COMBINED = 2048  # logits that each program of the second kernel turns into mass
@@ -23,14 +23,10 @@ COMBINED = 2048  # logits that each program of the second kernel turns into mass
 
 @triton.jit
 def _rotate_head(head, target, offset, inside, cos, sin, HALF: tl.constexpr):
-    """RoPE on one head, rounded where torch rounds: after each product and after the sum."""
+    """RoPE on one head."""
     low = tl.load(head + offset, mask=inside, other=0.0)
     high = tl.load(head + HALF + offset, mask=inside, other=0.0)
-    dtype = low.dtype
-    low_cos, low_sin = (low.to(tl.float32) * cos).to(dtype), (low.to(tl.float32) * sin).to(dtype)
-    high_cos, high_sin = (high.to(tl.float32) * cos).to(dtype), (high.to(tl.float32) * sin).to(dtype)
-    turned_low = (low_cos.to(tl.float32) - high_sin.to(tl.float32)).to(dtype)
-    turned_high = (high_cos.to(tl.float32) + low_sin.to(tl.float32)).to(dtype)
+    turned_low, turned_high = rotated_halves(low, high, cos, sin)
     tl.store(target + offset, turned_low, mask=inside)
     tl.store(target + HALF + offset, turned_high, mask=inside)
 

@@ -1,4 +1,4 @@
-"""The gated activation of a decode step's MLP in one launch, from the merged output of gate and up."""
+"""The gated activation of an MLP in one launch, from the merged output of gate and up."""
 
 import torch
 import triton
@@ -6,25 +6,33 @@ import triton.language as tl
 
 from h2optimizer.kernels.common import on_its_device
 
+TILE, WARPS = 1024, 4  # elements and warps of a program
 
-@triton.jit
-def _silu_and_multiply_kernel(gate_up, output, size, BLOCK: tl.constexpr):
-    row, offset = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + row * 2 * size + offset, mask=offset < size, other=0.0)
-    up = tl.load(gate_up + row * 2 * size + size + offset, mask=offset < size, other=0.0)
+
+@triton.jit(do_not_specialize=["rows"])
+def _silu_and_multiply_kernel(gate_up, output, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < size)[None, :]
+    source = gate_up + row[:, None] * 2 * size + column[None, :]
+    gate = tl.load(source, mask=inside, other=0.0)
+    up = tl.load(source + size, mask=inside, other=0.0).to(tl.float32)
     x = gate.to(tl.float32)
-    active = (x / (1.0 + tl.exp(-x))).to(gate.dtype)  # rounded here, as torch's silu is
-    tl.store(output + row * size + offset, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), offset < size)
+    active = (x / (1.0 + tl.exp(-x))).to(gate.dtype).to(tl.float32)  # rounded here, as torch's silu is
+    tl.store(output + row[:, None] * size + column[None, :], (active * up).to(gate.dtype), mask=inside)
 
 
 @on_its_device
 def run_silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [..., n] of [..., 2 n], contiguous, float32 or half precision (SwiGLU, arXiv 2002.05202)."""
     size = gate_up.shape[-1] // 2
-    output = gate_up.new_empty(*gate_up.shape[:-1], size)
-    rows, block = gate_up.numel() // (2 * size), 1024
+    output, rows = gate_up.new_empty(*gate_up.shape[:-1], size), gate_up.numel() // (2 * size)
     assert gate_up.is_contiguous()
-    _silu_and_multiply_kernel[triton.cdiv(size, block), rows](gate_up, output, size, BLOCK=block, num_warps=4)
+    block = min(TILE, triton.next_power_of_2(size))
+    tile = TILE // block
+    programs = triton.cdiv(rows, tile) * triton.cdiv(size, block)  # in one dimension: the others end at 65,535
+    _silu_and_multiply_kernel[(programs,)](gate_up, output, rows, size, ROWS=tile, BLOCK=block, num_warps=WARPS)
     return output
 
 

@@ -1,0 +1,94 @@
+"""What a decoder layer computes between its matrix products, one launch each: residual sum with norm, and rotation.
+
+All are bound by memory, so each reads its inputs once and writes its results where the next reader wants them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from h2optimizer.kernels.common import on_its_device, rotated_halves
+
+NORM_TILE, NORM_WARPS = 4096, 8  # elements and warps of a program
+ROTATION_TILE, ROTATION_WARPS = 2048, 4  # elements of half a head
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_and_normalise_kernel(residual, branch, weight, summed, normed, rows, eps, SIZE: tl.constexpr,
+                              ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Whole rows, rounded where torch rounds: after the sum, after the division and after the weight."""
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < SIZE)[None, :]
+    at = row[:, None] * SIZE + column[None, :]
+    own = tl.load(residual + at, mask=inside, other=0.0)
+    added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+    total = (own.to(tl.float32) + added).to(own.dtype)
+    tl.store(summed + at, total, mask=inside)
+    exact = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(exact * exact, 1) / SIZE + eps)
+    rounded = (exact * scale[:, None]).to(own.dtype).to(tl.float32)
+    factor = tl.load(weight + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    tl.store(normed + at, (rounded * factor[None, :]).to(own.dtype), mask=inside)
+
+
+@on_its_device
+def add_and_normalise(
+    residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of two [..., n], and its RMSNorm (arXiv 1910.07467), both contiguous.
+
+    weight [n] has the same dtype, float32 or half precision. The sum counts in-place changes even in inference mode.
+    """
+    residual, branch, size = residual.contiguous(), branch.contiguous(), weight.numel()
+    with torch.inference_mode(False):
+        summed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    normed, rows, block = torch.empty_like(residual), residual.numel() // size, triton.next_power_of_2(size)
+    tile = max(1, NORM_TILE // block)
+    _add_and_normalise_kernel[(triton.cdiv(rows, tile),)](
+        residual, branch, weight, summed, normed, rows, eps, SIZE=size, ROWS=tile, BLOCK=block, num_warps=NORM_WARPS
+    )
+    return summed, normed
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _rotate_kernel(states, output, cos, sin, rows, columns, stride_b, stride_h, stride_n, output_b, output_h, output_n,
+                   turn_b, turn_n, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """ROWS heads, in the order of memory: all heads of a token, then those of the next. Safe in place."""
+    row, offset = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (offset < D // 2)[None, :]
+    token, head = row // HEADS, (row % HEADS).to(tl.int64)
+    b, column = (token // columns).to(tl.int64), (token % columns).to(tl.int64)
+    turn = (b * turn_b + column * turn_n)[:, None] + offset[None, :]
+    c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
+    source = states + (b * stride_b + head * stride_h + column * stride_n)[:, None] + offset[None, :]
+    low, high = tl.load(source, mask=inside, other=0.0), tl.load(source + D // 2, mask=inside, other=0.0)
+    low, high = rotated_halves(low, high, c, s)
+    target = output + (b * output_b + head * output_h + column * output_n)[:, None] + offset[None, :]
+    tl.store(target, low, mask=inside)
+    tl.store(target + D // 2, high, mask=inside)
+
+
+@on_its_device
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """RoPE on [B, H, n, D], rounded as transformers' apply_rotary_pos_emb rounds.
+
+    Args:
+        states: D contiguous and even, the other strides any; float32 or half precision.
+        cos, sin: [1 or B, n, D], D contiguous and the same in both halves.
+        in_place: write the result over the states; otherwise to a new tensor, contiguous as [B, n, H, D].
+
+    Returns: [B, H, n, D].
+    """
+    batch, heads, columns, dim = states.shape
+    output = states if in_place else states.new_empty(batch, columns, heads, dim).transpose(1, 2)
+    assert cos.stride() == sin.stride() and all(of.stride(-1) == 1 for of in (states, cos))
+    rows, block = batch * columns * heads, triton.next_power_of_2(dim // 2)
+    tile = max(1, ROTATION_TILE // block)
+    _rotate_kernel[(triton.cdiv(rows, tile),)](
+        states, output, cos, sin, rows, columns, *states.stride()[:3], *output.stride()[:3],
+        cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), HEADS=heads, D=dim, ROWS=tile, BLOCK=block,
+        num_warps=ROTATION_WARPS, enable_fp_fusion=False,  # as torch rounds: after the product and after the sum
+    )  # fmt: skip
+    return output
