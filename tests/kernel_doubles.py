@@ -69,6 +69,7 @@ def run_silu_and_multiply(gate_up):
     return (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
 
 
+@torch.no_grad()
 def add_and_normalise(residual, branch, weight, eps):
     with torch.inference_mode(False):  # a sum that counts its changes
         summed = torch.empty_like(residual)
@@ -77,6 +78,7 @@ def add_and_normalise(residual, branch, weight, eps):
     return summed, weight * (summed.float() * scale).to(weight.dtype)
 
 
+@torch.no_grad()
 def turn(states, cos, sin, in_place):
     turned = rotate(states, cos[:, None], sin[:, None])
     return states.copy_(turned) if in_place else turned
