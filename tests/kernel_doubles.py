@@ -74,6 +74,7 @@ def quantize_rows(rows, largest, least):
     return (rows.float() * (largest / top)).to(torch.float8_e4m3fn), top / largest
 
 
+@torch.no_grad()
 def add_and_normalise(residual, branch, weight, eps):
     with torch.inference_mode(False):  # a sum that counts its changes
         summed = torch.empty_like(residual)
@@ -82,6 +83,7 @@ def add_and_normalise(residual, branch, weight, eps):
     return summed, weight * (summed.float() * scale).to(weight.dtype)
 
 
+@torch.no_grad()
 def turn(states, cos, sin, in_place):
     turned = rotate(states, cos[:, None], sin[:, None])
     return states.copy_(turned) if in_place else turned

@@ -58,6 +58,16 @@ def test_sum_of_a_part(device):
     assert summed.is_contiguous() and torch.equal(summed, whole[:, 2:5] + whole[:, 5:8])
 
 
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_sum_counts_its_changes_in_inference_mode(device):
+    """Changes that the norm of the sum cannot notice."""
+    with torch.inference_mode():
+        summed, _ = layer.add_and_normalise(random(2, 3, 64), random(2, 3, 64), torch.ones(64), 1e-6)
+        before = summed._version
+        summed.mul_(2)
+    assert summed._version > before
+
+
 # Rotation
 
 
