@@ -67,8 +67,13 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False) -> None:
-    """The flags that `h2o_config` reads. `always`: the program uses the cache without --enable_h2o_generation."""
+def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, window: int | None = None) -> None:
+    """The flags that `h2o_config` reads.
+
+    Args:
+        always: the program uses the cache without --enable_h2o_generation.
+        window: the program's default window, if that is not H2OConfig's.
+    """
     needed = "" if always else ", which need --enable_h2o_generation"
     h2o = parser.add_argument_group(
         "heavy-hitter cache",
@@ -96,7 +101,10 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False) -> No
         "each keeps its own number of heavy hitters, on average that of --num_heavy_hitter_tokens, and all as many of "
         f"the newest tokens {default_of('head_budgets')}",
     )
-    add("--num_window_length", type=int, help=f"slots kept after slimming {default_of('window_length')}")
+    own = {} if window is None else {"default": window}
+    shown = default_of("window_length") if window is None else f"(default: {window})"
+    names = ("--num_window_length", "--window_length")
+    add(*names, type=int, help=f"slots kept after slimming {shown}", **own)
     add(
         "--enable_position_rolling",
         action=argparse.BooleanOptionalAction,

@@ -97,6 +97,11 @@ def plans_of_model(paths: Iterable[str], name: str) -> list[HeadBudgets]:
         return []
     quiet_libraries()
     config, weights = load_config(name), checkpoint_fingerprint(name)  # the latter reads what the former has fetched
+    return plans_of_config(paths, config, weights)
+
+
+def plans_of_config(paths: Iterable[str], config: LlamaConfig, weights: str | None = None) -> list[HeadBudgets]:
+    """As `plans_of_model`, for a model's config and, if known, its `checkpoint_fingerprint`."""
     try:
         plans = [HeadBudgets.load(path) for path in paths]
         for plan in plans:

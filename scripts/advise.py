@@ -15,6 +15,9 @@ full cache does not fit at all. For H2O, and for a full cache that appends in pl
 
 Tokens/s count decode steps of all rows together. --json prints the same figures as a single JSON object. The cost in
 quality is not predicted; scripts/ablate.py measures it.
+
+The flags of the cache are those of every program, so those of a run can be pasted here. With a plan (--head_budgets), a
+step reads each head's own slots. Of several GPUs, the one whose heads keep the most slots counts.
 """
 
 import argparse
@@ -37,8 +40,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from h2optimizer import H2OConfig
-from h2optimizer.loading import load_config, quiet_libraries
+from h2optimizer.flags import add_cache_flags, h2o_config, plans_in
+from h2optimizer.loading import load_config, plans_of_config, quiet_libraries
 from utils.bench import SHAPES, print_table
+from utils.budgets import HeadBudgets
 from utils.cli import InputError, OneLineParser, count, positive
 from utils.costs import held_weights, read_weights, row_held, row_read, weight_flops
 
@@ -72,6 +77,8 @@ COPY_SHARE = 0.89  # of the bandwidth: a device copy took 4.27 of 4.8 TB/s on an
 MATMUL_SHARE = 0.8  # of the TFLOP/s: a large bf16 product took about 790 of 989 on an H200
 USABLE = 0.95  # of the memory, as run_summarization.py --batch_size auto fills it
 LIMIT = 10**9  # most tokens and rows that are searched
+WINDOW = 1024  # slots, by default
+LONGER = 1.5  # than a plan's prompts: with prompts of three times that length, plans saved less
 SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     max_position_embeddings""".split()
 FULL, H2O = "full cache", "H2O"
@@ -97,6 +104,7 @@ class Prediction:
         self.held = norms + (held_weights(self.model, self.bits) - norms) / self.gpus
         self.read = norms + (read_weights(self.model, self.bits) - norms) / self.gpus
         self.flops = weight_flops(self.model) / self.gpus
+        self.part = {cache: largest_part(h2o, self.gpus) for cache, h2o in self.caches.items()}
 
     def ms(self, cache: str, batch: int, context: int, attainable: bool = True) -> float:
         """Milliseconds of a step at attainable rates, or else at the datasheet's bandwidth."""
@@ -108,14 +116,14 @@ class Prediction:
     def row_read(self, cache: str, context: int) -> float:
         """Bytes of a row's cache that a step reads and writes."""
         config = self.model.config
-        return row_read(config, self.model.dtype.itemsize, context, self.steps, self.caches[cache]) / self.gpus
+        return row_read(config, self.model.dtype.itemsize, context, self.steps, self.caches[cache]) * self.part[cache]
 
     def row_bytes(self, cache: str, context: int) -> float:
         # the last token is chosen but never fed, so no cache holds it
         config = self.model.config
         row = row_held(config, self.model.dtype.itemsize, context + self.steps, self.caches[cache])
         logits = 8 * config.vocab_size  # each GPU chooses from all of them
-        return logits + (row - logits) / self.gpus
+        return logits + (row - logits) * self.part[cache]
 
     def largest(self, cache: str, context: int) -> int:
         """Rows that fit beside the weights."""
@@ -126,16 +134,21 @@ class Prediction:
         """ "gain", "no gain" or "does not fit", and the reason."""
         fits = {cache: self.largest(cache, context) for cache in self.caches}
         window, cached = self.caches[H2O].window_length, context + self.steps
+        smallest = self.caches[H2O].schedule.smallest
         if max(fits.values()) < batch:
             rows = " and ".join(f"{n:,} with {'the ' * (cache == FULL)}{cache}" for cache, n in fits.items())
             return "does not fit", f"{batch:,} rows are too many: {rows} fit; give a smaller --batch"
-        if cached <= window:
+        if cached <= smallest:
+            the = "the" if smallest == window else "even the smallest"
             return (
                 "no gain",
-                f"nothing is evicted: the window of {window:,} slots holds all of {cached:,} cached tokens",
+                f"nothing is evicted: {the} window of {smallest:,} slots holds all of {cached:,} cached tokens",
             )
         if fits[H2O] < batch:
-            return "no gain", f"{batch:,} rows fit with the full cache but not with H2O: give a smaller --window_length"
+            return (
+                "no gain",
+                f"{batch:,} rows fit with the full cache but not with H2O: give a smaller --num_window_length",
+            )
         if fits[FULL] < batch:
             return "gain", f"{batch:,} rows fit with H2O but not with the full cache, which fits {fits[FULL]:,}"
         full, h2o = (self.ms(cache, batch, context) for cache in (FULL, H2O))
@@ -186,6 +199,14 @@ class Prediction:
         }
 
 
+def largest_part(h2o: H2OConfig | None, gpus: int) -> float:
+    """The share of a row's slots on that of the GPUs whose KV heads keep the most."""
+    if h2o is None or h2o.head_windows.even:
+        return 1 / gpus
+    slots = h2o.head_windows.table.sum(axis=0) + h2o.update_interval * len(h2o.head_windows.table)  # of a head
+    return float(slots.reshape(gpus, -1).sum(axis=1).max() / slots.sum())
+
+
 TABLE = {
     "cache": "", "batch": ",", "fits": "", "weights_GB": ".4g", "cache_GB": ".4g", "held_GiB": ".4g",
     "floor_ms": ".4g", "floor_tokens_per_s": ",.0f", "ms": ".4g", "tokens_per_s": ",.0f", "largest": ",",
@@ -230,8 +251,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--context", type=count, default=32768, help="tokens of each prompt (default: %(default)s)")
     add("--batch", type=count, default=1, help="sequences decoded together (default: %(default)s)")
     add("--new_tokens", type=count, default=64, help="tokens to generate, the first included (default: %(default)s)")
-    add("--window_length", type=count, default=1024, help="tokens that the cache keeps (default: %(default)s)")
-    add("--update_interval", type=count, default=16, help="steps from one eviction to the next (default: %(default)s)")
     add("--gpu", type=read_card, help=f"{', '.join(CARDS)} (default: H200)")
     add(
         "--gpus",
@@ -255,9 +274,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="eviction pays if steps become shorter by this share (default: %(default)s)",
     )
     add("--json", action="store_true", help="print one JSON object instead of text and table")
+    add_cache_flags(parser, always=True, window=WINDOW)
     args = parser.parse_args(argv)
     args.shape = args.shape or "8b"  # no default: argparse would not see both flags in --shape 8b --model-name …
-    for name in ("context", "batch", "new_tokens", "window_length", "update_interval"):
+    for name in ("context", "batch", "new_tokens"):
         if getattr(args, name) > LIMIT:
             parser.error(f"--{name}: must be at most {LIMIT:,}")
     if args.new_tokens < 2:
@@ -266,10 +286,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, most in ("share", 1.0), ("gain", 0.99), ("bandwidth", 100), ("memory", 10_000), ("tflops", 100_000):
         if (number := getattr(args, name)) is not None and not 1e-3 <= number <= most:
             parser.error(f"--{name} {number:g}: must be between 0.001 and {most}")
-    try:
-        args.h2o = H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
-    except ValueError as error:
-        parser.error(f"--{error}")
+    args.h2o = h2o_config(args, check_plan=False)  # against the config alone: `plan_of`
     given = {name: value for name in Card._fields if (value := getattr(args, name)) is not None}
     if args.gpu is None and {"bandwidth", "memory"} <= given.keys():
         args.gpu = f"a GPU of {args.bandwidth:g} TB/s and {args.memory:g} GiB", Card(0, 0, float("inf"))
@@ -304,9 +321,16 @@ def make_model(args) -> LlamaForCausalLM:
         ) from None
 
 
+def plan_of(args, model: LlamaForCausalLM) -> HeadBudgets | None:
+    """The plan of --head_budgets. Raises InputError for a model of another shape; weights are not read."""
+    plans = plans_of_config(plans_in([getattr(args, "head_budgets", None)]), model.config)
+    return plans[0] if plans else None
+
+
 def run(args) -> None:
     quiet_libraries()
     model, card = make_model(args), args.card
+    plan = plan_of(args, model)
     if (heads := model.config.num_key_value_heads) % args.gpus:
         raise InputError(
             f"--gpus {args.gpus}: {heads} KV heads cannot be divided among them; give a divisor of {heads}"
@@ -323,15 +347,17 @@ def run(args) -> None:
         held, usable = prediction.held / 2**30, USABLE * card.memory
         way_out = "more --gpus, or one with more --memory" + (" or --weight_bits 4" if args.weight_bits != 4 else "")
         if held < usable:
-            way_out = f"a smaller --window_length (a row of H2O is too large for the rest), or {way_out}"
+            way_out = f"a smaller --num_window_length (a row of H2O is too large for the rest), or {way_out}"
         raise InputError(f"{args.gpu}: weights alone need {held:.1f} of {usable:.1f} usable GiB; give {way_out}")
     verdict, reason = prediction.verdict(args.batch, args.context)
     rows = [prediction.row(cache, args.batch, args.context) for cache in caches]
     rows += [prediction.row(cache, n, args.context) for cache, n in largest.items() if n not in (0, args.batch)]
-    flags = "gpus context batch new_tokens window_length update_interval weight_bits share gain".split()
+    flags = "gpus context batch new_tokens weight_bits share gain".split()
     report = {"verdict": verdict, "reason": reason, "model": args.model_name or args.shape}
     report |= {"dtype": str(model.dtype).removeprefix("torch."), "gpu": args.gpu}
     report |= {flag: getattr(args, flag) for flag in flags} | {"bandwidth_TBps": card.bandwidth}
+    report |= {name: getattr(args.h2o, name) for name in ("window_length", "update_interval", "score")}
+    report["head_budgets"] = plan and of_plan(plan, args.h2o)
     report |= {"memory_GiB": card.memory, "tflops": None if card.tflops == float("inf") else card.tflops}
     report["positions"] = model.config.max_position_embeddings
     report["pays_from_batch"] = prediction.pays_from_batch(args.context)
@@ -341,6 +367,12 @@ def run(args) -> None:
         print(json.dumps(report, allow_nan=False))
     else:
         print_report(report)
+
+
+def of_plan(plan: HeadBudgets, h2o: H2OConfig) -> dict:
+    """What a report says of a plan; prompt_tokens is the mean length of those it was measured on, if it was."""
+    windows = {"smallest": h2o.head_windows.smallest, "largest": h2o.head_windows.largest}
+    return {"plan": str(plan.path), "prompt_tokens": getattr(plan, "prompt_tokens", None)} | windows
 
 
 def print_report(report: dict) -> None:
@@ -354,6 +386,8 @@ def print_report(report: dict) -> None:
     )
     too_long = context_from and context_from + new_tokens > positions
     beyond = f" (the model has {positions:,} positions)" if too_long else ""
+    if plan := report["head_budgets"]:
+        print(f"{plan['plan']}: windows of {plan['smallest']:,} to {plan['largest']:,} slots")
     print(f"pays from batch: {f'{batch_from:,}' if batch_from else 'none that fits'}, at this context")
     print(f"pays from context: {f'{context_from:,} tokens{beyond}' if context_from else 'none'}, at this batch\n")
     print_table(report["rows"], TABLE)
@@ -367,6 +401,11 @@ def print_report(report: dict) -> None:
         print("The time of matrix products is not counted: large batches take longer.")
     if (needed := context + new_tokens) > positions:
         print(f"warning: {needed:,} positions are needed, but the model has {positions:,}: expect poor text")
+    if plan and plan["prompt_tokens"] and context > LONGER * plan["prompt_tokens"]:
+        print(
+            f"warning: the plan was measured on prompts of {plan['prompt_tokens']:,.0f} tokens on average. It helps "
+            "less with longer ones: measure a plan on such prompts"
+        )
     print("Not predicted: the memory of prefill, and what eviction costs in quality, which scripts/ablate.py measures.")
 
 

@@ -7,6 +7,7 @@
 The full cache writes a greedy text for each request. All others are fed that text, and each next token's distribution
 is compared with the full cache's, for the text's tokens after the first: KL divergence (nats a token) and top-1
 agreement, means over tokens with 95 % bootstrap intervals over requests. --rouge adds ROUGE of each one's own texts.
+If all references are single words or numbers, the table shows the share of texts that contain them ("found %") instead.
 
 The two count a window in different ways, and the table says so. This project's window holds prompt and text. A press
 cuts the prompt to the window once, and keeps the text on top.
@@ -66,17 +67,19 @@ from utils.bench import print_table, stock_llama
 from utils.budgets import HeadBudgets, own_texts
 from utils.cli import InputError, OneLineParser, count, output_file
 from utils.figures import figure_file
+from utils.long_prompts import join_articles
 from utils.memory import halving, is_out_of_memory
 from utils.policy_figure import PROMPT_ALONE, PROMPT_AND_TEXT, lines_of, save_policies
-from utils.requests import Request, join_articles, read_requests, unheeded
+from utils.requests import Request, read_requests, unheeded
 from utils.results import ResultsFile, fingerprint
-from utils.rouge import ROUGE_TYPES, mean_with_interval
+from utils.rouge import ROUGE_TYPES, is_found, mean_with_interval
 
 PRESSES = (
     "ObservedAttention", "ExpectedAttention", "AdaKV+ExpectedAttention", "TOVA", "SnapKV", "PyramidKV",
     "CriticalKV+SnapKV", "KeyDiff", "LagKV", "StreamingLLM", "Random",
 )  # fmt: skip
 RUNNER = Path(__file__).resolve().with_name("kvpress_presses.py")
+FOUND = "found"  # beside ROUGE, of a reference of one word
 MEASURED = ("tokens", "agreed", "kl", "nll", "slots_kept", "kv_bytes")  # of a request, by this project and by kvpress
 
 
@@ -97,7 +100,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--chat", action="store_true", help="wrap each prompt in the tokenizer's chat template, for instruct models")
     add("--max_tokens", type=count, help="longest text (what each request asks for)")
     add("--batch_size", type=count, default=8, help="sequences together; presses take one by one (%(default)s)")
-    add("--rouge", action="store_true", help="also generate with every policy, for ROUGE; slow for presses")
+    add("--rouge", action="store_true", help="also generate with every policy, for ROUGE or answers; slow for presses")
     add("--window_length", type=count, nargs="+", default=[64, 128, 256], help="windows, in slots (64 128 256)")
     add("--update_interval", type=count, nargs="+", default=[1], help="of this project's policies (1)")
     add(
@@ -214,7 +217,10 @@ class Comparison:
     def _rouge(self, request: Request, said: Sequence) -> dict[str, float]:
         summarizer = Summarizer(self.stock, self.tokenizer, 1, greedy=True)
         text = summarizer.choice(request, said)["text"]
-        return {name: round(score, 6) for name, score in summarizer.rouge.score(request.summary_gt, text).items()}
+        scores = {name: round(score, 6) for name, score in summarizer.rouge.score(request.summary_gt, text).items()}
+        if len(request.summary_gt.split()) == 1:
+            scores[FOUND] = float(is_found(request.summary_gt, text))
+        return scores
 
     def texts_of_full_cache(self) -> Iterator[str]:
         cell = Cell(FULL)
@@ -342,8 +348,8 @@ def check_line(line: dict, requests: int, rouge: bool) -> None:
 # The table
 
 TABLE = {
-    "policy": "", "window": "", "N": "", "window holds": "", "KL": "", "top-1 %": "", "ROUGE-2": "", "slots": ".1f",
-    "KV MiB": ".3f",
+    "policy": "", "window": "", "N": "", "window holds": "", "KL": "", "top-1 %": "", "ROUGE-2": "", "found %": "",
+    "slots": ".1f", "KV MiB": ".3f",
 }  # fmt: skip
 
 
@@ -356,7 +362,10 @@ def table_row(cell: Cell, lines: list[dict]) -> dict:
     if sum(sums["tokens"]):
         row |= {"kl": mean_with_interval(sums["kl"], sums["tokens"])}
         row |= {"top1": mean_with_interval(sums["agreed"], sums["tokens"])}
-    for name in ROUGE_TYPES if "rouge" in lines[0] else ():
+    scored = ROUGE_TYPES if "rouge" in lines[0] else ()
+    if scored and all(FOUND in line["rouge"] for line in lines):
+        scored = (*scored, FOUND)
+    for name in scored:
         row[name] = mean_with_interval([100 * line["rouge"][name] for line in lines])
     return row | {name: sum(sums[name]) / len(lines) for name in ("slots_kept", "kv_bytes")}
 
@@ -365,14 +374,16 @@ def shown(row: dict) -> dict:
     """A row in the table's units."""
     cells = {"slots": row["slots_kept"], "KV MiB": row["kv_bytes"] / 2**20}
     for name, key, scale, digits in (
-        ("KL", "kl", 1, 4), ("top-1 %", "top1", 100, 1), ("ROUGE-2", "rouge2", 1, 2),
+        ("KL", "kl", 1, 4), ("top-1 %", "top1", 100, 1), ("ROUGE-2", "rouge2", 1, 2), ("found %", FOUND, 1, 1),
     ):  # fmt: skip
         cells[name] = with_interval(row[key], scale, digits) if key in row else None
     return row | cells
 
 
 def print_rows(rows: list[dict], requests: int) -> None:
-    columns = {name: spec for name, spec in TABLE.items() if name != "ROUGE-2" or "rouge2" in rows[0]}
+    # a single word has no ROUGE-2
+    left_out = {"ROUGE-2": FOUND in rows[0] or "rouge2" not in rows[0], "found %": FOUND not in rows[0]}
+    columns = {name: spec for name, spec in TABLE.items() if not left_out.get(name)}
     print_table(map(shown, rows), columns)
     over = f"{requests} requests, [95 % interval over them]" if requests > 1 else "one request, without an interval"
     print(f"\nKL to the full cache, nats a token, and top-1 agreement: {over}.")

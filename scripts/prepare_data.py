@@ -2,9 +2,15 @@
 
     python scripts/prepare_data.py --dataset xsum --shots 3 --output-path data/xsum_3shot.jsonl
     python scripts/prepare_data.py --input-path news.csv --dataset cnn_dailymail --output-path data/news_0shot.jsonl
+    python scripts/prepare_data.py --articles 6 --output-path data/xsum_long.jsonl
+    python scripts/prepare_data.py --articles 6 --needles 5 --temperature 0 --output-path data/needles.jsonl
 
 Prompts have the form of the H2O project's request files (arXiv 2306.14048). ROUGE still differs from published figures:
 scorers and samples are not the same.
+
+--articles makes long prompts: several articles, and a summary of one of them is asked for. --needles hides sentences
+such as "The pass number of Cedar is 48213." in the text and asks for one number instead, which is then the reference.
+Such prompts suit instruct models (--chat). Request i asks for article or needle i modulo their number.
 """
 
 import argparse
@@ -31,6 +37,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from utils.cli import NOT_TEXT, InputError, OneLineParser, count, count_or_zero, output_file, seed
+from utils.long_prompts import NAMES, in_groups, needle_prompt, numbered, summary_prompt
 from utils.requests import check_flags, request_line
 from utils.results import replace_file
 
@@ -50,6 +57,7 @@ FORMS = {
 }
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 COLUMNS = {"article": ("document", "article"), "summary": ("summary", "highlights")}
+NUMBER_TOKENS = 16  # room for the answer to a needle's question
 TEXT_DTYPES = ("string", "large_string", "null")  # null: a column without a single value; its rows are skipped
 
 
@@ -173,7 +181,8 @@ def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | l
         rows = {row: example for row, example in rows.items() if example["article"] not in set_aside}
     elif args.shots:
         pool = load_examples(args, "train")
-    return dict(list(rows.items())[: args.sample_num]), pool, skipped
+    wanted = args.sample_num and args.sample_num * args.articles
+    return dict(list(rows.items())[:wanted]), pool, skipped
 
 
 def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator: random.Random) -> list[dict]:
@@ -193,6 +202,18 @@ def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator
 
 def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Dataset | list[dict]") -> Iterator[str]:
     """The lines of the requests. Raises InputError for one that run_summarization.py would refuse."""
+    make = long_requests if args.articles > 1 or args.needles else short_requests
+    for row, fields in make(args, rows, pool):
+        try:
+            yield request_line(fields)
+        except ValueError as error:
+            raise InputError(f"row {row} cannot become a request: {error}; correct or remove it") from None
+
+
+def short_requests(
+    args: argparse.Namespace, rows: dict[int, dict], pool: "Dataset | list[dict]"
+) -> Iterator[tuple[int, dict]]:
+    """Rows, each with the fields of its request: shots, then its own article."""
     form = FORMS[args.dataset]
 
     def prompt(example: dict) -> str:
@@ -201,20 +222,39 @@ def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Datase
     for row, example in rows.items():
         # Seeded by row, so neither --sample_num nor earlier rows change the shots of a row.
         shots = draw_shots(pool, args.shots, example["article"], random.Random(f"{args.seed}/{row}"))
-        fields = {
-            "article": "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example),
-            "summary_gt": example["summary"],
-            "logprobs": 1,
-            "max_tokens": args.max_tokens or form.max_tokens,
-            "n": 1,
-            "stop": ["###"],
-            "temperature": args.temperature,
-            "top_p": 1,
-        }
-        try:
-            yield request_line(fields)
-        except ValueError as error:
-            raise InputError(f"row {row} cannot become a request: {error}; correct or remove it") from None
+        article = "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example)
+        yield row, {"article": article, "summary_gt": example["summary"]} | decoding(args, form.max_tokens)
+
+
+def long_requests(args: argparse.Namespace, rows: dict[int, dict], _pool) -> Iterator[tuple[int, dict]]:
+    """The first row of each prompt of several articles, or with needles, and the fields of its request."""
+    for i, group in enumerate(in_groups(list(rows.items()), args.articles, "rows")):
+        (row, _), articles = group[0], [example["article"] for _, example in group]
+        if args.needles:
+            text = numbered(articles) if len(articles) > 1 else articles[0]
+            needle = needle_prompt(text, args.needles, i % args.needles, random.Random(f"{args.seed}/{row}"))
+            fields = {
+                "article": needle.prompt,
+                "summary_gt": needle.answer,
+                "id": f"row {row}, depth {needle.depth:.2f}",
+            }
+            yield row, fields | decoding(args, NUMBER_TOKENS)
+        else:
+            asked = i % args.articles
+            fields = {"article": summary_prompt(articles, asked), "summary_gt": group[asked][1]["summary"]}
+            yield row, fields | decoding(args, FORMS[args.dataset].max_tokens)
+
+
+def decoding(args: argparse.Namespace, max_tokens: int) -> dict:
+    """The fields of a request that say how to decode; `max_tokens`: without --max_tokens."""
+    return {
+        "logprobs": 1,
+        "max_tokens": args.max_tokens or max_tokens,
+        "n": 1,
+        "stop": ["###"],
+        "temperature": args.temperature,
+        "top_p": 1,
+    }
 
 
 def write_jsonl(output_path: Path, lines: Iterable[str]) -> None:
@@ -248,15 +288,36 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="solved examples before each request; H2O used 0, 3 or 5 (default: 0). They come from the train split, or "
         "from the rows of the local file, which then do not become requests",
     )
+    add(
+        "--articles",
+        type=count,
+        default=1,
+        help="articles in a prompt, which asks for a summary of one; from consecutive rows (default: 1)",
+    )
+    add(
+        "--needles",
+        type=count_or_zero,
+        default=0,
+        help=f"sentences with numbers to hide in each prompt, which asks for one of them; at most {len(NAMES)} "
+        "(default: 0)",
+    )
     add("--split", help="split of the hub data set to convert (default: test)")
     add("--sample_num", type=count, help="write only the first SAMPLE_NUM requests (default: all)")
-    add("--seed", type=seed, default=0, help="seed for drawing the shots (default: 0)")
-    add("--max_tokens", type=count, help="tokens to generate (default: 64 for xsum, 128 for cnn_dailymail)")
+    add("--seed", type=seed, default=0, help="seed for drawing the shots or needles (default: 0)")
+    add(
+        "--max_tokens",
+        type=count,
+        help=f"tokens to generate (default: 64 for xsum, 128 for cnn_dailymail, {NUMBER_TOKENS} with --needles)",
+    )
     add("--temperature", type=float, default=0.3, help="sampling temperature; 0 decodes greedily (default: 0.3)")
     for kind, columns in COLUMNS.items():
         add(f"--{kind}_column", help=f"column that holds the {kind} (default: {' or '.join(columns)})")
     add("--overwrite", action="store_true", help="replace an existing output file (default: stop with an error)")
     args = parser.parse_args(argv)
+    if args.needles > len(NAMES):
+        parser.error(f"--needles {args.needles}: must be at most {len(NAMES)}")
+    if args.shots and (args.articles > 1 or args.needles):
+        parser.error(f"--shots {args.shots}: goes with neither --articles nor --needles; leave it out")
     check_flags(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.input_path and args.split:
         parser.error(f"--split {args.split}: a local file has no splits; leave the flag out")
@@ -271,11 +332,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     rows, pool, skipped = select_rows(args)
-    lines = make_requests(args, rows, pool)
-    write_jsonl(args.output_path, tqdm(lines, total=len(rows), desc="writing", unit="request", delay=1))
+    lines, requests = make_requests(args, rows, pool), len(rows) // args.articles
+    write_jsonl(args.output_path, tqdm(lines, total=requests, desc="writing", unit="request", delay=1))
     if skipped:
         cli.say(f"skipped {skipped} rows with an empty article or summary")
-    print(f"wrote {len(rows)} requests to {args.output_path}")
+    print(f"wrote {requests} requests to {args.output_path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -176,7 +176,7 @@ def shown_policy(policy: str, h2o: H2OConfig, shown: Shown, full: Shown, tokeniz
     compared = max(1, fidelity.tokens)
     return shown_text(shown, full, tokenizer) | {
         "policy": policy,
-        "label": h2o.policy.label,
+        "label": h2o.policy.label + ("" if h2o.head_windows.even else ", head budgets"),
         "window": h2o.window_length,
         "heavy": h2o.heavy,
         "chosen_by": "random" if h2o.policy.seeded else "sinks" if h2o.policy.keeps_oldest else "heavy",

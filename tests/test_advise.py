@@ -10,11 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import make_llamas, prompt
 from h2optimizer import H2OConfig
+from h2optimizer.flags import DEMO_MODEL
 from test_benchmarks import load
 from utils.cache import HHCache
 from utils.costs import held_weights, read_weights, row_held, row_read, slot_bytes, slots_read, weight_flops
 
 FULL, H2O = "full cache", "H2O"
+DEMO_PLAN = DEMO_MODEL / "head_budgets.json"
 
 # Measured on one NVIDIA H200 with the 8b shape, window 1,024, N = 16, after 32k tokens: milliseconds a step, largest
 # batches. scripts/README.md, "Decode": the tables of steps alone and of the largest batches.
@@ -101,7 +103,7 @@ def test_verdicts(advise):
     neither = advise("--context", 32768, "--batch", 5000)
     assert neither["verdict"] == "does not fit" and neither["pays_from_context"] is None
     long = advise("--context", 32768, "--window_length", 30000, "--update_interval", 5000, "--batch", 29)
-    assert long["verdict"] == "no gain" and "--window_length" in long["reason"]
+    assert long["verdict"] == "no gain" and "--num_window_length" in long["reason"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -198,6 +200,60 @@ def test_slots_are_counted_as_they_come(window, interval):
             assert slots_read(tokens, step, h2o) == sum(slots) / step
 
 
+PLAN = {"windows": [[12, 2, 3, 3], [4, 8, 4, 4]]}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    return tmp_path / "plan.json"
+
+
+@pytest.mark.parametrize("score", ["mass", "value_mass"])
+def test_bytes_of_a_plan_are_those_that_a_cache_holds(plan, score):
+    """Heads padded to the longest, or the norms of values left out."""
+    model = make_llamas(num_key_value_heads=4).h2o
+    model.h2o = H2OConfig(window_length=8, update_interval=2, score=score, head_budgets=str(plan))
+    cache = HHCache(model.h2o)
+    with torch.no_grad():
+        model(torch.tensor([prompt(20)]), past_key_values=cache)
+    picked = max(sum(layer) for layer in model.h2o.head_budgets) + 4 * 2  # one layer at a time
+    assert row_held(model.config, 4, 20, model.h2o) == cache.nbytes + 8 * model.config.vocab_size + 4 * picked
+
+
+def test_plan_is_advised_on_like_even_budgets(advise, script, capsys, checkpoint, plan):
+    """A plan that is ignored: heads whose window holds the prompt do not fill it, and read less than the mean."""
+    flags = ("--model-name", checkpoint(num_key_value_heads=4), "--context", 40, "--num_window_length", 32)
+    even, uneven = advise(*flags), advise(*flags, "--head_budgets", plan)
+    assert even["head_budgets"] is None
+    found = uneven["head_budgets"]
+    assert found["plan"] == str(plan) and found["smallest"] < 32 < 40 < found["largest"]
+    assert row(uneven, H2O, 1)["cache_GB"] < row(even, H2O, 1)["cache_GB"]
+    assert row(uneven, H2O, 1)["held_GiB"] == pytest.approx(row(even, H2O, 1)["held_GiB"], rel=1e-3)
+    short = ("--context", found["smallest"] + 1, "--new_tokens", 2)
+    assert "nothing is evicted: the window" in advise(*flags, *short)["reason"]
+    assert "nothing is evicted" not in advise(*flags, "--head_budgets", plan, *short)["reason"]
+    assert script.main([*map(str, flags), "--head_budgets", str(plan)]) == 0
+    assert f"{plan}: windows of {found['smallest']} to {found['largest']} slots" in capsys.readouterr().out
+
+
+def test_of_several_gpus_the_one_with_most_slots_counts(script, plan):
+    """Rows that fit on average, but not where the heads that remember lie."""
+    h2o = H2OConfig(window_length=8, update_interval=2, num_heavy_hitters=7, head_budgets=str(plan))
+    heads = [sum(layer[head] + 2 for layer in h2o.head_budgets) for head in range(4)]
+    assert script.largest_part(h2o, 1) == 1
+    assert script.largest_part(h2o, 2) == (heads[0] + heads[1]) / sum(heads) > 0.5
+    assert script.largest_part(H2OConfig(), 2) == script.largest_part(None, 2) == 0.5
+
+
+def test_plan_from_shorter_prompts_is_warned_of(script, capsys):
+    """Advice that leaves out that a plan saves less there; a warning on prompts like the plan's own."""
+    flags = ["--model-name", str(DEMO_MODEL), "--head_budgets", str(DEMO_PLAN), "--num_window_length", "128"]
+    for context, warned in ("1000", False), ("1900", True):
+        assert script.main([*flags, "--context", context]) == 0
+        assert ("measured on prompts of 898 tokens" in capsys.readouterr().out) == warned
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A folder with nothing but a config."""
@@ -240,12 +296,16 @@ def fails(script, capsys, flags, says):
     (("--memory", "8"), ("--memory", "--gpu")),
     (("--bandwidth", "3350", "--memory", "80"), ("--bandwidth 3350", "between")),
     (("--memory", "8", "--gpu", "h200"), ("weights alone need 15.0 of 7.6 usable GiB", "--weight_bits 4")),
-    (("--memory", "15.8", "--gpu", "h200", "--window_length", "9000"), ("weights alone need", "--window_length")),
+    (("--memory", "15.8", "--gpu", "h200", "--window_length", "9000"), ("weights alone need", "--num_window_length")),
     (("--context", "0"), ("--context",)),
     (("--context", "9" * 30), ("--context", "at most")),
     (("--batch", "1.5"), ("--batch",)),
     (("--new_tokens", "1"), ("--new_tokens 1", "prefill")),
-    (("--window_length", "1"), ("--window_length",)),
+    (("--window_length", "1"), ("--num_window_length",)),
+    (("--num_window_length", "9" * 30), ("--num_window_length", "below 2**31")),
+    (("--score", "nonsense"), ("--score",)),
+    (("--head_budgets", "/nowhere.json"), ("--head_budgets /nowhere.json", "calibrate.py")),
+    (("--head_budgets", str(DEMO_PLAN)), ("5 layers of 4 KV heads", "the model has 32 layers of 8 KV heads")),
     (("--update_interval", "0"), ("--update_interval",)),
     (("--weight_bits", "3"), ("--weight_bits",)),
     (("--share", "1.1"), ("--share",)),

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import H2OConfig
@@ -168,6 +168,24 @@ def test_rouge_of_own_texts(compared, kvpress):
     assert rows["kvpress TOVA"]["rouge1"] == rows["full cache"]["rouge1"]  # that runner says the full cache's text
     assert rows["mass:0"]["rouge1"] != rows["full cache"]["rouge1"]
     assert "ROUGE-2" in of.table[0]
+
+
+def test_share_of_texts_that_hold_the_answer(compared, lab, tmp_path):
+    """ROUGE of numbers, which longer answers lower, or another policy's texts that are searched."""
+    flags = ["--rouge", "--policies", "mass:0", "--overwrite"]
+    full = {line["request"]: line for line in compared(*flags).lines if line["window"] is None}
+    said = AutoTokenizer.from_pretrained(lab.model)
+    requests = make_requests(4, max_tokens=8)
+    for i, request in enumerate(requests):
+        words = re.findall(r"\w+", said.decode(full[i]["text"]))
+        request["summary_gt"] = words[0] if i and words else "nowhere"
+    other = write_requests(tmp_path / "answers.jsonl", requests)
+    of = compared(*flags, "--input-path", str(other))
+    found = {row["policy"]: row["found"]["mean"] for row in of.rows}
+    assert found["full cache"] == 75.0 > found["mass:0"]
+    assert "found %" in of.table[0] and "ROUGE-2" not in of.table[0]
+    other = write_requests(other, [*requests[1:], requests[0] | {"summary_gt": "two words"}])
+    assert "found %" not in compared(*flags, "--input-path", str(other)).table[0]
 
 
 def test_figure(compared, kvpress, script, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,50 @@ def test_three_shots_cnn_dailymail(hub, run):
     assert request["max_tokens"] == 128
     (request,) = run(*flags, "--max_tokens", 7, "--temperature", 0)
     assert (request["max_tokens"], request["temperature"]) == (7, 0)
+
+
+def test_articles_in_one_prompt(run, tmp_path):
+    """A reference of another article than the one asked for, or --sample_num that counts rows."""
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    requests = run("--input-path", path, "--articles", 5)
+    assert len(requests) == 2 and requests[:1] == run("--input-path", path, "--articles", 5, "--sample_num", 1)
+    for i, request in enumerate(requests):
+        parts = [f"Article {j + 1}: Article number {5 * i + j}." for j in range(5)]
+        assert request["article"] == "\n\n".join([*parts, f"Summarize article {i + 1} in two sentences."])
+        assert request["summary_gt"] == f"Summary {5 * i + i}."
+        assert fields(request) == {
+            "logprobs": 1, "max_tokens": 64, "n": 1, "stop": ["###"], "temperature": 0.3, "top_p": 1,
+        }  # fmt: skip
+
+
+def test_needles(run, tmp_path):
+    """Numbers that depend on --sample_num, a question that always asks for the same depth."""
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    flags = ["--input-path", path, "--articles", 3, "--needles", 2]
+    requests = run(*flags)
+    assert requests[:3] == run(*flags, "--sample_num", 3) and requests != run(*flags, "--seed", 1)
+    for i, request in enumerate(requests):
+        hidden = dict(re.findall(r"The pass number of (\w+) is (\d+)\.", request["article"]))
+        (asked,) = re.findall(
+            r"\n\nWhat is the pass number of (\w+)\? Answer with the number alone\.\n$", request["article"]
+        )
+        assert list(hidden).index(asked) == i % 2 and hidden[asked] == request["summary_gt"]
+        assert request["article"].startswith(f"Article 1: Article number {3 * i}.")
+        assert re.fullmatch(rf"row {3 * i}, depth 0\.\d\d", request["id"]) and request["max_tokens"] == 16
+    (alone, *_) = run("--input-path", path, "--needles", 1, "--max_tokens", 5)
+    assert alone["article"].startswith("Article number 0. The pass number of") and alone["max_tokens"] == 5
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--articles", "13"], "--articles 13: there are 12 rows; give fewer, or more rows"),
+    (["--needles", "17"], "--needles 17: must be at most 16"),
+    (["--needles", "1", "--shots", "2"], "--shots 2: goes with neither --articles nor --needles"),
+])  # fmt: skip
+def test_long_prompts_that_cannot_be_made(prepare_data, tmp_path, capsys, flags, said):
+    """A file without requests, or shots that are left out without a word."""
+    path, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    assert prepare_data.main(["--input-path", str(path), "--output-path", str(output), *flags]) == 2
+    assert said in capsys.readouterr().err and not output.exists()
 
 
 def test_hub_shots_are_seeded_by_row(hub, run):

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from utils.requests import InputError, Request, join_articles, read_requests, unheeded
+from utils.requests import InputError, Request, read_requests, unheeded
 from utils.results import fingerprint
-from utils.rouge import EveryScript, Rouge, mean_with_interval
+from utils.rouge import EveryScript, Rouge, is_found, mean_with_interval
 
 LINE = '{"article": "a b", "summary_gt": "c"}\n'
 
@@ -173,25 +173,6 @@ def test_limit_counts_requests_not_lines(read):
     assert (len(requests), skipped) == (2, 1)
 
 
-def test_articles_of_a_long_prompt(read):
-    """Instructions of each article left in the middle, a summary of another article than the one asked for, a rest that
-    makes a shorter prompt."""
-    prompts = [f"###\nArticle: body {i}\n\nSummarize the above article in 1 sentence.\n" for i in range(4)]
-    lines = [line_with(article=article, summary_gt=str(i)) for i, article in enumerate([*prompts, "bare"])]
-    joined = join_articles(read("".join(lines))[0], 2)
-    asks = "Article 1: body {}\n\nArticle 2: body {}\n\nSummarize article {} in two sentences."
-    assert [request.article for request in joined] == [asks.format(0, 1, 1), asks.format(2, 3, 2)]
-    assert [(request.index, request.summary_gt) for request in joined] == [(0, "0"), (1, "3")]
-    assert join_articles(read(lines[4])[0], 1)[0].article.startswith("Article 1: bare\n\n")
-
-
-def test_articles_that_cannot_be_joined(read):
-    """A prompt of no article, or one whose examples count as articles."""
-    refused(lambda: join_articles(read(line_with())[0], 2), "--articles 2", "1 requests")
-    shot = "###\nArticle: a\n\nSummarize the above article in 1 sentence.\nb\n\n"
-    refused(lambda: join_articles(read(line_with(article=2 * shot))[0], 1), "request 0", "0-shot")
-
-
 @pytest.mark.parametrize("content", ["", "\n \n", "bad\nworse\n"])
 def test_no_requests_is_an_error(read, content):
     """Means over no requests are NaN; with --skip_bad_requests a file of bad lines comes to the same."""
@@ -296,3 +277,13 @@ def test_interval_of_the_mean():
 def test_interval_of_one_request():
     """A division by n - 1 would be NaN for a single request."""
     assert mean_with_interval([0.25]) == {"mean": 0.25, "low": 0.25, "high": 0.25}
+
+
+@pytest.mark.parametrize("reference, text, found", [
+    ("48213", "The number is 48213.", True), ("48213", "48,213", True), ("48213", "148213 or 482130", False),
+    ("48213", "4,8213", False), ("Cedar", "it is CEDAR", True), ("cedar", "cedars", False), ("a.b", "axb", False),
+    ("48213", "", False), (" 7 ", "7", True),
+])  # fmt: skip
+def test_answers_are_found_as_whole_words(reference, text, found):
+    """A part of a longer number, or a pattern that is taken for a regular expression."""
+    assert is_found(reference, text) == found

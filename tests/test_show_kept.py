@@ -200,14 +200,26 @@ def test_page_needs_no_network(script):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_draws_it(show, tmp_path):
     """An error in the page's script, text read as HTML, or shades that are not those of the data."""
-    data = show("--request", "1", "--policies", "mass", "--num_window_length", "16", "--max_tokens", "8")
+    (tmp_path / "plan.json").write_text('{"windows": [[1, 2], [3, 6]]}')
+    policies = ["mass", f"mass,head_budgets={tmp_path / 'plan.json'}"]
+    flags = ["--policies", *policies, "--num_window_length", "16", "--max_tokens", "8"]
+    data = show("--request", "1", *flags, "--update_interval", "1")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "kept.html").as_uri()]
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert "data-ready" in drawn
     body = drawn[: drawn.index('<script type="application/json"')]
     assert "<b>" not in body
-    last_held, prompt = unpack(data["policies"][0]["last_held"]), len(data["prompt"])
-    shades = dict(re.findall(r'<span data-token="(\d+)" class="s(\d)', body.split('id="policy-0-prompt"')[1]))
-    held = (last_held >= 1).reshape(4, -1).sum(axis=0)[:prompt]  # the page opens at step 1
-    assert [int(shades[str(token)]) for token in range(prompt)] == [[0, 3, 4, 5, 6][heads] for heads in held]
+    prompt = len(data["prompt"])
+    columns = body.split("<article")[2:]  # the first is the full cache's
+    for i, (policy, column) in enumerate(zip(data["policies"], columns, strict=True)):
+        shades = dict(re.findall(r'<span data-token="(\d+)" class="s(\d)', column.split(f'id="policy-{i}-prompt"')[1]))
+        held = (unpack(policy["last_held"]) >= 1).reshape(4, -1)[:, : prompt + 1]  # the page opens at step 1
+        by_heads = held.sum(axis=0)[:prompt]
+        assert [int(shades[str(token)]) for token in range(prompt)] == [[0, 3, 4, 5, 6][heads] for heads in by_heads]
+        slots = held.sum(axis=1)
+        assert re.findall(r'title="layer (\d), KV head (\d): holds (\d+) of', column)[:4] == [
+            (str(head // 2), str(head % 2), str(slots[head])) for head in (0, 2, 1, 3)
+        ]  # layers side by side
+        told = re.search(r"<dt>Held</dt><dd>(\d+) of \d+ a head, \d+ %(.*?)</dd>", column)
+        assert (int(told[1]), told[2]) == (round(slots.mean()), f" ({slots.min()} to {slots.max()})" if i else "")

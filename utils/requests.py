@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,35 +222,3 @@ def read_requests(
         bad = f" ({skipped} bad lines skipped)" if skipped else ""
         raise InputError(f"{flag} {path}: has no requests{bad}; scripts/prepare_data.py makes some")
     return requests, skipped
-
-
-SHOT = "###\nArticle: "  # opens each article of a prompt, as H2O's files have it
-PROMPT = re.compile(f"{SHOT}(.*?)\n\nSummarize the above article in [^\n]*\n?", re.DOTALL)
-
-
-def join_articles(requests: list[Request], articles: int) -> list[Request]:
-    """Long prompts from short ones: so many articles, one after the other, and a summary of one of them is asked for.
-
-    Each request is in one prompt; a rest that is too small for another prompt is left out. Prompt i asks for its
-    article i modulo `articles`, and takes the reference summary and the settings from that article's request.
-
-    Raises: InputError where there are fewer requests, or one has several articles (few-shot prompts).
-    """
-    if len(requests) < articles:
-        raise InputError(f"--articles {articles}: there are {len(requests)} requests; give fewer, or more requests")
-    joined = []
-    for i in range(len(requests) // articles):
-        group, asked = requests[i * articles : (i + 1) * articles], i % articles
-        parts = [f"Article {number}: {_article_alone(request)}" for number, request in enumerate(group, 1)]
-        parts.append(f"Summarize article {asked + 1} in two sentences.")
-        fields = group[asked].fields | {"article": "\n\n".join(parts)}
-        joined.append(Request.from_line(json.dumps(fields), i))
-    return joined
-
-
-def _article_alone(request: Request) -> str:
-    """Without what asks for its summary. Raises InputError for several articles."""
-    if request.article.count(SHOT) > 1:
-        raise InputError(f"--articles: request {request.index} has several articles already; give 0-shot requests")
-    match = PROMPT.fullmatch(request.article)
-    return (match[1] if match else request.article).strip()

@@ -70,6 +70,12 @@ def _is_of_word(char: str) -> bool:
     return kind[0] == "L" or kind in ("Mn", "Mc", "Nd", "Nl")
 
 
+def is_found(reference: str, text: str) -> bool:
+    """Whether a text contains a reference of one word or number, whatever its case; 12,345 is 12345."""
+    reference, text = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", of).casefold() for of in (reference.strip(), text))
+    return re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", text) is not None
+
+
 def mean_with_interval(values, weights=None, samples: int = 1000) -> dict[str, float]:
     """Mean of one value per request, with the 95 % percentile bootstrap interval over requests (seeded).
 
