@@ -206,8 +206,8 @@ def block_sizes(inputs: Inputs) -> tuple[int, int]:
 
 
 def _in_blocks(inputs: Inputs, with_output: bool = True) -> Attended:
-    """`blocked_attention` in blocks of the right size; on a CPU, in float32 or float64."""
-    if inputs.query.is_cuda:
+    """`blocked_attention` in blocks of the right size; several tokens on a CPU in float32 or float64."""
+    if inputs.query.is_cuda or inputs.step.decode:  # one query is too little work for converting V
         return blocked_attention(inputs, *block_sizes(inputs), with_output)
     # most CPUs have no fast products in half precision, and none that leave the logits in float32
     states = [of.to(torch.promote_types(of.dtype, torch.float32)) for of in inputs.states]

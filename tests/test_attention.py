@@ -127,10 +127,10 @@ def test_half_precision_is_as_good_as_the_eager_reference(monkeypatch, case, dty
     assert errors["eager"] <= (naive - own_columns(exact_output, step)).abs().max().item() + 1e-6
 
 
-@pytest.mark.parametrize("case", HALF.values(), ids=HALF)
-def test_autocast_rounds_no_logits(case):
+@pytest.mark.parametrize("case", ["prefill", "turn"])
+def test_autocast_rounds_no_logits_of_several_tokens(case):
     """Logits rounded to bfloat16 by a user's autocast, and the mass with them."""
-    step = make_step(**case)
+    step = make_step(**HALF[case])
     inputs = Inputs(*make_states(step, 2), step, SCALING)
     expected_output, expected_mass = attention.sdpa_attention(inputs)
     with torch.autocast("cpu", torch.bfloat16):
