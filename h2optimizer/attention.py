@@ -23,7 +23,9 @@ from utils.cache import HHLayer, kernels_take
 from utils.prefix import followed_by
 from utils.step import Step
 
-BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU; a 16th of that on a CPU
+BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU
+CACHE_BYTES = 2 * 2**20  # the same for each thread of a CPU: about its share of the caches
+CPU_QUERIES = 64  # query columns of a block on a CPU: fewer cost speed in products, more compute what the mask hides
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 Attended = tuple[torch.Tensor, torch.Tensor | None]  # output and mass
@@ -72,7 +74,8 @@ class Inputs(NamedTuple):
 
 def eager_attention(inputs: Inputs) -> Attended:
     """The reference: the whole attention matrix at once."""
-    return blocked_attention(inputs.rotated().joined(), block=inputs.step.columns)
+    inputs = inputs.rotated().joined()
+    return blocked_attention(inputs, heads=inputs.key.shape[:2].numel(), queries=inputs.step.columns)
 
 
 def sdpa_attention(inputs: Inputs) -> Attended:
@@ -80,24 +83,24 @@ def sdpa_attention(inputs: Inputs) -> Attended:
 
     SDPA runs only where it needs no mask, because a mask would expand the KV heads and rule out the flash kernel. That
     is prefill (tokens come before padding, so causal is enough) and unscored decode steps of rows of equal length. All
-    other forwards compute output and mass in the same blocks.
+    other forwards compute output and mass in the same blocks. So does a scored prefill on a CPU, where SDPA takes as
+    long as the blocks and would need them again for the mass.
     """
     inputs = inputs.rotated().joined()
     (query, key, value), step = inputs.states, inputs.step
-    budget = BLOCK_BYTES if query.is_cuda else BLOCK_BYTES // 16
-    block = max(1, budget // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
     prefill = step.max_start == 0
-    if prefill or (step.decode and not step.scored and step.min_start == step.max_start):
-        gqa = query.shape[1] != key.shape[1]
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=step.columns > 1, scale=inputs.scaling, enable_gqa=gqa
-        )
-        if not step.scored:
-            return output, None
-        with torch.no_grad():
-            _, mass = blocked_attention(inputs, block, with_output=False)
-        return output, mass
-    return blocked_attention(inputs, block)
+    without_mask = prefill or (step.decode and not step.scored and step.min_start == step.max_start)
+    if not without_mask or _in_one_pass(inputs):
+        return _in_blocks(inputs)
+    gqa = query.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(
+        query, key, value, is_causal=step.columns > 1, scale=inputs.scaling, enable_gqa=gqa
+    )
+    if not step.scored:
+        return output, None
+    with torch.no_grad():
+        _, mass = _in_blocks(inputs, with_output=False)
+    return output, mass
 
 
 def triton_attention(inputs: Inputs) -> Attended:
@@ -151,46 +154,91 @@ def flash_attention(inputs: Inputs) -> Attended:
     return output, _kernel_mass(inputs, lse) if step.scored else None
 
 
-def blocked_attention(inputs: Inputs, block: int, with_output: bool = True) -> tuple[torch.Tensor | None, ...]:
-    """Softmax attention over `block` query columns at a time, with a group's heads together so that K is read once.
+def blocked_attention(inputs: Inputs, heads: int, queries: int, with_output: bool = True) -> Attended:
+    """Softmax attention over blocks of `heads` of the B * Hkv KV heads and `queries` query columns.
 
-    Keys must be rotated already. Without the output, only the mass is computed, from the first scored query on.
+    The query heads of a group are in the same block, so that K is read once. Keys must be rotated already. Without the
+    output, only the mass is computed, from the first scored query on.
     """
-    (query, key, value), step, group_reduce = inputs.states, inputs.step, inputs.group_reduce
-    kv_heads, device = key.shape[1], query.device
-    grouped = query.unflatten(1, (kv_heads, -1))  # [B, Hkv, G, columns, D]
-    if group_reduce == "first" and not with_output:
-        grouped = grouped[:, :, :1]
-    mass, outputs = None, []
-    for begin in range(0 if with_output else min(step.first_scored), step.columns, block):
-        end = min(begin + block, step.columns)
+    query, key, value = inputs.states
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)  # [B * Hkv, G, columns, D]
+    if inputs.group_reduce == "first" and not with_output:
+        grouped = grouped[:, :1]
+    flat = grouped, key.flatten(0, 1), value.flatten(0, 1)
+    parts = [slice(begin, begin + heads) for begin in range(0, len(grouped), heads)]
+    outputs, masses = zip(*(_attend_heads(inputs, *flat, part, queries, with_output) for part in parts), strict=True)
+    output = _joined(outputs, dim=0).view(*query.shape[:-1], -1) if with_output else None
+    return output, _joined(masses, dim=0).view(key.shape[:3]) if inputs.step.scored else None
+
+
+def _attend_heads(inputs: Inputs, grouped, key, value, part: slice, queries: int, with_output: bool) -> Attended:
+    """`blocked_attention` of the KV heads in `part`: output [heads, G, columns, D], mass [heads, width]."""
+    step, device, kv_heads = inputs.step, key.device, inputs.key.shape[1]
+    grouped, key, value = grouped[part], key[part], value[part]
+    mass, outputs, first = None, [], min(step.first_scored)
+    # from the last block, which is the longest: memory that it leaves holds every other block
+    for begin in reversed(range(0 if with_output else first, step.columns, queries)):
+        end = min(begin + queries, step.columns)
         visible = step.max_start + end
-        probs = scaled_logits(
-            grouped[:, :, :, begin:end], key[:, :, :visible], inputs.scaling
-        )  # [B, Hkv, G, end - begin, visible]
+        probs = scaled_logits(grouped[None, :, :, begin:end], key[None, :, :visible], inputs.scaling)[0]
         open_slots = step.min_start + begin + 1  # every query of the block sees these
         if open_slots < visible:
-            last_seen = step.starts(device)[:, None] + torch.arange(begin, end, device=device)
-            hidden = torch.arange(open_slots, visible, device=device) > last_seen[:, None, None, :, None]
+            starts = step.starts(device).repeat_interleave(kv_heads)[part]
+            last_seen = starts[:, None] + torch.arange(begin, end, device=device)
+            hidden = torch.arange(open_slots, visible, device=device) > last_seen[:, None, :, None]
             probs[..., open_slots:].masked_fill_(hidden, -torch.inf)
-        probs = probs.softmax(dim=-1)
+        probs = probs.softmax(dim=-1)  # [heads, G, end - begin, visible]
         if with_output:
-            weights = probs.to(value.dtype).flatten(2, 3)
-            outputs.append((weights @ value[:, :, :visible]).view(*probs.shape[:-1], -1))
-        if step.scored:
-            counted = probs[:, :, :1] if group_reduce == "first" else probs
+            weights = probs.to(value.dtype).flatten(1, 2)
+            outputs.append((weights @ value[:, :visible]).view(*probs.shape[:-1], -1))
+        if step.scored and (mass is None or end > first):
+            counted = (probs[:, :1] if inputs.group_reduce == "first" else probs).detach()
             if not step.all_scored(begin, end):
-                counted = counted * step.scored_columns(device)[:, None, None, begin:end, None]
-            received = counted.sum(dim=(2, 3), dtype=torch.float32)
-            if visible == step.width and mass is None:
+                scored = step.scored_columns(device)[:, begin:end].repeat_interleave(kv_heads, dim=0)[part]
+                counted = counted * scored[:, None, :, None]
+            received = counted.sum(dim=(1, 2), dtype=torch.float32)
+            if mass is None:
                 mass = received
             else:
-                mass = query.new_zeros(*key.shape[:3], dtype=torch.float32) if mass is None else mass
-                mass[:, :, :visible].add_(received)
-    if not with_output:
-        return None, mass
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
-    return output.flatten(1, 2), mass
+                mass[:, :visible].add_(received)
+    return _joined(outputs[::-1], dim=2) if with_output else None, mass
+
+
+def _joined(parts, dim: int) -> torch.Tensor:
+    """The parts along a dimension; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def block_sizes(inputs: Inputs) -> tuple[int, int]:
+    """How many KV heads and query columns a block has, so that a GPU's memory or a CPU's caches hold its logits."""
+    query, key = inputs.query, inputs.key
+    heads, column_bytes = key.shape[:2].numel(), 4 * query.shape[1] // key.shape[1] * key.shape[2]
+    if query.is_cuda:
+        return heads, max(1, BLOCK_BYTES // (column_bytes * heads))
+    queries = min(CPU_QUERIES, query.shape[2])
+    return max(1, torch.get_num_threads() * CACHE_BYTES // (column_bytes * queries)), queries
+
+
+def _in_blocks(inputs: Inputs, with_output: bool = True) -> Attended:
+    """`blocked_attention` in blocks of the right size; several tokens on a CPU in float32 or float64."""
+    if inputs.query.is_cuda or inputs.step.decode:  # one query is too little work for converting V
+        return blocked_attention(inputs, *block_sizes(inputs), with_output)
+    # most CPUs have no fast products in half precision, and none that leave the logits in float32
+    states = [of.to(torch.promote_types(of.dtype, torch.float32)) for of in inputs.states]
+    with torch.autocast("cpu", enabled=False):
+        output, mass = blocked_attention(Inputs(*states, *inputs[3:]), *block_sizes(inputs), with_output)
+    return output.to(inputs.query.dtype) if with_output else None, mass
+
+
+def _in_one_pass(inputs: Inputs) -> bool:
+    """Whether blocks of a scored prefill also compute the output: on a CPU, unless few queries are scored.
+
+    Gradients need SDPA, whose backward pass keeps no probabilities.
+    """
+    step = inputs.step
+    if inputs.query.is_cuda or not step.scored or 8 * (step.columns - min(step.first_scored)) < step.columns:
+        return False
+    return not (torch.is_grad_enabled() and any(states.requires_grad for states in inputs.states))
 
 
 def scaled_logits(grouped: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:

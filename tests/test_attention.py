@@ -23,8 +23,6 @@ from h2optimizer import attention
 from h2optimizer.attention import Inputs
 from h2optimizer.backends import ATTENTION_BACKENDS
 
-CPU_SHARE = 16  # on a CPU the sdpa backend uses this part of BLOCK_BYTES
-
 # start and new tokens of each row, and how many of a row's last queries add mass
 STEPS = {
     "prefill": dict(start=[0, 0], new=[9, 9]),
@@ -40,23 +38,23 @@ STEPS = {
 }
 
 
-def set_block(monkeypatch, batch_size, width, queries):
-    """Let the sdpa backend take this many queries at a time; None leaves its own choice, which is all of these."""
-    if queries is not None:
-        monkeypatch.setattr(attention, "BLOCK_BYTES", CPU_SHARE * 4 * batch_size * HEADS * width * queries)
+def set_block(monkeypatch, block):
+    """Let the sdpa backend take this many KV heads and queries at a time; None leaves its own choice."""
+    if block is not None:
+        monkeypatch.setattr(attention, "block_sizes", lambda inputs: block)
 
 
 @pytest.mark.parametrize("group_reduce", ["sum", "first"])
-@pytest.mark.parametrize("queries", [None, 1, 2, 4])
+@pytest.mark.parametrize("block", [None, (12, 1), (3, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("kv_heads", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
-def test_output_and_mass_are_the_plain_loops(monkeypatch, case, kv_heads, queries, group_reduce):
+def test_output_and_mass_are_the_plain_loops(monkeypatch, case, kv_heads, block, group_reduce):
     """A query that sees too far or too short, mass of padding or unscored queries, heads of another group, or blocks
-    that overlap, leave a query out or add their mass at the wrong slots."""
+    that overlap, leave a query out, add their mass at the wrong slots or take another row's start."""
     step = make_step(**case)
     query, key, value = make_states(step, kv_heads)
     expected_output, expected_mass = plain_attention(query, key, value, step, group_reduce)
-    set_block(monkeypatch, len(step.start), step.width, queries)
+    set_block(monkeypatch, block)
     for backend in BACKENDS:
         output, mass = ATTENTION_BACKENDS[backend](Inputs(query, key, value, step, SCALING, group_reduce))
         assert output.shape == query.shape and mass.shape == key.shape[:3] and mass.dtype == torch.float32
@@ -78,13 +76,13 @@ def test_unscored_steps_are_pure_attention(backend, case):
     assert_close(own_columns(output, unscored), own_columns(expected, scored))
 
 
-@pytest.mark.parametrize("queries", [None, 2])
+@pytest.mark.parametrize("block", [None, (3, 2)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
-def test_nan_stays_in_its_row(monkeypatch, backend, case, queries):
+def test_nan_stays_in_its_row(monkeypatch, backend, case, block):
     """One broken row that takes the rest of the batch with it."""
     step = make_step(**case)
-    set_block(monkeypatch, len(step.start), step.width, queries)
+    set_block(monkeypatch, block)
     states = make_states(step, kv_heads=2)
     clean_output, clean_mass = ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, "sum"))
     for tensor in states:
@@ -111,7 +109,7 @@ def test_half_precision_is_as_good_as_the_eager_reference(monkeypatch, case, dty
     step = make_step(**case)
     states = make_states(step, kv_heads, dtype)
     exact_output, exact_mass = plain_attention(*states, step, "sum")
-    set_block(monkeypatch, len(step.start), step.width, 16)
+    set_block(monkeypatch, (2, 16))
     errors = {}
     for backend in BACKENDS:
         output, mass = ATTENTION_BACKENDS[backend](Inputs(*states, step, SCALING, "sum"))
@@ -129,6 +127,44 @@ def test_half_precision_is_as_good_as_the_eager_reference(monkeypatch, case, dty
     assert errors["eager"] <= (naive - own_columns(exact_output, step)).abs().max().item() + 1e-6
 
 
+@pytest.mark.parametrize("case", ["prefill", "turn"])
+def test_autocast_rounds_no_logits_of_several_tokens(case):
+    """Logits rounded to bfloat16 by a user's autocast, and the mass with them."""
+    step = make_step(**HALF[case])
+    inputs = Inputs(*make_states(step, 2), step, SCALING)
+    expected_output, expected_mass = attention.sdpa_attention(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, mass = attention.sdpa_attention(inputs)
+    assert torch.equal(output, expected_output) and torch.equal(mass, expected_mass)
+
+
+class LogitsComputed(TorchDispatchMode):
+    """Counts the logits that products put out, and the calls of SDPA."""
+
+    logits = calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.logits += out.numel() if func is torch.ops.aten.baddbmm.default else 0
+        self.calls += "scaled_dot_product" in str(func)
+        return out
+
+
+@pytest.mark.parametrize("case", ["scored", "unscored", "few scored", "training"])
+def test_a_prefill_on_a_cpu_computes_its_logits_once(case):
+    """A mass pass as long as attention itself, blocks of what the mask hides, blocks instead of SDPA where few queries
+    are scored, or n x n probabilities kept for the gradients."""
+    n, heads = 512, HEADS
+    step = make_step([0], [n], scored=case != "unscored", score_queries=32 if case == "few scored" else None)
+    states = make_states(step, kv_heads=2)
+    states[0].requires_grad_(case == "training")
+    with LogitsComputed() as computed:
+        attention.sdpa_attention(Inputs(*states, step, SCALING))
+    triangle = heads * n * (n + attention.CPU_QUERIES) // 2
+    assert computed.logits == {"unscored": 0, "few scored": heads * 32 * n}.get(case, triangle)
+    assert computed.calls == (case != "scored")
+
+
 class LargestOutput(TorchDispatchMode):
     """Records the most elements that any operation puts out."""
 
@@ -142,16 +178,17 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("queries", [32, 64])
-def test_blocks_hold_what_block_bytes_says(monkeypatch, queries):
-    """Blocks of another size than they are told, for which the tests below would see one block, or only single
-    queries."""
-    step = make_step([0], [512])
+@pytest.mark.parametrize("n", [256, 2048])
+def test_blocks_fit_in_the_caches(monkeypatch, n):
+    """Blocks of another size than the sdpa backend chooses, or of more logits than the caches hold."""
+    monkeypatch.setattr(attention, "CACHE_BYTES", 2**20 // torch.get_num_threads())
+    step = make_step([0], [n])
     states = make_states(step, kv_heads=2, head_dim=8)
-    set_block(monkeypatch, 1, 512, queries)
     with LargestOutput() as recorded:
         attention.sdpa_attention(Inputs(*states, step, SCALING, "sum"))
-    assert recorded.numel == queries * HEADS * 512
+    heads, queries = attention.block_sizes(Inputs(*states, step, SCALING))
+    assert recorded.numel == min(heads, 2) * HEADS // 2 * queries * n <= 2**20 // 4
+    assert heads >= 2 or n == 2048, "room for all heads of a short prompt"
 
 
 @pytest.mark.parametrize("score_queries", [None, 100])
@@ -159,7 +196,7 @@ def test_prefill_memory_is_linear_in_the_prompt(monkeypatch, llamas, score_queri
     """An n x n tensor anywhere in a prefill: 20 GiB at 8k tokens in the predecessor."""
 
     def largest(backend, n):
-        set_block(monkeypatch, 1, n, 8)
+        set_block(monkeypatch, (2, 8))
         cache = new_cache(window_length=32, backend=backend, score_queries=score_queries)
         with LargestOutput() as recorded:
             forward(llamas.h2o, [prompt(n)], cache)
@@ -171,11 +208,11 @@ def test_prefill_memory_is_linear_in_the_prompt(monkeypatch, llamas, score_queri
     assert largest("sdpa", 512) <= 2 * largest("sdpa", 256)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("block", [(100, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("score_queries", [None, 4])
-def test_blocks_do_not_show_in_the_model(monkeypatch, llamas, queries, score_queries):
+def test_blocks_do_not_show_in_the_model(monkeypatch, llamas, block, score_queries):
     """Blocks of queries that meet a ragged batch, evicted slots and a second turn, against the oracle row by row."""
-    set_block(monkeypatch, 3, 14, queries)
+    set_block(monkeypatch, block)
     flags = dict(window_length=8, update_interval=2, score_queries=score_queries, score_norm="mean")
     cache, oracles = new_cache(**flags, backend="sdpa"), [new_oracle(llamas, **flags) for _ in range(3)]
     blocks = [[prompt(14), prompt(5), prompt(9)], [[3], [4], [5]], [prompt(3), prompt(6), prompt(2)], [[6], [7], [8]]]
