@@ -39,6 +39,7 @@ FLAGS = {
     "4 sinks": {"score": "streaming_llm"},
     "random": {"score": "random", "score_seed": 3},
     "value mass": {"score": "value_mass", "num_heavy_hitters": "5/8"},
+    "decay": {"score_decay": 0.5, "score_norm": "mean"},
     "value mean": {"score": "value_mass", "score_norm": "mean", "slimming": "mask"},
     "last queries": {"score_queries": 2, "score_norm": "mean"},
     "first head": {"group_reduce": "first"},
@@ -238,7 +239,7 @@ def test_prefix_first_keeps_all_other_columns_in_their_order():
     ({}, True),
     ({"score_queries": 5}, True),
     ({"position_rolling": True}, True),
-    ({"score_decay": 0.5}, False),
+    ({"score_decay": 0.5}, True),
     ({"prefill_chunk": 64}, False),
 ], ids=str)  # fmt: skip
 def test_what_can_be_shared(gqa, flags, shares):

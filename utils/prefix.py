@@ -88,8 +88,6 @@ class Prefix:
 
 def fault_of(h2o) -> str | None:
     """Why prefixes cannot be shared exactly with these settings, and the way out; None if they can."""
-    if h2o.score_decay < 1:
-        return f"score_decay={h2o.score_decay} is not shared, as stored mass decays between forwards: set it to 1"
     if h2o.prefill_chunk is not None:
         return (
             f"prefill_chunk={h2o.prefill_chunk} is not shared, as chunks would end elsewhere than in the whole "
