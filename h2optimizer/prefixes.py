@@ -22,7 +22,8 @@ def can_share(model_or_h2o) -> bool:
     """Whether prompts can share prefixes exactly, with a model or with the settings of an H2OConfig.
 
     They cannot with `prefill_chunk`, and with RoPE types whose frequencies depend on the length of the whole prompt.
-    `score_decay` does not matter: mass decays once a forward, and the prefix is part of the first. With `score_queries`, at least that many tokens must follow: see `least_own_tokens`.
+    `score_decay` does not matter: mass decays once a forward, and the prefix is part of the first. With
+    `score_queries`, at least that many tokens must follow: see `least_own_tokens`.
     """
     return _fault(model_or_h2o) is None
 
