@@ -35,15 +35,16 @@ def computed(tree: PrefixTree, prompts: list[list[int]]) -> int:
     return of_beginnings + sum(rests)
 
 
-@given(prompts=PROMPTS)
-def test_all_that_is_shared_is_computed_once(prompts):
-    """A beginning that is missed, shared by prompts that do not have it, or reaches into a prompt's last token."""
-    tree = PrefixTree(prompts)
-    stems = [prompt[:-1] for prompt in prompts]
+@given(prompts=PROMPTS, own=st.integers(1, 3))
+def test_all_that_is_shared_is_computed_once(prompts, own):
+    """A beginning that is missed, shared by prompts that do not have it, or reaches into a prompt's last tokens."""
+    tree = PrefixTree(prompts, least_own=own)
+    stems = [prompt[:-own] for prompt in prompts]
     for i, of in enumerate(tree.beginning_of):
         longest = max((common(stems[i], other) for j, other in enumerate(stems) if j != i), default=0)
         assert (0 if of is None else tree.beginnings[of].length) == longest
-    assert computed(tree, prompts) == len({tuple(t[: n + 1]) for t in stems for n in range(len(t))}) + len(prompts)
+    rests = sum(len(prompt) - len(stem) for prompt, stem in zip(prompts, stems, strict=True))
+    assert computed(tree, prompts) == len({tuple(t[: n + 1]) for t in stems for n in range(len(t))}) + rests
 
 
 @settings(max_examples=300)

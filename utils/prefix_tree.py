@@ -63,13 +63,14 @@ class Beginning:
 class PrefixTree:
     """Which beginnings of these prompts are computed once, and for which prompts.
 
-    The last token of a prompt is never in a shared beginning, so every prompt has a token of its own to compute.
+    The last tokens of a prompt are never in a shared beginning, so every prompt has tokens of its own to compute.
 
     Args:
         prompts: tokens from 0 to 2**32 - 1, none empty. Equal prompts count as often as they are given.
         least_tokens: a beginning adds at least so many tokens to the one that it is computed from.
         least_saved: and saves at least so many.
         most_tokens: of a beginning and all those that it is computed from, each counted whole.
+        least_own: last tokens of each prompt that stay its own, at least 1.
 
     Attributes:
         beginnings: those to compute, each after its parent.
@@ -85,8 +86,9 @@ class PrefixTree:
         least_tokens: int = 1,
         least_saved: int = 1,
         most_tokens: int = sys.maxsize,
+        least_own: int = 1,
     ):
-        keys = [_key(prompt) for prompt in prompts]
+        keys = [_key(prompt[:-least_own]) for prompt in prompts]
         place = sorted(range(len(prompts)), key=keys.__getitem__)  # lexicographic: those who share are neighbours
         shared = [min(_common(keys[a], keys[b]), most_tokens) for a, b in itertools.pairwise(place)]
         kept = self.beginnings = _within(_worthwhile(_intervals(shared), least_tokens, least_saved), most_tokens)
@@ -114,9 +116,9 @@ class PrefixTree:
         return max((beginning.held for beginning in self.beginnings), default=0)
 
 
-def _key(prompt: Sequence[int]) -> bytes:
-    """All tokens but the last, in bytes that sort as they do."""
-    tokens = array("I", prompt[:-1])
+def _key(tokens: Sequence[int]) -> bytes:
+    """Tokens in bytes that sort as they do."""
+    tokens = array("I", tokens)
     if sys.byteorder == "little":
         tokens.byteswap()
     return tokens.tobytes()
