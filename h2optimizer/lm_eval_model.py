@@ -15,8 +15,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from h2optimizer.batching import rows_that_fit
+from h2optimizer.decoding import decoding_of
 from h2optimizer.likelihood import log_likelihoods_in_batches
 from h2optimizer.loading import must_know
+from h2optimizer.sharing import most_snapshot_bytes, snapshot_bytes
 from h2optimizer.texts import Stops
 from utils.cli import InputError
 
@@ -33,14 +35,15 @@ class CacheLM(HFLM):
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM as the baseline, which HFLM evaluates itself.
         tokenizer: must pad on the left.
         batch_size: contexts computed together, or "auto"; continuations may use up to 16 rows in any case.
+        share_prefixes: compute beginnings that contexts share once, where the results are the same.
         kwargs: arguments of HFLM. Log-probabilities are float32 unless softmax_dtype is given.
 
     `evictions` holds, by task: `tokens` scored and `texts` generated; how many of them came `_after_eviction` of a slot
     (the texts of a batch all count as long as the longest); `contexts_cut` and `documents_split` at the model's
-    positions.
+    positions; of scored contexts, `prompt_tokens_computed` and `prompt_tokens_shared`.
     """
 
-    def __init__(self, model, tokenizer, **kwargs):
+    def __init__(self, model, tokenizer, share_prefixes: bool = True, **kwargs):
         if tokenizer.eos_token_id is None:
             raise InputError(f"{model.name_or_path}: its tokenizer has no end-of-sequence token; lm_eval needs one")
         logger = logging.getLogger(HFLM.__module__)
@@ -49,6 +52,7 @@ class CacheLM(HFLM):
         logger.setLevel(logging.NOTSET)
         self.pretrained = model.name_or_path  # the name in results
         self.h2o = getattr(model, "h2o", None)
+        self.snapshots = most_snapshot_bytes(model) if share_prefixes else 0
         self.evictions: dict[str, Counter] = {}
         self._task, self._counts = "", Counter()  # of the current requests
         self._stops: Stops | None = None  # of the current texts
@@ -180,9 +184,12 @@ class CacheLM(HFLM):
             return answers
         contexts, answers = self.batch_size, [None] * len(pairs)
         if contexts == "auto" and pairs:
-            contexts = rows_that_fit(self.model, *(max(map(len, part)) for part in zip(*pairs, strict=True)))
-        pad, dtype = self.tokenizer.pad_token_id, self.softmax_dtype
-        found = log_likelihoods_in_batches(self.model, pairs, contexts, pad, dtype)
+            longest = [max(map(len, part)) for part in zip(*pairs, strict=True)]
+            shared = [context for context, _ in pairs]
+            beside = snapshot_bytes(decoding_of(self.model), shared, len(shared), self.snapshots)
+            contexts = rows_that_fit(self.model, *longest, beside)
+        settings = self.tokenizer.pad_token_id, self.softmax_dtype, self.snapshots, self._counts
+        found = log_likelihoods_in_batches(self.model, pairs, contexts, *settings)
         for i, score in tqdm(found, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
             self._must_be_number(score.logprob)
             answers[i] = score.logprob, score.greedy

@@ -29,7 +29,8 @@ class SharedPrefixes:
 
     Attributes:
         order: the prompts so that those who share a beginning, and equal ones, are together.
-        computed, shared: tokens of the prompts that joined so far: fed to the model, and not because they were shared.
+        counts: tokens of the prompts that joined so far: `prompt_tokens_computed`, and `prompt_tokens_shared`, which
+            other prompts had computed.
     """
 
     def __init__(self, decoding: BoundedDecoding | FullDecoding, prompts: list[list[int]], rows: int, most_bytes: int):
@@ -41,7 +42,7 @@ class SharedPrefixes:
         self._beginning_of = {i: tree.beginning_of[at] for at, group in enumerate(groups) for i in group}
         self._left = Counter(self._beginning_of.values()) + Counter(tree.parents)  # prompts and beginnings that need it
         self._held: dict[int, object] = {}
-        self.computed = self.shared = 0
+        self.counts = Counter()
 
     def beginning_of(self, prompt: int) -> int | None:
         """The beginning that a prompt continues from, as a number; None for none."""
@@ -86,8 +87,8 @@ class SharedPrefixes:
             computed.append(0 if tokens in seen else len(tokens) - self.tokens_of(prompt))
             seen.add(tokens)
         computed[0] += added
-        self.computed += sum(computed)
-        self.shared += sum(len(self._prompts[prompt]) for prompt in prompts) - sum(computed)
+        shared = sum(len(self._prompts[prompt]) for prompt in prompts) - sum(computed)
+        self.counts = self.counts + Counter(prompt_tokens_computed=sum(computed), prompt_tokens_shared=shared)
         return computed
 
     def _length(self, beginning: int | None) -> int:

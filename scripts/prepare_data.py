@@ -176,8 +176,8 @@ def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | l
     return dict(list(rows.items())[: args.sample_num]), pool, skipped
 
 
-def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator: random.Random) -> list[dict]:
-    """`shots` different examples drawn uniformly from the pool, never the request's own article."""
+def draw_shots(pool: "Dataset | list[dict]", shots: int, asked: set[str], generator: random.Random) -> list[dict]:
+    """`shots` different examples drawn uniformly from the pool, none of them an article that is asked for."""
     drawn: dict[str, dict] = {}
     tried: set[int] = set()
     while len(drawn) < shots:
@@ -186,7 +186,7 @@ def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator
         row = generator.randrange(len(pool))
         tried.add(row)
         example = pool[row]
-        if example["article"] and example["summary"] and example["article"] != article:
+        if example["article"] and example["summary"] and example["article"] not in asked:
             drawn.setdefault(example["article"], example)
     return list(drawn.values())
 
@@ -198,9 +198,13 @@ def make_requests(args: argparse.Namespace, rows: dict[int, dict], pool: "Datase
     def prompt(example: dict) -> str:
         return f"###\nArticle: {example['article']}\n\nSummarize the above article in {form.length}.\n"
 
+    fixed = None
+    if args.fixed_shots:
+        asked = {example["article"] for example in rows.values()}
+        fixed = draw_shots(pool, args.shots, asked, random.Random(args.seed))
     for row, example in rows.items():
         # Seeded by row, so neither --sample_num nor earlier rows change the shots of a row.
-        shots = draw_shots(pool, args.shots, example["article"], random.Random(f"{args.seed}/{row}"))
+        shots = fixed or draw_shots(pool, args.shots, {example["article"]}, random.Random(f"{args.seed}/{row}"))
         fields = {
             "article": "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example),
             "summary_gt": example["summary"],
@@ -248,6 +252,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="solved examples before each request; H2O used 0, 3 or 5 (default: 0). They come from the train split, or "
         "from the rows of the local file, which then do not become requests",
     )
+    add(
+        "--fixed_shots",
+        action="store_true",
+        help="show the same examples before every request, as HELM does; run_summarization.py then computes them once "
+        "(default: draw them anew for each request)",
+    )
     add("--split", help="split of the hub data set to convert (default: test)")
     add("--sample_num", type=count, help="write only the first SAMPLE_NUM requests (default: all)")
     add("--seed", type=seed, default=0, help="seed for drawing the shots (default: 0)")
@@ -257,6 +267,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{kind}_column", help=f"column that holds the {kind} (default: {' or '.join(columns)})")
     add("--overwrite", action="store_true", help="replace an existing output file (default: stop with an error)")
     args = parser.parse_args(argv)
+    if args.fixed_shots and not args.shots:
+        parser.error("--fixed_shots: there are no shots; give their number with --shots, or leave the flag out")
     check_flags(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.input_path and args.split:
         parser.error(f"--split {args.split}: a local file has no splits; leave the flag out")
