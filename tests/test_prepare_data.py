@@ -153,7 +153,7 @@ def test_hub_shots_never_show_the_answer(hub, run):
         assert sorted([own, *shots_of(request)]) == [row["document"] for row in usable]
 
 
-def test_fixed_shots_are_the_same_for_all(hub, run, tmp_path):
+def test_fixed_shots_are_the_same_for_all(hub, run):
     """Shots in another order, which would share nothing; one that is asked for; those of another seed."""
     splits, _ = hub
     splits["train"] = [{"document": f"Train {i}.", "summary": f"S {i}."} for i in range(9)]
@@ -163,10 +163,14 @@ def test_fixed_shots_are_the_same_for_all(hub, run, tmp_path):
     assert len(set(shots)) == 3 and set(shots) <= {f"Train {i}." for i in range(4, 9)}
     assert requests == run("--shots", 3, "--fixed_shots")
     assert {tuple(shots_of(run("--shots", 3, "--fixed_shots", "--seed", i)[0])) for i in range(5)} > {shots}
+
+
+def test_fixed_local_shots(run, tmp_path):
+    """Shots in an order of each request's own, or other rows set aside."""
     path = write(tmp_path / "in.jsonl", ROWS)
     fixed, drawn = run("--input-path", path, "--shots", 3, "--fixed_shots"), run("--input-path", path, "--shots", 3)
     assert len({tuple(shots_of(request)) for request in fixed}) == 1
-    assert set(shots_of(fixed[0])) == set(shots_of(drawn[0])), "the same rows are set aside"
+    assert set(shots_of(fixed[0])) == set(shots_of(drawn[0]))
     assert [request["summary_gt"] for request in fixed] == [request["summary_gt"] for request in drawn]
 
 
