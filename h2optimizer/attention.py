@@ -3,6 +3,9 @@
 Every backend takes `Inputs` and returns the output [B, Hq, columns, D] and, on scored steps, the mass [B, Hkv, width]
 float32: column sums of softmax(QK^T * scaling) over queries and a group's query heads. The mass is None on other steps.
 If kernels decode, `kernel_decode_step` replaces the backend and works on the slots in place.
+
+After a shared prefix, `Inputs` has its keys and values apart: one copy for all rows. Torch's backends join them to each
+row's own, a layer at a time; the kernels do not.
 """
 
 import functools
@@ -17,6 +20,7 @@ from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
 from utils.cache import HHLayer, kernels_take
+from utils.prefix import followed_by
 from utils.step import Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU; a 16th of that on a CPU
@@ -41,6 +45,8 @@ class Inputs(NamedTuple):
     group_reduce: str = "sum"  # H2OConfig's
     layer: HHLayer | None = None  # the cache layer of key and value
     rope: Rope | None = None  # cosines and sines [width, D] by slot index, if keys are cached unrotated
+    # Keys and values [1, Hkv, P, D] of a prefix; key and value are then those of the `columns` new tokens alone.
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,12 +54,25 @@ class Inputs(NamedTuple):
 
     def rotated(self) -> "Inputs":
         """The same inputs with rotated keys, in a copy."""
-        return self if self.rope is None else self._replace(key=rotate(self.key, *self.rope), rope=None)
+        if self.rope is None:
+            return self
+        shared, prefix = self.step.shared, self.prefix
+        if prefix is not None:
+            prefix = rotate(prefix[0], *(table[:shared] for table in self.rope)), prefix[1]
+        key = rotate(self.key, *(table[shared:] for table in self.rope))
+        return self._replace(key=key, rope=None, prefix=prefix)
+
+    def joined(self) -> "Inputs":
+        """The same inputs with the prefix in front of each row's own keys and values, in a copy."""
+        if self.prefix is None:
+            return self
+        key, value = map(followed_by, self.prefix, (self.key, self.value))
+        return self._replace(key=key, value=value, prefix=None)
 
 
 def eager_attention(inputs: Inputs) -> Attended:
     """The reference: the whole attention matrix at once."""
-    return blocked_attention(inputs.rotated(), block=inputs.step.columns)
+    return blocked_attention(inputs.rotated().joined(), block=inputs.step.columns)
 
 
 def sdpa_attention(inputs: Inputs) -> Attended:
@@ -63,7 +82,7 @@ def sdpa_attention(inputs: Inputs) -> Attended:
     is prefill (tokens come before padding, so causal is enough) and unscored decode steps of rows of equal length. All
     other forwards compute output and mass in the same blocks.
     """
-    inputs = inputs.rotated()
+    inputs = inputs.rotated().joined()
     (query, key, value), step = inputs.states, inputs.step
     budget = BLOCK_BYTES if query.is_cuda else BLOCK_BYTES // 16
     block = max(1, budget // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
@@ -93,17 +112,11 @@ def triton_attention(inputs: Inputs) -> Attended:
     if step.decode:
         return _kernel_decode(inputs)
     inputs = inputs.rotated()
+    if inputs.prefix is not None:
+        return _attention_after_prefix(inputs)
     if step.max_start == 0 and not step.scored:
         return sdpa_attention(inputs)
-    from h2optimizer.kernels.prefill import attention_with_lse
-
-    if step.max_start == 0 and _cudnn_applies(inputs):
-        # SDPA would choose this kernel too, but does not return the log-sum-exp
-        output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *inputs.states, None, True, 0.0, True, False, scale=inputs.scaling
-        )[:2]
-    else:
-        output, lse = attention_with_lse(*inputs.states, step.spans(query.device), inputs.scaling)
+    output, lse = _attention_with_lse(inputs)
     return output, _kernel_mass(inputs, lse) if step.scored else None
 
 
@@ -114,7 +127,7 @@ def flash_attention(inputs: Inputs) -> Attended:
     start[b] + i + 1 slots if the row's end is given as start[b] + `columns`.
     """
     step, scaling = inputs.step, inputs.scaling
-    if not _kernels_apply(inputs) or inputs.query.dtype == torch.float32:
+    if not _kernels_apply(inputs) or inputs.query.dtype == torch.float32 or inputs.prefix is not None:
         return triton_attention(inputs)
     if step.decode and (step.scored or inputs.rope is not None):
         return _kernel_decode(inputs)
@@ -245,6 +258,54 @@ def kernel_decode_step(
     )  # fmt: skip
 
 
+def _attention_after_prefix(inputs: Inputs) -> Attended:
+    """Attention over a shared prefix and, causally, over each row's own tokens, merged by their log-sum-exps.
+
+    The prefix is read once for the queries of all rows, as in Hydragen (Juravsky et al., arXiv 2402.05099).
+    """
+    from h2optimizer.kernels.prefill import merge_attention
+
+    step = inputs.step
+    key, value = inputs.prefix
+    shared, own = inputs._replace(key=key, value=value, prefix=None), inputs._replace(prefix=None, step=step.alone)
+    output, lse = merge_attention(*_attention_over_prefix(shared), *_attention_with_lse(own))
+    if not step.scored:
+        return output, None
+    return output, torch.cat([_kernel_mass(shared, lse), _kernel_mass(own, lse)], dim=2)
+
+
+def _attention_over_prefix(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all queries over a prefix, key and value [1, Hkv, P, D], and its log-sum-exps."""
+    from h2optimizer.kernels.prefill import attention_with_lse
+
+    query, key, value = inputs.states
+    rows, heads, columns = query.shape[:3]
+    in_one_row = query.transpose(1, 2).reshape(1, rows * columns, heads, -1).transpose(1, 2)
+    if not _cudnn_applies(in_one_row, key, value, is_causal=False):
+        return attention_with_lse(*inputs.states, inputs.step.spans(query.device), inputs.scaling, prefix=True)
+    output, lse = _cudnn_attention(in_one_row, key, value, inputs.scaling, is_causal=False)
+    output = output.transpose(1, 2).reshape(rows, columns, heads, -1).transpose(1, 2)
+    return output, lse.view(heads, rows, columns).transpose(0, 1)
+
+
+def _attention_with_lse(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of several tokens and its log-sum-exps [B, Hq, columns] by the fastest kernel."""
+    from h2optimizer.kernels.prefill import attention_with_lse
+
+    step = inputs.step
+    if step.max_start == 0 and _cudnn_applies(*inputs.states, is_causal=True):
+        output, lse = _cudnn_attention(*inputs.states, inputs.scaling, is_causal=True)
+        return output, lse.view(output.shape[:3])
+    return attention_with_lse(*inputs.states, step.spans(inputs.query.device), inputs.scaling)
+
+
+def _cudnn_attention(query, key, value, scaling: float, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """cuDNN's kernel, as SDPA would choose it, with the log-sum-exps that SDPA does not return."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, is_causal, False, scale=scaling
+    )[:2]
+
+
 def _kernel_mass(inputs: Inputs, lse: torch.Tensor) -> torch.Tensor:
     """The mass of several tokens by the kernel, from the log-sum-exps of their attention."""
     from h2optimizer.kernels.prefill import attention_mass
@@ -255,13 +316,12 @@ def _kernel_mass(inputs: Inputs, lse: torch.Tensor) -> torch.Tensor:
     return attention_mass(query, key, lse, spans, inputs.scaling, first_head)
 
 
-def _cudnn_applies(inputs: Inputs) -> bool:
+def _cudnn_applies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> bool:
     """Whether SDPA would choose cuDNN's attention for these states, given the versions, GPU and user settings."""
-    query, key, _ = inputs.states
     if not query.is_cuda:
         return False
     gqa = query.shape[1] != key.shape[1]
-    choice = torch._fused_sdp_choice(*inputs.states, None, 0.0, is_causal=True, enable_gqa=gqa)
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal=is_causal, enable_gqa=gqa)
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 

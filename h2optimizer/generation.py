@@ -20,6 +20,7 @@ from transformers.generation import (
 
 from h2optimizer.backends import has_kernels
 from h2optimizer.decoder import CHUNK, Decoder, is_replayable
+from h2optimizer.prefixes import Prefix, prefix_first
 from h2optimizer.sampling import choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
@@ -46,13 +47,18 @@ class GeneratesThroughSlots:
         self.kept_caches = KeptCaches()
         self.capture_sharded = False
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, prefix: Prefix | None = None, **kwargs):
         """As GenerationMixin's, over an HHCache; `past_key_values` (or `cache`) may be the caller's own.
 
         Inputs may be padded in any column. Once a row has finished, the tokens fed to it no longer enter the cache.
 
-        Raises: ValueError for `use_cache=False` or another cache_implementation, and for fewer tokens than a given
-            cache has seen.
+        Args:
+            prefix: from `prefill_prefix`, a beginning of all prompts that need not be computed again. The prompts are
+                whole, so the results are those without it, up to the order of sums. `HHCache(h2o, prefix=prefix)` as
+                the cache does the same.
+
+        Raises: ValueError for `use_cache=False` or another cache_implementation, for fewer tokens than a given
+            cache has seen, and for prompts that do not begin with the prefix or do not go beyond it.
         """
         # H2O: accept the cache under either name, whichever this version of transformers uses
         for name in ("past_key_values", "cache"):
@@ -61,10 +67,19 @@ class GeneratesThroughSlots:
         # H2O: a checkpoint's use_cache is left over from training, not the caller's choice
         if kwargs.get("generation_config") in (None, self.generation_config):
             kwargs.setdefault("use_cache", True)
+        if prefix is not None:
+            if kwargs.get(CACHE_ARGUMENT) is not None:
+                raise ValueError("prefix: give it to the cache, HHCache(h2o, prefix=prefix), or leave the cache out")
+            kwargs["prefix"] = prefix
         return super().generate(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        # H2O: `prefix` is for the cache, not for the model
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "prefix"})
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # H2O: generate makes an HHCache where stock Llama makes a DynamicCache
+        prefix = model_kwargs.pop("prefix", None)
         if model_kwargs.get(CACHE_ARGUMENT) is None:
             if not generation_config.use_cache or generation_config.cache_implementation is not None:
                 raise ValueError(
@@ -72,7 +87,7 @@ class GeneratesThroughSlots:
                     "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
                 )
             self._refuse_prefix_tuning()
-            model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o)
+            model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o, prefix)
             self.merge_projections()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -102,6 +117,8 @@ class GeneratesThroughSlots:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, **kwargs):
         cache, embeds = model_kwargs.get(CACHE_ARGUMENT), model_kwargs.get("inputs_embeds")
+        if isinstance(cache, HHCache) and cache.continues_prefix:
+            return self._prefill_after_prefix(input_ids, generation_config, model_kwargs, **kwargs)
         if isinstance(cache, HHCache) and (seen := cache.get_seq_length()):
             given, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
             # H2O: generate drops a mask of ones, but keeps its length
@@ -117,6 +134,25 @@ class GeneratesThroughSlots:
                     "least one new token, or reset() the cache"
                 )
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _prefill_after_prefix(self, input_ids, generation_config, model_kwargs, **kwargs):
+        """The first forward of whole prompts whose beginning, the cache's prefix, need not be computed."""
+        cache, mask = model_kwargs[CACHE_ARGUMENT], model_kwargs.get("attention_mask")
+        tuning = getattr(getattr(self._adapter, "active_peft_config", None), "is_prompt_learning", False)
+        if model_kwargs.get("inputs_embeds") is not None or tuning:
+            raise ValueError("prefix: inputs_embeds and prompt tuning do not begin with its tokens: leave it out")
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefix: does not end where a chunk of the prompt does: leave prefill_chunk_size out")
+        real = torch.ones(input_ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        order = prefix_first(input_ids, real, cache.prefix.tokens)  # H2O: the cache takes it before any padding
+        inputs = {"input_ids": input_ids, "attention_mask": real.long()}  # the mask stays on the host, which reads it
+        if model_kwargs.get("position_ids") is not None:
+            inputs["position_ids"] = model_kwargs["position_ids"]
+        inputs = {name: of.gather(1, order.to(of.device)) for name, of in inputs.items()}
+        input_ids = inputs.pop("input_ids")[:, len(cache.prefix) :]
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs | inputs, **kwargs)
+        cache.set_padding(real)
+        return outputs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         # H2O: all steps of a bounded cache are the same work: replay them unless the request needs the host
@@ -279,8 +315,9 @@ def sample(
     at_a_time = 1 if outlives and (eos is not None or others) else CHUNK
 
     key = (len(input_ids), cache.h2o, model.dtype, model.device)
-    if not outlives:
-        cache = kwargs[CACHE_ARGUMENT] = model.kept_caches.take(key) or cache
+    if not outlives and (kept := model.kept_caches.take(key)) is not None:
+        kept.follow(cache.prefix)
+        cache = kwargs[CACHE_ARGUMENT] = kept
     logits = None
     while logits is None:
         try:
@@ -328,6 +365,8 @@ def sample(
             decoder.token.copy_(input_ids[:, -1])
         new = decoder.decode(min(at_a_time, left), bring)[0]
     if not outlives:
+        if cache.prefix is not None:
+            cache.follow(None)  # a kept cache must not hold on to the snapshot
         model.kept_caches.put(key, cache)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_ARGUMENT: cache})

@@ -19,6 +19,7 @@ from h2optimizer.backends import ATTENTION_BACKENDS, has_kernels, resolve_backen
 from h2optimizer.columns import Columns
 from h2optimizer.fused import FusedMLP, FusedRMSNorm, MergedLinear
 from h2optimizer.generation import GeneratesThroughSlots
+from h2optimizer.prefixes import Prefix, prefill_prefix
 from h2optimizer.slimming import slimmer_of
 from h2optimizer.weights import ChecksItsWeights
 from utils.budgets import HeadBudgets
@@ -242,16 +243,17 @@ class H2OAttention:
         keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
         keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
         layer, key_rope = cache.layers[self.layer_idx], None
+        prefix = None if layer.before is None else layer.before[:2]  # H2O: keys and values, one copy for all rows
         seen = layer.seen_by(step)  # H2O: a head with a window of its own is a row of its own
         query_states = to_rows(query_states, seen)
         if h2o.position_rolling:  # H2O: keys are cached unrotated and rotated by slot index when used, in a copy
-            cos, sin = (table[:, : keys.shape[2]] for table in (cos, sin))
+            cos, sin = (table[:, : step.shared + keys.shape[2]] for table in (cos, sin))
             key_rope = (cos[0], sin[0])
             query_states = rotate(query_states, *(_at_queries(table, seen)[:, None] for table in (cos, sin)))
 
         # H2O: attention reports the mass that each slot received; slimming follows when due
         attn_output, mass = ATTENTION_BACKENDS[backend](
-            Inputs(query_states, keys, values, seen, self.scaling, h2o.group_reduce, layer, key_rope)
+            Inputs(query_states, keys, values, seen, self.scaling, h2o.group_reduce, layer, key_rope, prefix)
         )
         if mass is not None:
             cache.add_mass(mass, self.layer_idx)
@@ -332,6 +334,24 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             attention.merged.merge(attention.q_proj, attention.k_proj, attention.v_proj)
             mlp.merged.merge(mlp.gate_proj, mlp.up_proj)
 
+    def prefill_prefix(self, ids: list[int] | torch.Tensor, prefix: Prefix | None = None) -> Prefix:
+        """Compute a beginning that several prompts share, once: for `generate(…, prefix=…)`, or an HHCache.
+
+        Args:
+            ids: its tokens, of one row; with `prefix`, those that follow it.
+            prefix: a shorter prefix to extend. The result holds both, and the shorter one stays as it is.
+
+        Returns: the keys, values and mass of the tokens, on the layers' devices. `prefix.nbytes` is their size.
+
+        Raises: ValueError for settings that rule out an exact result (`score_decay` below 1, `prefill_chunk`), RoPE
+            types `dynamic` and `longrope`, and a `prefix` of another model or of other settings.
+        """
+        return prefill_prefix(self, ids, prefix)
+
+    def fill_slots(self, cache: HHCache, input_ids: torch.Tensor) -> None:
+        """A forward of input_ids [B, tokens] for the cache alone, without logits."""
+        self._through_slots(cache, input_ids, None, None, None, 1)
+
     @can_return_tuple
     def forward(
         self,
@@ -386,8 +406,11 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         come from the cache and `position_ids` is ignored. Inputs longer than the cache's `prefill_chunk` are processed
         in chunks of that size, using the memory of one chunk plus the requested logits and states.
 
-        Raises: ValueError for a mask that hides tokens the cache has seen, or an input without columns.
+        Raises: ValueError for a mask that hides tokens the cache has seen, an input without columns, or a cache that
+            begins after another model's prefix.
         """
+        if cache.continues_prefix:
+            cache.prefix.check_model(self)
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions: no attention matrix is kept with an HHCache; use LlamaForCausalLM")
         if isinstance(logits_to_keep, list):

@@ -45,10 +45,12 @@ class KernelSlimmer(TorchSlimmer):
             keep = super().pick(slimming)
             kernels.hand_over(keep, kept)
         keys, values = slimming.stored("keys"), slimming.stored("values")
-        kernels.compact(slots.keys, slots.values, keys, values, plan.mirror, kept, plan.window, _heads(slimming))
+        prefix = None if slimming.prefix is None else slimming.prefix[:2]
+        kernels.compact(
+            slots.keys, slots.values, keys, values, plan.mirror, kept, plan.window, _heads(slimming), prefix
+        )
         if not ranks:  # otherwise `_select` has moved the rest already
-            rest = {name: old for name, old in slimming.tensors().items() if name not in ("keys", "values")}
-            slots.compact(rest, keep, plan, gather)
+            slots.compact(slimming.moved(states=False) | {"positions": slimming.positions}, keep, plan, gather)
 
 
 def _ranks(slimming: Slimming) -> bool:

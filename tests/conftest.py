@@ -254,6 +254,26 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
                 assert not masses[b, head, length : window + h2o.update_interval].any(), "mass past the row's length"
 
 
+def assert_same_cache(cache, expected):
+    """All that a cache holds or counts, to the rounding of the mass."""
+    for name in ("lengths", "seen", "evictions", "clock"):
+        assert getattr(cache, name) == getattr(expected, name), name
+    assert cache.get_seq_length() == expected.get_seq_length()
+    mirror, _ = cache._rows.mirror(torch.device("cpu")), expected._rows.mirror(torch.device("cpu"))
+    assert mirror.tolist() == [expected.lengths, expected.seen], "what the device counted"
+    for layer_idx, layer in enumerate(cache.layers):
+        assert cache.positions(layer_idx).tolist() == expected.positions(layer_idx).tolist()
+        lengths = layer.lengths.tolist()
+        assert lengths == expected.layers[layer_idx].lengths.tolist()
+        for name in ("keys", "values", *layer.slots.ranked):
+            ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
+            for b, row in enumerate(lengths):
+                for h, length in enumerate(row):
+                    what = f"{name} of row {b}, layer {layer_idx}, head {h}"
+                    assert_close(ours[b, h, :length], theirs[b, h, :length], what=what)
+    assert_invariants(cache)
+
+
 def assert_follows_oracle(result, row, oracle, block):
     """The logits of each step are the oracle's on the tokens that were emitted; feeds all of them but the last."""
     logits = torch.stack(result.logits)[:, row]

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from conftest import GROUPS, assert_close, assert_invariants, by_head, count_captured, left_pad, make_llamas, prompt
+from conftest import GROUPS, count_captured, left_pad, make_llamas, prompt
 from h2optimizer import H2OConfig, generation
 from utils.cache import HHCache
 
@@ -83,26 +83,6 @@ def both_ways(model, captured, rows=ROWS, flags=None, own=False, **kwargs):
         outputs.append(run(model, rows, **{**kwargs, **passed}))
         assert (len(captured) > before) == capture
     return outputs, caches
-
-
-def assert_same_cache(cache, expected):
-    """All that a cache holds or counts, to the rounding of the mass."""
-    for name in ("lengths", "seen", "evictions", "clock"):
-        assert getattr(cache, name) == getattr(expected, name), name
-    assert cache.get_seq_length() == expected.get_seq_length()
-    mirror, _ = cache._rows.mirror(torch.device("cpu")), expected._rows.mirror(torch.device("cpu"))
-    assert mirror.tolist() == [expected.lengths, expected.seen], "what the device counted"
-    for layer_idx, layer in enumerate(cache.layers):
-        assert cache.positions(layer_idx).tolist() == expected.positions(layer_idx).tolist()
-        lengths = layer.lengths.tolist()
-        assert lengths == expected.layers[layer_idx].lengths.tolist()
-        for name in ("keys", "values", *layer.slots.ranked):
-            ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
-            for b, row in enumerate(lengths):
-                for h, length in enumerate(row):
-                    what = f"{name} of row {b}, layer {layer_idx}, head {h}"
-                    assert_close(ours[b, h, :length], theirs[b, h, :length], what=what)
-    assert_invariants(cache)
 
 
 def eos_cases(model):

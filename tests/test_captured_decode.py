@@ -9,9 +9,9 @@ from transformers import DynamicCache, LogitsProcessor, TextStreamer
 from transformers.generation import StoppingCriteria
 
 import recorded_steps
-from conftest import VOCAB, left_pad, make_llamas, of_llamas, prompt, set_checkpointing, uneven
+from conftest import VOCAB, assert_same_cache, left_pad, make_llamas, of_llamas, prompt, set_checkpointing, uneven
 from h2optimizer.batching import Batcher, Sequence
-from recorded_steps import ROWS, assert_same_cache, both_ways, decoders_of, eos_cases, run, sequences, settings
+from recorded_steps import ROWS, both_ways, decoders_of, eos_cases, run, sequences, settings
 from utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS

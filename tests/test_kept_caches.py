@@ -11,9 +11,9 @@ import torch
 from transformers.generation import StoppingCriteria
 
 import recorded_steps
-from conftest import VOCAB, assert_invariants, forward, left_pad, make_llamas, prompt
+from conftest import VOCAB, assert_invariants, assert_same_cache, forward, left_pad, make_llamas, prompt
 from h2optimizer import generation
-from recorded_steps import ROWS, assert_same_cache, both_ways, decoders_of, eos_cases, run, sequences, settings
+from recorded_steps import ROWS, both_ways, decoders_of, eos_cases, run, sequences, settings
 from utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS

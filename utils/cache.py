@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from utils.heads import HeadWindows, LayerRows
-from utils.padding import Padding, check_past
+from utils.padding import Padding, check_past, runs_without
+from utils.prefix import LayerPrefix, Prefix, followed_by, least_own_tokens
 from utils.slimming import Slimming, TorchSlimmer
 from utils.slots import HeadSlots, Slots, gather_by_mask, norms_of
 from utils.step import Rows, Step, plan_of, to_rows
@@ -34,6 +35,7 @@ class HHLayer(CacheLayerMixin):
     """One layer: its slots, allocated at the first forward, and the pending block of a forward of several tokens.
 
     `block` holds that forward's keys and values (later also mass and count) until slimming moves them into the slots.
+    In the first forward after a prefix, `before` holds the prefix, whose keys and values the block lacks.
     `keys` and `values` alias the slots, as transformers' cache layers expose them; `lengths` [B] int32 are the rows'.
     """
 
@@ -43,6 +45,7 @@ class HHLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.slimmer = TorchSlimmer()
         self.block: dict[str, torch.Tensor] | None = None
+        self.before: LayerPrefix | None = None
         self._seen: tuple[Step, Step] | None = None  # a forward, and `seen_by` of it
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor, rows: Rows) -> None:
@@ -80,14 +83,14 @@ class HHLayer(CacheLayerMixin):
 
         A prompt in an empty cache is the same for all heads.
         """
-        if not isinstance(self.rows, LayerRows) or (step.max_start == 0 and not step.decode):
+        if not isinstance(self.rows, LayerRows) or (step.fresh and not step.decode):
             return step
         if self._seen is None or self._seen[0] is not step:
             self._seen = step, step.of_heads(self.rows)
         return self._seen[1]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, slimmer: TorchSlimmer):
-        if not self.is_initialized or (step.max_start == 0 and not self.slots.suit(key_states, value_states)):
+        if not self.is_initialized or (step.fresh and not self.slots.suit(key_states, value_states)):
             self.slimmer = slimmer
             self.lazy_initialization(key_states, value_states, step.rows)
         held = self.slots.heads, self.slots.head_dim
@@ -102,17 +105,26 @@ class HHLayer(CacheLayerMixin):
                 extended = self.slots.extended(key_states, value_states, step)
             self.slots.append(key_states, value_states, step)
             return extended or self.slots.read(self.slots.capacity if step.static else step.width)
+        if step.prefix is not None:
+            step.prefix.check_states(self.layer_idx, key_states, value_states)
+            self.before = step.prefix.layers[self.layer_idx]
         keys, values = self.slots.extended(key_states, value_states, step)
         self.block = {"keys": keys.detach(), "values": values.detach()}
         return keys, values
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:
-        """Add this forward's mass, in the shape of what `update` returned without D, after decaying the stored mass."""
+        """Add this forward's mass to the stored mass, after decaying it.
+
+        mass: in the shape of what `update` returned without D, and after a prefix with the prefix' slots in front.
+        """
         decay, step = self.h2o.score_decay, self.seen_by(step)
         added = {"mass": mass}
         if self.slots.count is not None:
             added["count"] = step.scored_queries(mass.device)[:, None].expand_as(mass)
         for name, addition in added.items():
+            if self.before is not None:
+                self._add_to_prefix(name, addition)
+                continue
             slots = self.slots.load(name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays and step.max_start:
@@ -126,25 +138,49 @@ class HHLayer(CacheLayerMixin):
                     total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
+    def _add_to_prefix(self, name: str, addition: torch.Tensor) -> None:
+        """Add what the prefix' own queries gave to its slots."""
+        total, old = addition.clone() if name == "count" else addition, getattr(self.before, name)
+        if old is not None:
+            total[:, :, : old.shape[2]].add_(old)
+        self.block[name] = total
+
+    def snapshot(self) -> LayerPrefix:
+        """The pending block in place of its slimming, as a prefix: of one row, without padding."""
+        before, block, self.before, self.block = self.before, self.block, None, None
+        keys, values = (
+            block[name].clone(memory_format=torch.contiguous_format)
+            if before is None
+            else followed_by(getattr(before, name), block[name])
+            for name in ("keys", "values")
+        )
+        norms = None if self.slots.norms is None else norms_of(values)
+        return LayerPrefix(keys, values, block.get("mass"), block.get("count"), norms)
+
     def slim(self, windows: HeadWindows, by_mask: bool, static: bool = False) -> None:
         """Slim the slots, or the pending block, to `windows` (by boolean mask, or by gather).
 
         With `static`, the same work is enqueued whatever the row lengths.
         """
         block, self.block = self.block, None
+        before, self.before = self.before, None
         if block is not None:
             block = {name: to_rows(old, len(self.rows.mirror(self.device)[0])) for name, old in block.items()}
             if self.slots.norms is not None:
-                block["norms"] = norms_of(block["values"])
+                norms = norms_of(block["values"])
+                block["norms"] = norms if before is None else followed_by(before.norms, norms)
         capacity = self.slots.capacity
-        plan = plan_of(self.rows, self.device, capacity if block is None else block["keys"].shape[2], capacity, windows)
+        width = capacity if block is None else block["keys"].shape[2] + (0 if before is None else before.keys.shape[2])
+        plan = plan_of(self.rows, self.device, width, capacity, windows)
+        slimming = Slimming(
+            self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, self.kept, before
+        )
         if static:
             plan.ragged = True
         elif not plan.drops:
-            if block is not None:
-                self.slots.fill({name: old[:, :, : plan.longest] for name, old in block.items()}, plan)
-            return  # positions past a row's end are already those of the tokens to come
-        slimming = Slimming(self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, self.kept)
+            if block is not None:  # positions past a row's end are already those of the tokens to come
+                self.slots.fill({name: old[:, :, : plan.longest] for name, old in slimming.moved().items()}, plan)
+            return
         if by_mask and plan.even:
             self.slots.compact(slimming.tensors(), self.slimmer.pick(slimming), plan, gather_by_mask)
         else:
@@ -154,7 +190,7 @@ class HHLayer(CacheLayerMixin):
         self.slots.reorder(beam_idx)
 
     def reset(self) -> None:
-        self.block = None
+        self.block = self.before = None
         if self.is_initialized:
             self.slots.clear()
 
@@ -186,6 +222,8 @@ class HHCache(Cache):
       mass), but is slimmed after each chunk.
     - The slots are allocated at the first forward of a batch size and keep their addresses. A decode step never makes
       the host wait for the device.
+    - After a prefix, the first forward attends to it and adds mass to it where it lies, and is slimmed over both: the
+      slots are those of a forward of the whole texts, up to the order of sums. The prefix itself never changes.
     - Rows are independent: a row can be replaced right after a slimming (`take_rows`) and decodes as if it were alone.
 
     `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`. The
@@ -193,19 +231,29 @@ class HHCache(Cache):
 
     Args:
         h2o: an `H2OConfig`. The cache uses these settings even if the model's differ.
+        prefix: from `model.prefill_prefix`: all rows begin after it. The first forward takes the tokens that follow.
+
+    Raises: ValueError if the settings rule out a prefix, or are not those that it was computed with.
     """
 
-    def __init__(self, h2o):
+    def __init__(self, h2o, prefix: Prefix | None = None):
         if not hasattr(h2o, "window_length"):
             raise ValueError(f"HHCache: give an H2OConfig, not a {type(h2o).__name__}")
         super().__init__(layers=[])
         self.h2o = h2o
         self.schedule, self.windows = h2o.schedule, h2o.head_windows
-        self.step: Step | None = None  # the forward in progress
-        self.clock = 0
-        self._columns = 0
-        self._chunked = 0  # columns already processed of a chunked forward, 0 between forwards
         self._rows: Rows | None = None
+        self.follow(prefix)
+
+    def follow(self, prefix: Prefix | None) -> None:
+        """Reset the cache, and let its rows begin after another prefix, or after none.
+
+        Raises: ValueError as the constructor does.
+        """
+        if prefix is not None:
+            prefix.check_settings(self.h2o)
+        self.prefix = prefix
+        self.reset()
 
     # One forward
 
@@ -229,7 +277,8 @@ class HHCache(Cache):
         `static` makes a decode step safe for CUDA graphs: the host sends no value that changes from step to step. The
         device counts for itself in `Rows.count_step` and `slim_all`, which are recorded with the step.
 
-        Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset.
+        Raises: RuntimeError after a forward that did not finish; ValueError when the batch size changes before a reset,
+            or too few tokens follow a prefix.
         """
         begin, end = (0, columns) if chunk is None else chunk
         if self.step is not None or begin != self._chunked:
@@ -242,6 +291,9 @@ class HHCache(Cache):
         new = new or [columns] * batch_size
         if len(new) != batch_size:
             raise ValueError(f"{len(new)} token counts for {batch_size} rows")
+        prefix = self.prefix if self.continues_prefix else None
+        if prefix is not None:
+            self._follow_prefix(new)
         decode = self.clock > 0 and columns == 1
         due = not decode or self.due
         if begin == 0 and min(new) < columns:
@@ -252,14 +304,38 @@ class HHCache(Cache):
             rows.bring(new)
         later = [max(0, n - end) for n in new]
         new = [min(max(0, n - begin), end - begin) for n in new]
-        first_scored = self._first_scored(new, later)
+        first_scored = self.first_scored(new, later)
         scored = h2o.needs_mass and (h2o.score_every_step or due) and (decode or first_scored != new)
         self._chunked = end % columns
-        self.step = Step(rows, rows.lengths, new, end - begin, decode, due, scored, first_scored, begin == 0, static)
+        self.step = Step(
+            rows, rows.lengths, new, end - begin, decode, due, scored, first_scored, begin == 0, static, prefix
+        )
         rows.append(new, on_device=not static)
         return self.step
 
-    def _first_scored(self, new: list[int], later: list[int]) -> list[int]:
+    @property
+    def continues_prefix(self) -> bool:
+        """Whether the next forward continues from the prefix."""
+        return self.prefix is not None and self.clock == 0
+
+    def _follow_prefix(self, new: list[int]) -> None:
+        """Let the empty rows begin after the prefix, and bring `new` tokens."""
+        fewest, least = min(new), self.least_own_tokens()
+        if fewest < least:
+            why = "the last token of a text is needed for its logits"
+            if least > 1:
+                why = f"score_queries={least} takes mass from the last {least} tokens of a text"
+            raise ValueError(
+                f"prefix: {fewest} tokens follow it in row {new.index(fewest)}, but at least {least} must, as {why}: "
+                "use a shorter prefix"
+            )
+        self._rows.follow(len(self.prefix))
+
+    def least_own_tokens(self) -> int:
+        """How many tokens must follow the prefix in each row."""
+        return least_own_tokens(self.h2o)
+
+    def first_scored(self, new: list[int], later: list[int]) -> list[int]:
         """The first query of each row that adds mass, of `new` ones now; `later` ones of the same forward follow."""
         queries = self.h2o.score_queries
         if self.clock > 0 or queries is None:
@@ -370,8 +446,14 @@ class HHCache(Cache):
         self._rows.cut(windows)
 
     def reset(self) -> None:
-        """Forget all tokens and counts, and set the clock to 0. The slots stay allocated for reuse."""
-        self.step, self.clock, self._columns, self._chunked = None, 0, 0, 0
+        """Forget all tokens and counts, and set the clock to 0, as in a new cache. The slots stay allocated for reuse.
+
+        The rows then begin after the cache's prefix again, if it has one; see `follow`.
+        """
+        self.step: Step | None = None  # the forward in progress
+        self.clock = 0
+        self._columns = 0 if self.prefix is None else len(self.prefix)
+        self._chunked = 0  # columns already processed of a chunked forward, 0 between forwards
         if self._rows is not None:
             self._rows.clear()
         for layer in self.layers:
@@ -472,6 +554,13 @@ class HHCache(Cache):
         slot = torch.arange(positions.shape[-1], device=positions.device)
         positions = positions.masked_fill(slot >= of.lengths[..., None], -1)
         return torch.nn.functional.pad(positions, (0, longest - positions.shape[-1]), value=-1)
+
+    def set_padding(self, real: torch.Tensor) -> None:
+        """Correct where padding was among all columns seen, bool [B, columns] on the host, if they were reordered."""
+        padding = [Padding() for _ in range(len(real))]
+        for row, begin, end in runs_without(real):
+            padding[row].add((begin, end), decode=False)
+        self._rows.padding = padding
 
     def check_past(self, past: torch.Tensor) -> None:
         """Raise ValueError unless a mask of past columns, bool [B, n] on the host, matches the tokens seen."""

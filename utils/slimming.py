@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 
 from utils.policies import Policy
+from utils.prefix import LayerPrefix, followed_by
 from utils.slots import Slots, gather
 from utils.step import SlimmingPlan
 
@@ -18,6 +19,8 @@ class Slimming:
         slots: the layer's slots, the destination.
         block: keys, values, mass and count [B, Hkv, width(, D)] of the slots followed by new tokens that are not in
             the slots yet; None to slim the slots themselves.
+        prefix: tokens that come before those of the block and take part. The block's keys and values do not contain
+            them, so that they are not copied for each row; all else does.
         plan: shared by all layers on the device.
         policy: ranks the candidates.
         layer_idx, seed: inputs of random ranks.
@@ -33,7 +36,9 @@ class Slimming:
         layer_idx: int,
         seed: int,
         kept: torch.Tensor | None = None,
+        prefix: LayerPrefix | None = None,
     ):
+        self.prefix = prefix
         self.slots, self.plan, self.policy, self.layer_idx, self.seed = slots, plan, policy, layer_idx, seed
         self.kept, self.block, self.heads = kept, block, slots.heads
 
@@ -49,13 +54,21 @@ class Slimming:
     def _source(self) -> dict[str, torch.Tensor]:
         return self.slots.tensors() if self.block is None else self.block
 
+    @cached_property
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all candidates; with a prefix in a copy, which the kernels do not need."""
+        own = self._source["keys"], self._source["values"]
+        if self.prefix is None:
+            return own
+        return tuple(followed_by(*pair) for pair in zip(self.prefix[:2], own, strict=True))
+
     @property
     def keys(self) -> torch.Tensor:
-        return self._source["keys"]
+        return self._states[0]
 
     @property
     def values(self) -> torch.Tensor:
-        return self._source["values"]
+        return self._states[1]
 
     @property
     def mass(self) -> torch.Tensor | None:
@@ -88,7 +101,12 @@ class Slimming:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors that move with a token, by name."""
-        return self._source | {"positions": self.positions}
+        return self.moved() | {"positions": self.positions}
+
+    def moved(self, states: bool = True) -> dict[str, torch.Tensor]:
+        """What moves with a token but its position, by name; without `states`, neither do its key and value."""
+        rest = {name: of for name, of in self._source.items() if name not in ("keys", "values", "positions")}
+        return ({"keys": self.keys, "values": self.values} if states else {}) | rest
 
 
 class TorchSlimmer:

@@ -115,9 +115,12 @@ class Slots:
     def extended(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of each row's filled keys and values followed by its new tokens: [B, Hkv, step.width, D]."""
+        """Copies of each row's filled keys and values followed by its new tokens: [B, Hkv, step.width, D].
+
+        The new tokens alone, [B, Hkv, columns, D], if no row has a slot.
+        """
         key_states, value_states = self._cast(key_states, value_states)
-        if step.max_start == 0:
+        if step.fresh:
             return key_states, value_states
         keys, values = self.read()
         return _join(keys, key_states, step), _join(values, value_states, step)

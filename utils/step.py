@@ -11,6 +11,7 @@ import torch
 
 from utils.heads import HeadRows, HeadWindows, LayerRows
 from utils.padding import Padding, runs_without
+from utils.prefix import Prefix
 
 
 @dataclass
@@ -18,8 +19,8 @@ class Step:
     """One forward as every layer sees it. Row b holds `start[b]` slots and brings `new[b]` tokens in `columns` columns.
 
     A row's tokens come first and its padding last, so query column i sits at slot start[b] + i and sees all slots up to
-    it. The lists live on the host, so shapes and branches need no wait for the device. Only slimming changes a row that
-    brings no token.
+    it. In the first forward after a prefix, the tokens of the prefix stand for the slots. The lists live on the host,
+    so shapes and branches need no wait for the device. Only slimming changes a row that brings no token.
     """
 
     rows: Rows | LayerRows
@@ -32,12 +33,15 @@ class Step:
     first_scored: list[int]  # query columns from here to new[b] add mass
     decays: bool = True  # stored mass decays once a forward, in its first chunk
     static: bool = False  # graph-safe: every per-step value is read on the device
+    prefix: Prefix | None = None  # the first `start` of each row are its tokens, and no row has a slot yet
 
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
         self.width = self.max_start + self.columns  # key columns that `HHCache.update` returns
         self.padded = min(self.new) < self.columns
         self.partial = self.decode and self.padded
+        self.shared = 0 if self.prefix is None else len(self.prefix)
+        self.fresh = self.max_start == self.shared  # no row has a slot
         self._on: dict[tuple, torch.Tensor] = {}
 
     def of_heads(self, rows: LayerRows) -> Step:
@@ -45,6 +49,11 @@ class Step:
         new = rows.repeat(self.new)
         start = [length - n for length, n in zip(rows.lengths, new, strict=True)]
         return replace(self, rows=rows, start=start, new=new, first_scored=rows.repeat(self.first_scored))
+
+    @cached_property
+    def alone(self) -> Step:
+        """The same forward without its prefix: what the new tokens see of each other."""
+        return replace(self, start=[0] * len(self.start), prefix=None)
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """`start` on `device`, int64 [B]. A decode step derives it from the lengths already on the device."""
@@ -221,6 +230,14 @@ class Rows:
             self.count_step()
         else:
             self.upload()
+
+    def follow(self, prefix: int) -> None:
+        """Let empty rows begin after a prefix of so many tokens."""
+        self.lengths, self.seen = [prefix] * len(self.lengths), [prefix] * len(self.lengths)
+        self.plans.clear()
+        if self.heads is not None:
+            self.heads.held[:] = prefix
+        self.upload()
 
     def count_step(self, partial: bool = False) -> None:
         """Count one more token on the device for each row, or with `partial` only for the rows in `brought`."""

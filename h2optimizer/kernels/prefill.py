@@ -4,6 +4,8 @@ Query column i of row b sits at slot starts[b] + i and sees all slots up to it; 
 real. Output and log-sum-exp come from the fastest kernel available. The mass, column sums of exp(q·k * scaling - lse),
 takes one more pass over tiles, as in the backward pass of FlashAttention-2 (Dao, arXiv 2307.08691). It needs no atomics
 because each program keeps its tile of keys and walks over the queries.
+
+Keys and values of batch 1 serve all rows: those of a shared prefix, with starts at its end.
 """
 
 import torch
@@ -33,8 +35,8 @@ def _mass_tile(query, keys_t, lse, qb, qh, i, offset_n, start, end, scale_log2, 
 
 @triton.jit(do_not_specialize=["batch", "columns", "width", "blocks"])
 def _mass_kernel(query, key, lse, spans, mass, batch, columns, width, blocks, scale_log2, HEADS: tl.constexpr,
-                 GROUP: tl.constexpr, COUNTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 GROUP: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys and one query head: mass [B, Hkv, COUNTED, width] from the queries in [first, new)."""
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = head // (HEADS * COUNTED), head // COUNTED % HEADS
@@ -42,7 +44,7 @@ def _mass_kernel(query, key, lse, spans, mass, batch, columns, width, blocks, sc
     start, new, first = tl.load(spans + b), tl.load(spans + batch + b), tl.load(spans + 2 * batch + b)
     lse += (b * HEADS * GROUP + q_head).to(tl.int64) * columns
     offset_n = block * BN + tl.arange(0, BN)
-    keys_t = tl.trans(key.load([b, h, block * BN, 0]).reshape(BN, BD))
+    keys_t = tl.trans(key.load([0 if SHARED else b, h, block * BN, 0]).reshape(BN, BD))
     # Queries before `begin` see none of the keys; queries from `whole` on see all. Masked tiles also take the
     # remainder, so that all unmasked tiles are full.
     begin = tl.maximum(first, block * BN - start)
@@ -61,13 +63,20 @@ def _mass_kernel(query, key, lse, spans, mass, batch, columns, width, blocks, sc
 
 @triton.jit(do_not_specialize=["batch", "columns", "blocks"])
 def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blocks, stride_b, stride_n, scale_log2,
-                      HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of queries of one head, the latest first: output [B, columns, Hq, D], lse [B, Hq, columns]."""
+                      HEADS: tl.constexpr, GROUP: tl.constexpr, PREFIX: tl.constexpr, D: tl.constexpr,
+                      BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of queries of one head, the latest first: output [B, columns, Hq, D], lse [B, Hq, columns].
+
+    With PREFIX, keys and values are those of the first row, and the new tokens are not among them.
+    """
     block, head = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, q_head = head // (HEADS * GROUP), head % (HEADS * GROUP)
     h = q_head // GROUP
     start, new = tl.load(spans + b), tl.load(spans + batch + b)
+    kv_row = b
+    if PREFIX:
+        new = 0
+        kv_row = 0
     column = block * BM + tl.arange(0, BM)
     offset_d, offset_n = tl.arange(0, BD), tl.arange(0, BN)
     q = query.load([b, q_head, block * BM, 0]).reshape(BM, BD)
@@ -77,17 +86,17 @@ def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blo
     seen_by_all = (start + tl.minimum(block * BM + 1, new)) // BN * BN  # slots of full tiles that every query sees
     visible = start + tl.minimum(new, block * BM + BM)
     for j in range(0, seen_by_all, BN):
-        k = key.load([b, h, j, 0]).reshape(BN, BD)
+        k = key.load([kv_row, h, j, 0]).reshape(BN, BD)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        v = value.load([b, h, j, 0]).reshape(BN, BD)
+        v = value.load([kv_row, h, j, 0]).reshape(BN, BD)
         top, total, acc = online_softmax_update(logits, v, top, total, acc, PRECISION)
     for j in tl.range(seen_by_all, visible, BN, num_stages=1):
-        k = key.load([b, h, j, 0]).reshape(BN, BD)
+        k = key.load([kv_row, h, j, 0]).reshape(BN, BD)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         slot = j + offset_n
         sees = (slot[None, :] <= start + column[:, None]) & (slot < start + new)[None, :]
         logits = tl.where(sees, logits, -float("inf"))
-        v = value.load([b, h, j, 0]).reshape(BN, BD)
+        v = value.load([kv_row, h, j, 0]).reshape(BN, BD)
         v = tl.where((slot < start + new)[:, None], v, 0.0)  # values past the row's end may be NaN
         top, total, acc = online_softmax_update(logits, v, top, total, acc, PRECISION)
     output += b.to(tl.int64) * stride_b + q_head * D
@@ -97,6 +106,32 @@ def _attention_kernel(query, key, value, spans, output, lse, batch, columns, blo
     tl.store(at, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
     lse += head.to(tl.int64) * columns
     tl.store(lse + column, (top + tl.log2(total)) / LOG2_E, mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["columns", "blocks"])
+def _merge_kernel(output, lse, first, first_lse, second, second_lse, columns, blocks, stride_b, stride_n, first_b,
+                  first_h, first_n, second_b, second_h, second_n, first_lse_b, first_lse_h, second_lse_b, second_lse_h,
+                  HEADS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """A tile of queries of one head: output [B, columns, Hq, D], lse [B, Hq, columns]."""
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (head // HEADS).to(tl.int64), head % HEADS
+    column, d = block * BM + tl.arange(0, BM), tl.arange(0, BD)
+    there = column < columns
+    inside = there[:, None] & (d < D)[None, :]
+    lse_1 = tl.load(first_lse + b * first_lse_b + h * first_lse_h + column, mask=there, other=0.0)
+    lse_2 = tl.load(second_lse + b * second_lse_b + h * second_lse_h + column, mask=there, other=0.0)
+    top = tl.maximum(lse_1, lse_2)
+    weight_1, weight_2 = tl.exp2((lse_1 - top) * LOG2_E), tl.exp2((lse_2 - top) * LOG2_E)
+    total = weight_1 + weight_2
+    at = column.to(tl.int64)[:, None]
+    first += b * first_b + h * first_h
+    second += b * second_b + h * second_h
+    o_1 = tl.load(first + at * first_n + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    o_2 = tl.load(second + at * second_n + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    merged = o_1 * (weight_1 / total)[:, None] + o_2 * (weight_2 / total)[:, None]
+    output += b * stride_b + h * D
+    tl.store(output + at * stride_n + d[None, :], merged.to(output.dtype.element_ty), mask=inside)
+    tl.store(lse + head.to(tl.int64) * columns + column, top + tl.log2(total) / LOG2_E, mask=there)
 
 
 def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -122,7 +157,12 @@ def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
 
 @on_its_device
 def attention_with_lse(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    scaling: float,
+    prefix: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention and the log-sum-exp of each query's logits.
 
@@ -131,6 +171,7 @@ def attention_with_lse(
         key, value: [B, Hkv, width, D], same dtype.
         spans: int32 [2 or more, B]: each row's slots before its new tokens, and its number of new tokens.
         scaling: of q·k.
+        prefix: attend to a shared prefix only: key and value are [1, Hkv, width, D], and all starts are the width.
 
     Returns: output [B, Hq, columns, D] and lse [B, Hq, columns] float32. Past a row's new tokens both are meaningless,
     but the output is finite if the states are.
@@ -143,7 +184,31 @@ def attention_with_lse(
     _attention_kernel[(blocks * batch * q_heads,)](
         _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, batch, columns, blocks,
         output.stride(0), output.stride(1), scaling * LOG2_E.value, HEADS=key.shape[1], GROUP=q_heads // key.shape[1],
-        D=dim, BM=rows, BN=slots, BD=padded(dim), PRECISION=precision(query.dtype), **options,
+        PREFIX=prefix, D=dim, BM=rows, BN=slots, BD=padded(dim), PRECISION=precision(query.dtype), **options,
+    )  # fmt: skip
+    return output.transpose(1, 2), lse
+
+
+@on_its_device
+def merge_attention(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of slots from that over each: the mean of the outputs, weighted by exp(lse).
+
+    Args:
+        first, second: [B, Hq, columns, D], with contiguous D.
+        first_lse, second_lse: float32 [B, Hq, columns], with contiguous columns.
+
+    Returns: as `attention_with_lse`.
+    """
+    batch, heads, columns, dim = first.shape
+    output = first.new_empty(batch, columns, heads, dim)
+    lse = first_lse.new_empty(batch, heads, columns)
+    blocks = triton.cdiv(columns, 32)
+    _merge_kernel[(blocks * batch * heads,)](
+        output, lse, first, first_lse, second, second_lse, columns, blocks, *output.stride()[:2], *first.stride()[:3],
+        *second.stride()[:3], *first_lse.stride()[:2], *second_lse.stride()[:2],
+        HEADS=heads, D=dim, BM=32, BD=padded(dim), num_warps=4,
     )  # fmt: skip
     return output.transpose(1, 2), lse
 
@@ -156,7 +221,7 @@ def attention_mass(
 
     Args:
         query: [B, Hq, columns, D], float32, float16 or bfloat16, D at most 256 and a multiple of 16 bytes.
-        key: [B, Hkv, width, D], same dtype.
+        key: [B, Hkv, width, D], same dtype; or [1, Hkv, width, D], those of a prefix that ends at each row's start.
         lse: [B, Hq, columns] float32, contiguous: natural log-sum-exp of each query's scaled logits.
         spans: int32 [3, B]: each row's slots before its new tokens, their number, and the first one counted.
         scaling: of q·k.
@@ -164,15 +229,15 @@ def attention_mass(
 
     Returns: float32 [B, Hkv, width], zero past a row's slots.
     """
-    batch, kv_heads, width, dim = key.shape
-    group = query.shape[1] // kv_heads
+    (batch, q_heads), (keys, kv_heads, width, dim) = query.shape[:2], key.shape
+    group = q_heads // kv_heads
     counted = 1 if first_head else group
     mass = torch.empty(batch, kv_heads, counted, width, dtype=torch.float32, device=key.device)
     rows, slots, options = _blocks(query, mass=True)
     blocks = triton.cdiv(width, slots)
     _mass_kernel[(blocks * batch * kv_heads * counted,)](
         _tiles(query, rows), _tiles(key, slots), lse, spans, mass, batch, query.shape[2], width, blocks,
-        scaling * LOG2_E.value, HEADS=kv_heads, GROUP=group, COUNTED=counted, BM=rows, BN=slots, BD=padded(dim),
-        PRECISION=precision(query.dtype), **options,
+        scaling * LOG2_E.value, HEADS=kv_heads, GROUP=group, COUNTED=counted, SHARED=keys < batch, BM=rows, BN=slots,
+        BD=padded(dim), PRECISION=precision(query.dtype), **options,
     )  # fmt: skip
     return mass.sum(2) if counted > 1 else mass[:, :, 0]

@@ -120,6 +120,7 @@ def compact(
     kept: torch.Tensor,
     window: int,
     heads: Heads | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Move the kept slots of the source, at most `window` per row, to the front of keys and values.
 
@@ -129,17 +130,21 @@ def compact(
         source_keys, source_values: [B, Hkv, width, D] with contiguous heads; keys and values themselves, or
             tensors that share no memory with them.
         heads: as in `select`; `window` is then the largest.
+        prefix: keys and values [1, Hkv, P, D], contiguous, of the source's first slots in all rows; source_keys and
+            source_values then begin after them.
     """
     batch, capacity, head_dim = len(keys), keys.shape[-2], keys.shape[-1]
     count_heads = keys.shape[1] if heads is None else len(heads.offsets) - 1
     chunk, slots, warps = _tiling(batch * count_heads, head_dim, keys.itemsize, window)
     in_place = source_keys is keys
     strides = (0,) * 6 if in_place else (*source_keys.stride()[:3], *source_values.stride()[:3])
+    prefix_keys, prefix_values = prefix or (None, None)
     _compact[(batch * count_heads * 2 * triton.cdiv(head_dim, chunk),)](
-        keys, values, source_keys, source_values, mirror, kept, None if heads is None else heads.offsets,
-        None if heads is None else heads.split, count_heads, capacity, kept.shape[-1], window, *strides,
-        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=in_place, RAGGED=heads is not None, num_warps=warps,
-        num_stages=1,
+        keys, values, source_keys, source_values, prefix_keys, prefix_values, mirror, kept,
+        None if heads is None else heads.offsets, None if heads is None else heads.split, count_heads, capacity,
+        kept.shape[-1], window, 0 if prefix is None else prefix_keys.shape[2], *strides,
+        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=in_place, RAGGED=heads is not None, PREFIX=prefix is not None,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -286,11 +291,12 @@ def _put(row, value, to, keep, slot, tail_value, tail):
     tl.store(row + slot, tail_value, mask=tail)
 
 
-@triton.jit(do_not_specialize=["heads", "capacity", "kept_stride", "window"])
+@triton.jit(do_not_specialize=["heads", "capacity", "kept_stride", "window", "shared"])
 def _compact(
-    keys, values, source_keys, source_values, mirror, kept, offsets, split, heads, capacity, kept_stride, window,
-    key_row, key_head, key_slot, value_row, value_head, value_slot,
+    keys, values, source_keys, source_values, prefix_keys, prefix_values, mirror, kept, offsets, split, heads,
+    capacity, kept_stride, window, shared, key_row, key_head, key_slot, value_row, value_head, value_slot,
     D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
+    PREFIX: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (D + CHUNK - 1) // CHUNK
     row, part = tl.program_id(0) // (2 * chunks), tl.program_id(0) % (2 * chunks)
@@ -310,17 +316,22 @@ def _compact(
     else:
         source_keys += batch_row.to(tl.int64) * key_row + head.to(tl.int64) * key_head
         source_values += batch_row.to(tl.int64) * value_row + head.to(tl.int64) * value_head
+    if PREFIX:
+        prefix_keys += head.to(tl.int64) * shared * D
+        prefix_values += head.to(tl.int64) * shared * D
     if part < chunks:
-        _move(keys + offset, source_keys, key_slot, kept, first, end, part * CHUNK, D, CHUNK, SLOTS, IN_PLACE)
+        _move(keys + offset, source_keys, prefix_keys, shared, key_slot, kept, first, end, part * CHUNK, D, CHUNK,
+              SLOTS, IN_PLACE, PREFIX)  # fmt: skip
     else:
         part -= chunks
-        _move(values + offset, source_values, value_slot, kept, first, end, part * CHUNK, D, CHUNK, SLOTS, IN_PLACE)
+        _move(values + offset, source_values, prefix_values, shared, value_slot, kept, first, end, part * CHUNK, D,
+              CHUNK, SLOTS, IN_PLACE, PREFIX)  # fmt: skip
 
 
 @triton.jit
 def _move(
-    slots, source, stride, kept, first, end, column,
-    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr,
+    slots, source, prefix, shared, stride, kept, first, end, column,
+    D: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, IN_PLACE: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     """Move slots [first, end) of a chunk of the head, tile by tile, prefetching the next tile.
 
@@ -329,10 +340,10 @@ def _move(
     """
     slot = first + tl.arange(0, SLOTS)
     d = column + tl.arange(0, CHUNK)
-    tile = _gather(source, _index(kept, slot, end), stride, d, D)
+    tile = _gather(source, prefix, shared, _index(kept, slot, end), stride, d, D, PREFIX)
     index = _index(kept, slot + SLOTS, end)
     for _ in range(first, end, SLOTS):
-        following = _gather(source, index, stride, d, D)
+        following = _gather(source, prefix, shared, index, stride, d, D, PREFIX)
         index = _index(kept, slot + 2 * SLOTS, end)
         if IN_PLACE:
             tl.debug_barrier()
@@ -348,7 +359,14 @@ def _index(kept, slot, end):
 
 
 @triton.jit
-def _gather(source, index, stride, d, D: tl.constexpr):
-    """Load [SLOTS, CHUNK] of the source, masked out where the index is -1."""
+def _gather(source, prefix, shared, index, stride, d, D: tl.constexpr, PREFIX: tl.constexpr):
+    """Load [SLOTS, CHUNK] of the source, its first `shared` slots from the prefix, masked out where the index is -1."""
     mask = (index >= 0)[:, None] & (d < D)[None, :]
-    return tl.load(source + index.to(tl.int64)[:, None] * stride + d[None, :], mask=mask)
+    if PREFIX:
+        in_prefix = (index < shared)[:, None]
+        theirs = tl.load(prefix + index.to(tl.int64)[:, None] * D + d[None, :], mask=mask & in_prefix, other=0.0)
+        own = source + (index - shared).to(tl.int64)[:, None] * stride + d[None, :]
+        tile = tl.where(in_prefix, theirs, tl.load(own, mask=mask & (index >= shared)[:, None], other=0.0))
+    else:
+        tile = tl.load(source + index.to(tl.int64)[:, None] * stride + d[None, :], mask=mask)
+    return tile
