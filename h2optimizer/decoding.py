@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
+from h2optimizer.prefixes import Prefix, can_share, least_own_tokens
 from h2optimizer.sampling import choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
@@ -66,7 +67,7 @@ class BoundedDecoding:
         return logits
 
     def join(
-        self, prompts: list[list[int]], rows: list[int], of_rows: int, prefix: object | None = None
+        self, prompts: list[list[int]], rows: list[int], of_rows: int, prefix: Prefix | None = None
     ) -> torch.Tensor:
         """Prefill in a separate cache and copy it into `rows`; returns what `prefill` does. Requires `can_join`.
 
@@ -79,7 +80,7 @@ class BoundedDecoding:
         return logits
 
     def _prefill_apart(
-        self, prompts: list[list[int]], prefix: object | None
+        self, prompts: list[list[int]], prefix: Prefix | None
     ) -> tuple[torch.Tensor, HHCache, list[int]]:
         """Logits, a new cache with one row per distinct prompt, and each prompt's row in it."""
         ids, mask, source = _pad(prompts, self.pad_token_id, 0 if prefix is None else len(prefix))
@@ -93,14 +94,14 @@ class BoundedDecoding:
     @property
     def can_share(self) -> bool:
         """Whether prompts that continue from a `snapshot` get what they get alone."""
-        return False
+        return can_share(self.model)
 
     @property
     def least_own(self) -> int:
         """How many tokens of a prompt must follow a snapshot."""
-        return 1
+        return least_own_tokens(self.h2o)
 
-    def snapshot(self, tokens: list[int], prefix: object | None = None) -> object:
+    def snapshot(self, tokens: list[int], prefix: Prefix | None = None) -> Prefix:
         """The beginning that consists of `prefix` and these tokens, for `join`."""
         return self.model.prefill_prefix(tokens, prefix=prefix)
 
@@ -291,8 +292,7 @@ class FullDecoding:
 
     @property
     def can_share(self) -> bool:
-        # these frequencies depend on the longest row of a batch
-        return not any(name in self.model.model.rotary_emb.rope_type for name in ("dynamic", "longrope"))
+        return can_share(self.model)
 
     def snapshot(self, tokens: list[int], prefix: FullPrefix | None = None) -> FullPrefix:
         cache = self.new_cache() if prefix is None else self._continuing(prefix, 1)
