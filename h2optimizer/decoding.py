@@ -241,7 +241,7 @@ class FullDecoding:
         ids, mask, source = _pad(prompts, self.pad_token_id, 0 if prefix is None else len(prefix))
         ragged = not bool(mask.all())
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        cache = self.new_cache() if prefix is None else self._continuing(prefix, len(ids))
+        cache = self.new_cache() if prefix is None else self.continuing(prefix, len(ids))
         logits, mask = self._feed_to(cache, ids, mask)
         if ragged and prefix is not None:
             mask = _to_right(cache, mask)
@@ -250,7 +250,7 @@ class FullDecoding:
         self._add(cache, mask[source])
         return logits[source]
 
-    def _continuing(self, prefix: FullPrefix, rows: int) -> DynamicCache:
+    def continuing(self, prefix: FullPrefix, rows: int) -> DynamicCache:
         """A cache of `rows` rows that hold the prefix. It is copied when a layer grows, like any full cache."""
         cache = self.new_cache()
         for layer, (keys, values) in zip(cache.layers, prefix.layers, strict=True):
@@ -295,7 +295,7 @@ class FullDecoding:
         return can_share(self.model)
 
     def snapshot(self, tokens: list[int], prefix: FullPrefix | None = None) -> FullPrefix:
-        cache = self.new_cache() if prefix is None else self._continuing(prefix, 1)
+        cache = self.new_cache() if prefix is None else self.continuing(prefix, 1)
         ids = torch.tensor([tokens], device=self.model.device)
         self._feed_to(cache, ids, torch.ones_like(ids))
         before = () if prefix is None else prefix.tokens

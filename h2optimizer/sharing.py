@@ -135,6 +135,19 @@ def bytes_per_token(model) -> int:
     return config.num_hidden_layers * config.num_key_value_heads * (2 * config.head_dim * model.dtype.itemsize + 12)
 
 
+def common_beginning(decoding: BoundedDecoding | FullDecoding, prompts: list[list[int]], most_bytes: int) -> list[int]:
+    """The tokens with which all prompts begin, if it is worth computing them once; else none."""
+    if not (most_bytes and decoding.can_share and prompts):
+        return []
+    distinct = {tuple(prompt) for prompt in prompts}
+    most_tokens = min(min(map(len, distinct)) - decoding.least_own, most_bytes // bytes_per_token(decoding.model))
+    first, last = min(distinct)[: max(0, most_tokens)], max(distinct)  # all others are between them
+    differ = (i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    common = list(first[: next(differ, len(first))])
+    worthwhile = len(common) >= LEAST_TOKENS and len(common) * (len(distinct) - 1) >= LEAST_SAVED
+    return common if worthwhile else []
+
+
 def most_snapshot_bytes(model) -> int:
     """Bytes that the snapshots for a model may take at any time."""
     return total_memory(model.device) // MEMORY_SHARE
