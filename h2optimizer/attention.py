@@ -113,7 +113,7 @@ def triton_attention(inputs: Inputs) -> Attended:
         return _kernel_decode(inputs)
     inputs = inputs.rotated()
     if inputs.prefix is not None:
-        return _attention_after_prefix(inputs)
+        return attention_after_prefix(inputs)
     if step.max_start == 0 and not step.scored:
         return sdpa_attention(inputs)
     output, lse = _attention_with_lse(inputs)
@@ -258,7 +258,7 @@ def kernel_decode_step(
     )  # fmt: skip
 
 
-def _attention_after_prefix(inputs: Inputs) -> Attended:
+def attention_after_prefix(inputs: Inputs) -> Attended:
     """Attention over a shared prefix and, causally, over each row's own tokens, merged by their log-sum-exps.
 
     The prefix is read once for the queries of all rows, as in Hydragen (Juravsky et al., arXiv 2402.05099).

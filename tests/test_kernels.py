@@ -4,6 +4,7 @@ What no row uses (slots past its length, padding columns) is NaN in every test: 
 by a probability of zero shows it. The interpreter computes bf16 wrongly, so a CPU tests float32 and float16 only.
 """
 
+import dataclasses
 import itertools
 import os
 
@@ -12,7 +13,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from conftest import SCALING, assert_close, make_step, own_columns, plain_attention
-from h2optimizer.attention import Inputs, eager_attention, rotate
+from h2optimizer.attention import Inputs, attention_after_prefix, eager_attention, rotate
 
 pytest.importorskip("triton")
 from h2optimizer.kernels import decode, prefill
@@ -168,6 +169,53 @@ def test_attention_and_mass_of_several_tokens(device, case, heads, dim, dtype, f
     wrong column, logits or sums rounded to half, or what is unused that comes in."""
     step = make_step(**SPANS[case])
     check_prefill(step, make_states(step, heads, dim, dtype, device), first_head)
+
+
+AFTER_PREFIX = {  # tokens of the prefix, and the rows' own
+    "one token": (1, [40, 40]),
+    "ragged": (66, [3, 33, 21]),
+    "one row": (33, [35]),
+    "last queries": (17, [34, 6, 10], 5),
+    "tiles": (128, [64, 1, 128]),
+}
+
+
+@cases(
+    "case, heads, dim, dtype, first_head",
+    [
+        ("one token", (2, 1), 64, FP16, False),
+        ("ragged", (1, 2), 16, FP32, True),
+        ("one row", (2, 2), 16, FP32, False),
+        ("last queries", "gqa4", 96, FP16, False),
+        ("tiles", (1, 2), 80, FP16, True),
+    ],
+    [
+        *itertools.product(AFTER_PREFIX, HEADS, [64, 128], [FP32, BF16], [False]),
+        *itertools.product(["ragged", "last queries"], ["gqa3"], [16, 80, 256], [FP32, FP16, BF16], [True]),
+    ],
+)
+def test_attention_and_mass_after_a_shared_prefix(device, case, heads, dim, dtype, first_head):
+    """Keys of the prefix that a row counts as its own or sees too few of, log-sum-exps merged with those of another row
+    or head, mass by the log-sum-exp of one part alone, or padding that takes part."""
+    shared, new, *score_queries = AFTER_PREFIX[case]
+    step = make_step([shared] * len(new), new, score_queries=score_queries[0] if score_queries else None)
+    states = make_states(step, heads, dim, dtype, device)
+    if device == "cuda":  # cuDNN multiplies what is hidden by zero
+        states = tuple(of.nan_to_num(nan=100.0) for of in states)
+    query, key, value = states
+    for of in (key, value):
+        of[:, :, :shared] = of[:1, :, :shared].clone()
+    reduce = "first" if first_head else "sum"
+    expected, expected_mass = plain_attention(*states, step, reduce)
+    prefix = tuple(of[:1, :, :shared].contiguous() for of in (key, value))
+    inputs = Inputs(query, key[:, :, shared:], value[:, :, shared:], step, SCALING, reduce, prefix=prefix)
+    output, mass = attention_after_prefix(inputs)
+    assert_output(output, expected, states, step)
+    assert_close(mass, expected_mass, 1e-5 if dtype == FP32 else 1e-4, "mass")
+    for b, n in enumerate(new):
+        assert not mass[b, :, shared + n :].any(), f"row {b}: mass where it has no slot"
+    unscored = inputs._replace(step=dataclasses.replace(step, scored=False))
+    assert torch.equal(attention_after_prefix(unscored)[0][0, :, : new[0]], output[0, :, : new[0]])
 
 
 def edges(sizes):

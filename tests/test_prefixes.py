@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import random
 import weakref
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from conftest import (
     uneven,
     with_flags,
 )
-from h2optimizer import H2OConfig
+from h2optimizer import H2OConfig, attention
 from h2optimizer.generation import prefix_first
 from h2optimizer.prefixes import Prefix, can_share, least_own_tokens, prefix_first
+from utils import slimming
 from utils.cache import HHCache
 
 FLAGS = {
@@ -116,6 +118,29 @@ def test_rows_after_a_prefix_are_the_oracles(gqa, variant):
             expected = oracle.forward(block[b] if step else [*shared, *rows[b]])
             assert_close(logits[b], expected[-len(block[b]) :])
             assert_row_is_oracles(cache, b, oracle)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not find_spec("triton"), reason="on a GPU: test_gpu_prefixes.py")
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning")
+@pytest.mark.parametrize("variant", ["value mean", "rolling", "uneven sinks"])
+def test_kernels_continue_from_a_prefix_without_copying_it(variant, monkeypatch):
+    """What the kernels would be given in a real forward: another layout, or the prefix copied for each row."""
+    llamas = make_llamas(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    flags = of_llamas({"window_length": 8, "update_interval": 3, **FLAGS[variant]}, llamas)
+    model, shared, rows = with_flags(llamas, backend="triton", **flags), prompt(17), [prompt(9), prompt(3)]
+    after = HHCache(model.h2o, prefix=prefix_of(model, [shared[:10], shared[10:]]))
+    with monkeypatch.context() as patch:
+        if model.h2o.slimming == "H":
+            for module in (attention, slimming):
+                patch.delattr(module, "followed_by")
+        logits = forward(model, rows, after)
+    model.h2o = dataclasses.replace(model.h2o, backend="eager")
+    expected = forward(model, [shared + row for row in rows], whole := HHCache(model.h2o))
+    for b, row in enumerate(rows):
+        assert_close(logits[b], expected[b][-len(row) :], what=f"row {b}")
+    assert_same_cache(after, whole)
 
 
 # generate

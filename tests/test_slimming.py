@@ -11,8 +11,11 @@ from conftest import addresses, new_cache, slot_tensors
 from h2optimizer.backends import resolve_backend
 from h2optimizer.slimming import slimmer_of
 from utils import policies
+from utils import slimming as torch_slimming
 from utils.policies import random_priority, random_salt
+from utils.prefix import LayerPrefix, Prefix
 from utils.slimming import select_slots
+from utils.slots import norms_of
 
 slimming = pytest.importorskip("h2optimizer.kernels.slimming")
 
@@ -400,6 +403,45 @@ def test_sources_too_wide_for_the_kernel(device, most, monkeypatch):
     run_script(expected, device)
     monkeypatch.setattr(slimming, "MAX_SLOTS", most)
     run_script(cache, device)
+    for where, tensor in slot_tensors(expected).items():
+        assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
+
+
+def random_prefix(h2o, tokens, device):
+    """A prefix of one layer like those of `run_script`."""
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(2, 1, 2, tokens, 8, generator=generator).to(device)
+    mass = torch.randint(0, 4, (1, 2, tokens), generator=generator).to(device) / 3
+    count = torch.arange(tokens, 0, -1.0, device=device).expand(1, 2, -1)
+    layer = LayerPrefix(keys, values, mass, count, norms_of(values))
+    return Prefix(h2o, tuple(range(tokens)), (layer,), lambda: None)
+
+
+MEAN = {"score_norm": "mean"}
+
+
+@pytest.mark.parametrize("tokens, most, flags", [
+    *((7, None, {**flags, "score_decay": 1.0}) for flags in FLAGS.values()),
+    (1, None, MEAN), (30, None, MEAN), (30, 11, MEAN), (30, None, {**MEAN, "slimming": "mask"}),
+    (30, 11, {**MEAN, "head_budgets": ((4, 12),)}),
+], ids=str)  # fmt: skip
+def test_kernels_slim_a_prefix_where_it_lies(device, tokens, most, flags, monkeypatch):
+    """A slot taken from the wrong one of two sources, or from another head's; or a copy of the prefix for each row."""
+    if most is not None:  # torch ranks
+        monkeypatch.setattr(slimming, "MAX_SLOTS", most)
+    caches = []
+    for backend in ("sdpa", "triton"):
+        cache = new_cache(backend=backend, **{"window_length": 8, "update_interval": 2, **flags})
+        cache.follow(random_prefix(cache.h2o, tokens, device))
+        with monkeypatch.context() as patch:
+            if backend == "triton" and cache.h2o.slimming == "H" and not (most and "head_budgets" in flags):
+                patch.delattr(torch_slimming, "followed_by")
+            run_script(cache, device, SCRIPT[:1])
+        run_script(cache, device, SCRIPT[1:])
+        caches.append(cache)
+    expected, cache = caches
+    assert min(expected.evictions) >= 2 and not expected.layers[0].keys.isnan().any()
+    assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
     for where, tensor in slot_tensors(expected).items():
         assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
 
