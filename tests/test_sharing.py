@@ -34,10 +34,8 @@ FLAGS = {
     "sinks": {"score": "streaming_llm"},
     "random": {"score": "random"},
     "uneven heads": {"head_budgets": ((5, 11), (8, 8))},
-    "int8": None,
     "full cache": None,
 }
-del FLAGS["int8"]
 UNSHARED = {
     "decay": {"score_decay": 0.5},
     "chunks": {"prefill_chunk": 4},
@@ -80,8 +78,8 @@ def tree(seed: int, count: int = 9) -> list[list[int]]:
 def make_sequences(texts, seed: int = 0) -> list[Sequence]:
     sequences = []
     for i, text in enumerate(texts):
-        ends = (lambda tokens: len(tokens) == 5) if i % 4 == 2 else None
-        sequences.append(Sequence(text, 2 + 5 * (i % 4), 0.9 * (i % 3 == 1), 0.8, (seed, i), ends))
+        ends = (lambda tokens: len(tokens) == 4) if i % 4 == 2 else None
+        sequences.append(Sequence(text, 2 + 3 * (i % 4), 0.9 * (i % 3 == 1), 0.8, (seed, i), ends))
     return sequences
 
 
@@ -127,11 +125,11 @@ class Fed:
 
 
 @by_flags
-@pytest.mark.parametrize("rows", [1, 3, 12])
+@pytest.mark.parametrize("rows", [2, 12])
 def test_texts_are_those_without_sharing(gqa, monkeypatch, flags, rows):
     """Mass of a prefix that is lost or counted twice, positions that begin anew, rows that take another's beginning."""
     model = model_of(gqa, flags)
-    for seed in range(3):
+    for seed in (0, 1):
         texts = tree(seed)
         expected = run(model, texts, rows, snapshots=0)
         with monkeypatch.context() as patch:
@@ -143,7 +141,7 @@ def test_texts_are_those_without_sharing(gqa, monkeypatch, flags, rows):
         assert all(0 <= sequence.prompt_computed <= len(sequence.prompt) for sequence in shared)
 
 
-@examples(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(10, 10_000), rows=st.integers(1, 9), tokens=st.integers(0, 40))
 @pytest.mark.parametrize("flags", [{}, None], ids=["h2o", "full"])
 def test_random_trees_within_memory(gqa, monkeypatch, flags, seed, rows, tokens):
