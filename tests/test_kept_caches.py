@@ -48,6 +48,29 @@ def test_a_kept_cache_is_used_again_and_leaks_nothing(model, captured, flags):
     assert len(captured) == 4 and len(kept(model)) == 1 and used.count(used[0]) == 4
 
 
+@pytest.mark.parametrize("flags", [{"score": "value_mass"}, {"position_rolling": True}], ids=str)
+def test_a_kept_cache_continues_from_the_prefix_of_the_call(model, captured, flags, monkeypatch):
+    """The prefix of an earlier call, or none; or a snapshot that a kept cache holds on to."""
+    columns, begin = [], HHCache.begin
+    monkeypatch.setattr(HHCache, "begin", lambda *args, **options: columns.append(args[2]) or begin(*args, **options))
+    first, second = prompt(9, 1), prompt(4, 2)
+    calls = [(first, [prompt(6), prompt(2), prompt(3)]), (second, ROWS), ([], ROWS), (first, ROWS)]
+    expected = []
+    for shares in (False, True):
+        model.h2o = settings(capture=shares, **flags)
+        for i, (shared, rows) in enumerate(calls):
+            options = {"prefix": model.prefill_prefix(shared)} if shares and shared else {}
+            columns.clear()
+            tokens = sequences(run(model, [shared + row for row in rows], **options))
+            assert columns[0] == max(map(len, rows)) + (0 if shares else len(shared))
+            if shares:
+                assert tokens == expected[i]
+                assert [cache.prefix for cache in kept(model)] == [None], "one cache, which holds no snapshot"
+            else:
+                expected.append(tokens)
+    assert len(captured) == 4
+
+
 def test_which_cache_is_kept_for_what(model):
     """Slots of another batch size or other flags, or caches that pile up."""
     model.h2o = settings()

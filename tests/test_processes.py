@@ -544,6 +544,10 @@ def test_parts_of_a_model(folder, tmp_path):
         cache = HHCache(h2o)
         assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
         assert cache.layers[0].keys.shape[1] == 1 and cache.nbytes * 2 == held
+        prefix = model.prefill_prefix(ids[0, :9])
+        assert prefix.layers[0].keys.shape[1] == 1
+        shared = model.generate(ids[:1], prefix=prefix, max_new_tokens=12, do_sample=False)
+        assert torch.equal(shared, expected[:1])
         parts = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
         unsplit = parts[0].nbytes // 2 * (len(parts[0]) == model.config.vocab_size)  # transformers 5.17's embedding
         assert sum(part.nbytes for part in parts) - unsplit == advised.held

@@ -411,8 +411,8 @@ def random_prefix(h2o, tokens, device):
     """A prefix of one layer like those of `run_script`."""
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 1, 2, tokens, 8, generator=generator).to(device)
-    mass = torch.randint(0, 4, (1, 2, tokens), generator=generator).to(device) / 3
     count = torch.arange(tokens, 0, -1.0, device=device).expand(1, 2, -1)
+    mass = torch.randint(0, 4, (1, 2, tokens), generator=generator).to(device) * count / 20
     layer = LayerPrefix(keys, values, mass, count, norms_of(values))
     return Prefix(h2o, tuple(range(tokens)), (layer,), lambda: None)
 
@@ -429,21 +429,23 @@ def test_kernels_slim_a_prefix_where_it_lies(device, tokens, most, flags, monkey
     """A slot taken from the wrong one of two sources, or from another head's; or a copy of the prefix for each row."""
     if most is not None:  # torch ranks
         monkeypatch.setattr(slimming, "MAX_SLOTS", most)
-    caches = []
-    for backend in ("sdpa", "triton"):
-        cache = new_cache(backend=backend, **{"window_length": 8, "update_interval": 2, **flags})
-        cache.follow(random_prefix(cache.h2o, tokens, device))
-        with monkeypatch.context() as patch:
-            if backend == "triton" and cache.h2o.slimming == "H" and not (most and "head_budgets" in flags):
-                patch.delattr(torch_slimming, "followed_by")
-            run_script(cache, device, SCRIPT[:1])
-        run_script(cache, device, SCRIPT[1:])
-        caches.append(cache)
-    expected, cache = caches
+    caches = [new_cache(backend=b, **{"window_length": 8, "update_interval": 2, **flags}) for b in ("sdpa", "triton")]
+    for actions in (SCRIPT[:1], SCRIPT[1:]):
+        for cache in caches:
+            if actions == SCRIPT[:1]:
+                cache.follow(random_prefix(cache.h2o, tokens, device))
+            with monkeypatch.context() as patch:
+                if cache is caches[1] and cache.h2o.slimming == "H" and not (most and "head_budgets" in flags):
+                    patch.delattr(torch_slimming, "followed_by")
+                run_script(cache, device, actions)
+        expected, cache = caches
+        assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
+        for where, tensor in slot_tensors(expected).items():
+            assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
+        if tokens == 30 and actions == SCRIPT[:1] and "head_budgets" not in flags:
+            heavy_in_prefix = cache.positions(0)[0, :, :4] < tokens
+            assert heavy_in_prefix.any(-1).all() and not heavy_in_prefix.all(), "says nothing of the other source"
     assert min(expected.evictions) >= 2 and not expected.layers[0].keys.isnan().any()
-    assert (cache.lengths, cache.seen, cache.evictions) == (expected.lengths, expected.seen, expected.evictions)
-    for where, tensor in slot_tensors(expected).items():
-        assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), where
 
 
 def test_decode_slimmings_launch_the_same_thing(device, monkeypatch):

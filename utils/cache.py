@@ -356,8 +356,8 @@ class HHCache(Cache):
         """Add a layer's new keys and values [B, Hkv, columns, D]; returns those to attend to, [B, Hkv, width, D].
 
         A decode step returns views of the slots. A forward of several tokens returns the slots followed by the new
-        tokens. Slots carry no gradient; it reaches only the new tokens. `slimmer` (default: torch's) is set at the
-        layer's first forward.
+        tokens; the first one after a prefix the new tokens alone, [B, Hkv, columns, D]. Slots carry no gradient; it
+        reaches only the new tokens. `slimmer` (default: torch's) is set at the layer's first forward.
 
         Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, the only model that slims the cache; ValueError
             for a model whose shape differs from that of the tokens in the cache.

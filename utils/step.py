@@ -37,7 +37,7 @@ class Step:
 
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
-        self.width = self.max_start + self.columns  # key columns that `HHCache.update` returns
+        self.width = self.max_start + self.columns  # key columns that queries attend to
         self.padded = min(self.new) < self.columns
         self.partial = self.decode and self.padded
         self.shared = 0 if self.prefix is None else len(self.prefix)
