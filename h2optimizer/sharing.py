@@ -13,8 +13,8 @@ from utils.prefix_tree import PrefixTree
 
 LEAST_TOKENS = 16  # of a beginning, beyond those of the one that it is computed from
 # Tokens that a beginning must save. It adds two forwards: its own, and that of the prompts that continue from it, which
-# others cannot be in. On a GPU each takes as long as a few hundred tokens do, however few it has.
-LEAST_SAVED = 512
+# others cannot be in. On a GPU each takes as long as some 500 tokens do, however few it has.
+LEAST_SAVED = 1024
 MEMORY_SHARE = 16  # snapshots take at most this part of a device's memory
 
 

@@ -202,7 +202,7 @@ def test_beginnings_that_save_little_are_not_shared(gqa, monkeypatch):
     texts = [prompt(15) + prompt(3, i) for i in range(40)], [prompt(40) + prompt(3, i) for i in range(13)]
     for few in texts:
         prefixes = SharedPrefixes(decoding_of(gqa.stock), few, 4, 2**40)
-        enough = SharedPrefixes(decoding_of(gqa.stock), [prompt(40) + text for text in few], 4, 2**40)
+        enough = SharedPrefixes(decoding_of(gqa.stock), [prompt(50) + text for text in few], 4, 2**40)
         assert {prefixes.beginning_of(i) for i in range(len(few))} == {None}
         assert {enough.beginning_of(i) for i in range(len(few))} == {0}
 
