@@ -148,6 +148,23 @@ def common_beginning(decoding: BoundedDecoding | FullDecoding, prompts: list[lis
     return common if worthwhile else []
 
 
+def deal(prompts: list[list[int]], shares: int) -> list[list[int]]:
+    """Indices of the prompts for each of several processes, about as many for each, in the given order.
+
+    Prompts that share a beginning go to one process. If they are so many that this would be unfair, they are dealt out
+    like all others, and each process computes their beginning.
+    """
+    tree = PrefixTree(prompts, LEAST_TOKENS, LEAST_SAVED)
+    together: dict[tuple, list[int]] = {}
+    for i, beginning in enumerate(tree.beginning_of):
+        few = beginning is not None and tree.first_of(beginning).members * 4 * shares <= len(prompts)
+        together.setdefault(("beginning", id(tree.first_of(beginning))) if few else ("prompt", i), []).append(i)
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    for group in together.values():
+        min(dealt, key=len).extend(group)
+    return [sorted(share) for share in dealt]
+
+
 def most_snapshot_bytes(model) -> int:
     """Bytes that the snapshots for a model may take at any time."""
     return total_memory(model.device) // MEMORY_SHARE

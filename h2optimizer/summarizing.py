@@ -16,7 +16,7 @@ from h2optimizer.batching import Batcher, Sequence, devices_of, rows_that_fit
 from h2optimizer.decoding import decoding_of
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat, unusable
-from h2optimizer.sharing import most_snapshot_bytes, snapshot_bytes
+from h2optimizer.sharing import deal, most_snapshot_bytes, snapshot_bytes
 from h2optimizer.texts import Stops, one_bos
 from utils import cli
 from utils.cli import InputError
@@ -70,13 +70,16 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
 def decoding_order(prompts: list[Prompt], batch_size: int | str, processes: Processes | None = None) -> list[Prompt]:
     """The order of decoding: longest prompts first, so that similar lengths run together and memory runs out early.
 
-    At batch size 1, requests keep their order. Several processes deal them out longest first, for similar shares.
+    At batch size 1, requests keep their order. Several processes deal them out longest first, for similar shares, and
+    those that share a beginning to one process.
     """
     shares = processes.shares if processes else 1
     if batch_size == 1 and shares == 1:
         return prompts
     prompts = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
-    return prompts[processes.rank :: shares] if shares > 1 else prompts
+    if shares == 1:
+        return prompts
+    return [prompts[i] for i in deal([prompt.tokens for prompt in prompts], shares)[processes.rank]]
 
 
 def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:

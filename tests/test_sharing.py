@@ -207,6 +207,21 @@ def test_beginnings_that_save_little_are_not_shared(gqa, monkeypatch):
         assert {enough.beginning_of(i) for i in range(len(few))} == {0}
 
 
+@pytest.mark.parametrize("shares", [2, 3])
+def test_processes_do_not_compute_each_others_beginnings(shares):
+    """Questions about one text that are dealt out to all processes; a process that has nearly all requests."""
+    groups = [[prompt(9, i) + prompt(2, 10 * i + k) for k in range(2)] for i in range(12)]
+    few = [text for pair in zip(*groups, strict=True) for text in pair]
+    dealt = sharing.deal(few, shares)
+    assert sorted(i for share in dealt for i in share) == list(range(24)) and {len(share) for share in dealt} == {
+        24 // shares
+    }
+    for share in dealt:
+        assert share == sorted(share) and {(i + 12) % 24 for i in share} == set(share), "both of a group"
+    for texts in ([prompt(9) + prompt(2, i) for i in range(24)], [[i, i] for i in range(24)]):
+        assert sharing.deal(texts, shares) == [list(range(24))[rank::shares] for rank in range(shares)]
+
+
 @pytest.mark.parametrize("kind", ["h2o", "stock"])
 def test_a_prefix_is_computed_once_for_all_that_join(gqa, kind):
     """Copies of a prompt that end at other times, more of them than rows: each would compute it again."""

@@ -105,6 +105,10 @@ class PrefixTree:
         rank = [(*(() if i is None else paths[i]), prompt) for prompt, i in enumerate(self.beginning_of)]
         self.order = sorted(range(len(prompts)), key=rank.__getitem__)
 
+    def first_of(self, beginning: int) -> Beginning:
+        """The shortest beginning from which this one is computed, or itself."""
+        return self.beginnings[beginning].path[-1]
+
     @property
     def saved(self) -> int:
         """Tokens of all prompts that need not be computed."""
