@@ -260,6 +260,21 @@ def test_what_contexts_share_is_computed_once(make_lm, monkeypatch, settings, ba
     assert fed[1] <= fed[0] - 2 * shared, "at least once for the scores, and once for the texts"
 
 
+def test_sharing_can_be_turned_off(evaluate, harness, monkeypatch):
+    """A flag that is read and forgotten."""
+    begin, given = harness.CacheLM.__init__, []
+
+    def init(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        given.append(self.snapshots > 0)
+
+    monkeypatch.setattr(harness.CacheLM, "__init__", init)
+    shared, *_ = evaluate("tiny_choice", *FLAGS, output="shared.json")
+    apart, *_ = evaluate("tiny_choice", *FLAGS, "--no-share_prefixes", output="apart.json")
+    assert given == [True, False]
+    assert apart["results"] == shared["results"]
+
+
 def test_contexts_that_are_cut_share_nothing(make_lm, monkeypatch):
     """The beginning of a context that is no longer there, because it is longer than the positions."""
     monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
