@@ -34,6 +34,7 @@ from h2optimizer.flags import (
     add_cache_flags,
     add_loading_flags,
     add_model_flags,
+    add_sharing_flag,
     attention_backend,
     check_loading_flags,
     h2o_config,
@@ -99,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="skip and count lines that are not requests (default: refuse the file)",
     )
+    add_sharing_flag(parser)
     add_loading_flags(parser)
     add_cache_flags(parser)
     return parser.parse_args(argv)
@@ -128,6 +130,8 @@ def print_table(metrics: dict) -> None:
         label = f"ROUGE-{name.removeprefix('rouge')}"
         line(label, mean, ".2f", f"  [{low:.2f}, {high:.2f}]" if requests > 1 else "")
     line("requests", requests, "d", f"  {metrics['requests_evicted_from']} with slots dropped")
+    shared = f"  computed, {metrics['prompt_tokens_shared']} shared"
+    line("prompt tokens", metrics["prompt_tokens_computed"], "d", shared)
     first, each = metrics["time_to_first_token"], metrics["time_per_output_token"]
     line("time to first token", 1e3 * first, ".1f", "ms   mean of requests, from the start of their prefill")
     line("time per token", None if each is None else 1e3 * each, ".1f", "ms   mean of requests, after the first token")
@@ -140,7 +144,7 @@ def print_table(metrics: dict) -> None:
 def settings_of(args: argparse.Namespace, h2o: H2OConfig | None, requests: list[Request]) -> dict:
     """The settings that a resumed run must share, by flag. The number of processes and the device may differ."""
     settings = {
-        "the form of results": 3,  # results of another form cannot be resumed
+        "the form of results": 4,  # results of another form cannot be resumed
         "--model-name": args.model_name,
         "--sample_num": args.sample_num,
         "--input-path": f"sha256 {fingerprint(requests)[:16]}",
@@ -177,7 +181,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                 warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o)
                 output.start()
         prompts = [prompt for prompt in prompts if prompt.request.index in todo]
-        summarizer = Summarizer(model, tokenizer, args.batch_size, args.greedy, args.seed, processes)
+        options = args.greedy, args.seed, processes, args.share_prefixes
+        summarizer = Summarizer(model, tokenizer, args.batch_size, *options)
         idle = summarize(summarizer, decoding_order(prompts, args.batch_size, processes), output, args.output_path)
     with processes.together():
         if processes.first:
@@ -186,6 +191,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
                 metrics = metrics_of(results, device, idle)
                 metrics |= {"input_path": str(args.input_path), "skipped_lines": skipped, "batch_size": args.batch_size}
                 metrics |= {"attention_backend": backend, "processes": processes.size}
+                metrics["share_prefixes"] = args.share_prefixes
                 metrics["tensor_parallel"] = processes.splits > 1
                 output.finish(metrics)
             print_table(output.metrics)

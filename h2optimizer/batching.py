@@ -16,6 +16,7 @@ import torch
 from h2optimizer.decoder import CHUNK, Choose, token_logprobs
 from h2optimizer.decoding import decoding_of
 from h2optimizer.sampling import RowSampler, choose_greedily
+from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
 from utils.cache import CACHE_ARGUMENT
 
 
@@ -37,6 +38,7 @@ class Sequence:
     seconds: float = 0.0  # from the start of its prefill to its end
     seconds_to_first_token: float = 0.0
     decode_seconds: float = 0.0  # its share of its decode steps, each divided equally among the sequences in it
+    prompt_computed: int = 0  # tokens of its prompt that were computed for it; the others were shared
 
     def __post_init__(self):
         self.random = np.random.default_rng(self.seed)
@@ -64,7 +66,8 @@ class Batcher:
     """Decodes sequences together; each one that ends makes room for the next.
 
     `decoding`, for the model's kind of cache, decides when a sequence can join and how many prompts prefill at once.
-    A bounded cache prefills in sub-batches beside the slots, too small to set the peak of memory.
+    A bounded cache prefills in sub-batches beside the slots, too small to set the peak of memory. A beginning that many
+    prompts share is computed once, and these prompts are scheduled together.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
@@ -72,6 +75,8 @@ class Batcher:
         eos_token_ids, pad_token_id: as in the model's generation config.
         sampling: whether any sequence samples; nucleus: whether any has a top_p below 1.
         agree: makes all processes that share a model use the same chosen tokens [B], in place; or None.
+        snapshots: bytes that the shared beginnings held at any time may take, 0 to share nothing; None = a part of the
+            device's memory. Processes that share a model must give the same.
     """
 
     def __init__(
@@ -83,8 +88,10 @@ class Batcher:
         sampling: bool = False,
         nucleus: bool = False,
         agree: Choose | None = None,
+        snapshots: int | None = None,
     ):
         self.agree = agree
+        self.snapshots = most_snapshot_bytes(model) if snapshots is None else snapshots
         self.model, self.eos = model, eos_token_ids
         self.sampler = RowSampler(rows, model.device, nucleus) if sampling else None
         self.rows: list[Sequence | None] = [None] * rows
@@ -94,14 +101,22 @@ class Batcher:
         self._clock = Clock(model.device)
         self._begun: list[tuple] = [()] * rows  # timestamps of each row's prefill: begin, end
         self._first: list[tuple] = []  # first tokens that the host has not read yet: sequences, tokens, logprobs
+        self._prefixes: SharedPrefixes  # of this run's sequences,
+        self._number: dict[int, int]  # which are numbered there; by id
 
     @torch.inference_mode()
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
         """Yield each sequence when it has ended. Adjacent equal prompts are prefilled once.
 
+        Sequences begin in the given order, except that those who share a beginning come with the first of them.
+
         Raises: torch.OutOfMemoryError. Sequences not yielded by then must be restarted.
         """
-        waiting = deque(sequences)
+        given = list(sequences)
+        prompts = [sequence.prompt for sequence in given]
+        self._prefixes = SharedPrefixes(self.decoding, prompts, len(self.rows), self.snapshots)
+        self._number = {id(sequence): i for i, sequence in enumerate(given)}
+        waiting = deque(given[i] for i in self._prefixes.order)
         while waiting or any(self.rows):
             busy = sum(sequence is not None for sequence in self.rows)
             if not busy:
@@ -116,11 +131,12 @@ class Batcher:
         group: list[Sequence] = []
         prompts, longest = set(), 0
         while waiting and len(group) < len(free):
-            prompt = waiting[0].prompt
+            prompt, shared = waiting[0].prompt, self._prefixes.tokens_of(self._number[id(waiting[0])])
             prompts.add(tuple(prompt))
             longest = max(longest, len(prompt))
-            at_once = self.decoding.prompts_at_once(longest)
-            if group and at_once is not None and len(prompts) > at_once:
+            at_once = self.decoding.prompts_at_once(longest, shared)
+            full = at_once is not None and len(prompts) > at_once
+            if group and (full or not self._begin_alike(group[-1], waiting[0])):
                 self._prefill(group, free[: len(group)])
                 group, free = [], free[len(group) :]
                 prompts, longest = set(), 0
@@ -128,12 +144,20 @@ class Batcher:
                 group.append(waiting.popleft())
         self._prefill(group, free[: len(group)])
 
+    def _begin_alike(self, *sequences: Sequence) -> bool:
+        """Whether these prompts continue from the same beginning, or all from none."""
+        return len({self._prefixes.beginning_of(self._number[id(sequence)]) for sequence in sequences}) == 1
+
     def _prefill(self, group: list[Sequence], rows: list[int]) -> None:
+        """Let sequences that begin alike join these rows."""
         begin = self._clock.now()
         choose = choose_greedily
         if self.sampler is not None:
             choose = self.sampler.at(rows, group)
-        logits = self.decoding.join([sequence.prompt for sequence in group], rows, len(self.rows))
+        numbers = [self._number[id(sequence)] for sequence in group]
+        logits, computed = self._prefixes.join(self.decoding, numbers, rows, len(self.rows))
+        for sequence, tokens in zip(group, computed, strict=True):
+            sequence.prompt_computed = tokens
         tokens = self._agreed(choose)(logits)
         self.decoding.start(tokens, rows)
         for row, sequence in zip(rows, group, strict=True):
@@ -207,12 +231,12 @@ def devices_of(model) -> list[torch.device]:
 
 
 @torch.inference_mode()
-def rows_that_fit(model, longest: int, max_tokens: int) -> int:
+def rows_that_fit(model, longest: int, max_tokens: int, beside: int = 0) -> int:
     """How many sequences a Batcher can decode at once in free memory, with its prefills beside them.
 
     On GPUs, a prefill of the longest prompt is measured on every GPU with layers. On a CPU, more than 16 gain nothing.
 
-    Args: longest: tokens of the longest prompt; max_tokens: tokens of the longest text.
+    Args: longest: tokens of the longest prompt; max_tokens: tokens of the longest text; beside: bytes of snapshots.
 
     Raises: torch.OutOfMemoryError if processes share the model, because the others are still in that prefill.
     """
@@ -225,7 +249,7 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
             return 16
         slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
         row = logits + slot * decoding.slots_for(longest + max_tokens)
-        return max(1, min(16, int(free // 2 // row)))
+        return max(1, min(16, int((free // 2 - beside) // row)))
     prompts, cache = max(1, decoding.prompts_at_once(longest) or 1), decoding.new_cache()
     devices = devices_of(model)
     gc.collect()
@@ -246,5 +270,5 @@ def rows_that_fit(model, longest: int, max_tokens: int) -> int:
     row[chosen] += logits
     del cache
     torch.cuda.empty_cache()
-    free = {device: 0.95 * torch.cuda.mem_get_info(device)[0] for device in devices}
+    free = {device: 0.95 * torch.cuda.mem_get_info(device)[0] - beside / len(devices) for device in devices}
     return max(1, min(decoding.rows_within(free[device], peak[device], row[device]) for device in devices))

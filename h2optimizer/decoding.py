@@ -7,15 +7,19 @@ which kind it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
+from h2optimizer.prefixes import Prefix, can_share, least_own_tokens
 from h2optimizer.sampling import choose_greedily
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 PREFILL_TOKENS = 16384  # most columns of prompts prefilled at once into a bounded cache, or of one chunk of them
+PREFILL_KEYS = 8 * PREFILL_TOKENS  # most keys of such a prefill, those of a shared prefix counted for each prompt
 
 
 def decoding_of(model, *args, **kwargs) -> BoundedDecoding | FullDecoding:
@@ -56,32 +60,58 @@ class BoundedDecoding:
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
         """Start with one row per prompt: logits [n, vocabulary] of the next tokens. Equal prompts are computed once."""
-        logits, self.cache, source = self._prefill_apart(prompts)
+        logits, self.cache, source = self._prefill_apart(prompts, None)
         if source != list(range(len(self.cache.lengths))):
             shared, self.cache = self.cache, self.cache.with_rows(len(prompts))
             self.cache.take_rows(list(range(len(prompts))), shared, source)
         return logits
 
-    def join(self, prompts: list[list[int]], rows: list[int], of_rows: int) -> torch.Tensor:
-        """Prefill in a separate cache and copy it into `rows`; returns what `prefill` does. Requires `can_join`."""
-        logits, cache, source = self._prefill_apart(prompts)
+    def join(
+        self, prompts: list[list[int]], rows: list[int], of_rows: int, prefix: Prefix | None = None
+    ) -> torch.Tensor:
+        """Prefill in a separate cache and copy it into `rows`; returns what `prefill` does. Requires `can_join`.
+
+        `prefix`, from `snapshot`, is a beginning of all these prompts.
+        """
+        logits, cache, source = self._prefill_apart(prompts, prefix)
         if self.cache is None:
             self.cache = cache.with_rows(of_rows)
         self.cache.take_rows(rows, cache, source)
         return logits
 
-    def _prefill_apart(self, prompts: list[list[int]]) -> tuple[torch.Tensor, HHCache, list[int]]:
+    def _prefill_apart(
+        self, prompts: list[list[int]], prefix: Prefix | None
+    ) -> tuple[torch.Tensor, HHCache, list[int]]:
         """Logits, a new cache with one row per distinct prompt, and each prompt's row in it."""
-        ids, mask, source = _pad(prompts, self.pad_token_id)
-        cache = self.new_cache()  # the mask stays on the host, where it is read
+        ids, mask, source = _pad(prompts, self.pad_token_id, 0 if prefix is None else len(prefix))
+        cache = self.new_cache() if prefix is None else HHCache(self.h2o, prefix=prefix)
+        # the mask stays on the host, where it is read
         outputs = self.model(
             ids.to(self.model.device), attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}
         )
         return outputs.logits[source, -1], cache, source
 
+    @property
+    def can_share(self) -> bool:
+        """Whether prompts that continue from a `snapshot` get what they get alone."""
+        return can_share(self.model)
+
+    @property
+    def least_own(self) -> int:
+        """How many tokens of a prompt must follow a snapshot."""
+        return least_own_tokens(self.h2o)
+
+    def snapshot(self, tokens: list[int], prefix: Prefix | None = None) -> Prefix:
+        """The beginning that consists of `prefix` and these tokens, for `join`."""
+        return self.model.prefill_prefix(tokens, prefix=prefix)
+
     def can_join(self, busy: int, rows: int) -> bool:
         """Whether sequences can `join` while `busy` of the rows decode."""
         return busy < rows and (self.cache is None or self.cache.can_join)
+
+    def drop(self) -> None:
+        """Forget the cache, so that the next to join make one."""
+        self.cache = self.decoder = None
 
     def rest(self) -> None:
         """Reset the cache when no row decodes, so that the next sequence can join without waiting for a slimming."""
@@ -143,9 +173,13 @@ class BoundedDecoding:
 
     # Capacity
 
-    def prompts_at_once(self, longest: int) -> int | None:
-        """How many prompts of at most `longest` tokens may join at once; None = no limit."""
-        return PREFILL_TOKENS // self.h2o.schedule.columns_at_once(longest)
+    def prompts_at_once(self, longest: int, shared: int = 0) -> int | None:
+        """How many prompts of at most `longest` tokens, the first `shared` of them in a snapshot, may join at once.
+
+        None = no limit.
+        """
+        most = PREFILL_TOKENS // self.h2o.schedule.columns_at_once(longest - shared)
+        return min(most, PREFILL_KEYS // longest) if shared else most
 
     def slots_for(self, tokens: int) -> int:
         """Slots that a row needs for a text of `tokens` tokens."""
@@ -161,11 +195,25 @@ class BoundedDecoding:
         return int((free - peak) // row) if row else 2**31
 
 
+@dataclass(frozen=True)
+class FullPrefix:
+    """The keys and values of a beginning, which full caches continue from."""
+
+    tokens: tuple[int, ...]
+    layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [1, KV heads, tokens, D], rotated
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 class FullDecoding:
     """As `BoundedDecoding`, for a LlamaForCausalLM over a growing DynamicCache: the baseline, never recorded.
 
-    All rows grow together, so a batch is decoded to its end before the next begins.
+    All rows grow together, so a batch is decoded to its end before the next begins. Several groups of prompts may join
+    until the first step. Each row then has its tokens in the last columns, whatever prefix they continued from.
     """
+
+    least_own = 1
 
     def __init__(
         self, model, choose: Choose = choose_greedily, eos_token_ids: Iterable[int] = (), pad_token_id: int = 0
@@ -183,24 +231,58 @@ class FullDecoding:
         self._hold(self.new_cache(), torch.zeros(1, 0, dtype=torch.long, device=self.model.device))
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        self.cache = None  # the previous batch has ended: free its memory
-        ids, mask, source = _pad(prompts, self.pad_token_id)
-        cache, mask = self.new_cache(), mask.to(self.model.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        outputs = self.model(
-            ids.to(mask.device),
-            attention_mask=mask,
-            position_ids=positions,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: cache},
-        )
+        self.drop()
+        return self.join(prompts, list(range(len(prompts))), len(prompts))
+
+    def join(
+        self, prompts: list[list[int]], rows: list[int], of_rows: int, prefix: FullPrefix | None = None
+    ) -> torch.Tensor:
+        """Prefill and take the next rows of the batch, which must be `rows`."""
+        ids, mask, source = _pad(prompts, self.pad_token_id, 0 if prefix is None else len(prefix))
+        ragged = not bool(mask.all())
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        cache = self.new_cache() if prefix is None else self.continuing(prefix, len(ids))
+        logits, mask = self._feed_to(cache, ids, mask)
+        if ragged and prefix is not None:
+            mask = _to_right(cache, mask)
         if len(ids) < len(prompts):
             cache.batch_select_indices(torch.tensor(source))  # on the host, because layers may be on several devices
-        self._hold(cache, mask[source])
-        return outputs.logits[source, -1]
+        self._add(cache, mask[source])
+        return logits[source]
 
-    def join(self, prompts: list[list[int]], rows: list[int], of_rows: int) -> torch.Tensor:
-        return self.prefill(prompts)
+    def continuing(self, prefix: FullPrefix, rows: int) -> DynamicCache:
+        """A cache of `rows` rows that hold the prefix. It is copied when a layer grows, like any full cache."""
+        cache = self.new_cache()
+        for layer, (keys, values) in zip(cache.layers, prefix.layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (keys, values))
+        return cache
+
+    def _feed_to(self, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feed tokens [n, columns]: logits [n, vocabulary] of the next ones, and the mask of all columns so far."""
+        past = cache.get_seq_length()
+        positions = past + (mask.cumsum(dim=1) - 1).clamp(min=0)
+        mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
+        outputs = self.model(
+            ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{CACHE_ARGUMENT: cache}
+        )
+        return outputs.logits[:, -1], mask
+
+    def _add(self, cache: DynamicCache, mask: torch.Tensor) -> None:
+        """Append rows to those that have joined already."""
+        if self.cache is None:
+            return self._hold(cache, mask)
+        held = self.mask if self.mask is not None else mask.new_ones(len(self.position), self.cache.get_seq_length())
+        columns = max(held.shape[1], mask.shape[1])
+        for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
+            for name in ("keys", "values"):
+                states = [getattr(layer, name) for layer in (ours, theirs)]
+                setattr(ours, name, torch.cat([pad(of, (0, 0, columns - of.shape[2], 0)) for of in states]))
+                setattr(theirs, name, None)  # free it before the next layer
+        mask = torch.cat([pad(of, (columns - of.shape[1], 0)) for of in (held, mask)])
+        token = self.token
+        self._hold(self.cache, mask)
+        self.token[: len(token)] = token
 
     def _hold(self, cache: DynamicCache, mask: torch.Tensor) -> None:
         self.cache = cache
@@ -208,11 +290,25 @@ class FullDecoding:
         self.mask = None if bool(mask.all()) else mask
         self.token = torch.zeros_like(self.position)
 
+    @property
+    def can_share(self) -> bool:
+        return can_share(self.model)
+
+    def snapshot(self, tokens: list[int], prefix: FullPrefix | None = None) -> FullPrefix:
+        cache = self.new_cache() if prefix is None else self.continuing(prefix, 1)
+        ids = torch.tensor([tokens], device=self.model.device)
+        self._feed_to(cache, ids, torch.ones_like(ids))
+        before = () if prefix is None else prefix.tokens
+        return FullPrefix((*before, *tokens), [(layer.keys, layer.values) for layer in cache.layers])
+
     def can_join(self, busy: int, rows: int) -> bool:
         return not busy
 
+    def drop(self) -> None:
+        self.cache = None
+
     def rest(self) -> None:
-        pass
+        self.drop()  # frees the memory of the batch that has ended
 
     def start(self, tokens: torch.Tensor, rows: list[int]) -> None:
         self.token[rows] = tokens
@@ -257,7 +353,7 @@ class FullDecoding:
         kv_bytes = seen * _bytes_per_token(self.cache.layers)
         return {"tokens_seen": seen, "slots_kept": seen, "slimmings": 0, "kv_bytes": kv_bytes}
 
-    def prompts_at_once(self, longest: int) -> int | None:
+    def prompts_at_once(self, longest: int, shared: int = 0) -> int | None:
         return None
 
     def slots_for(self, tokens: int) -> int:
@@ -270,14 +366,30 @@ class FullDecoding:
         return int(free // (peak + row))  # all rows prefill at once; a layer's keys and values are copied as they grow
 
 
-def _pad(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The distinct prompts left-padded to [n, columns], their mask, and each prompt's row."""
+def _pad(prompts: list[list[int]], pad_token_id: int, shared: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The distinct prompts without their first `shared` tokens, left-padded to [n, columns], their mask, and each
+    prompt's row."""
     rows: dict[tuple[int, ...], int] = {}
-    source = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
+    source = [rows.setdefault(tuple(prompt[shared:]), len(rows)) for prompt in prompts]
     columns = max(map(len, rows))
     ids = torch.tensor([[pad_token_id] * (columns - len(prompt)) + list(prompt) for prompt in rows])
     mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in rows])
     return ids, mask, source
+
+
+def _to_right(cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
+    """Move each row's tokens to the last columns of a full cache, in order; returns their mask, without empty columns.
+
+    mask: [n, columns], with padding anywhere.
+    """
+    columns = int(mask.sum(dim=1).max())
+    order = mask.argsort(dim=1, stable=True)[:, -columns:]  # padding first
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            at = order.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            setattr(layer, name, states.gather(2, at))
+    return mask.gather(1, order)
 
 
 def _bytes_per_token(layers) -> int:

@@ -7,11 +7,14 @@ distributions of the next token after the same tokens, and one different token d
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from h2optimizer.decoding import decoding_of
+from h2optimizer.decoding import BoundedDecoding, FullDecoding, decoding_of
+
+Prefill = Callable[[BoundedDecoding | FullDecoding], torch.Tensor]  # starts a decoding, and returns its logits
 
 
 class ForcedDecode:
@@ -22,15 +25,23 @@ class ForcedDecode:
         prompts: tokens of each row; equal prompts are computed once.
         attentions: with a full cache, keep each step's attention probabilities. The model must use eager attention from
             the first step on.
+        prefill: starts the decoding in place of its own prefill, from beginnings that other prompts share.
 
     `logits` [B, vocabulary] are those of each row's next token, at first of the one after the prompt.
     """
 
     @torch.inference_mode()
-    def __init__(self, model, prompts: list[list[int]], pad_token_id: int = 0, attentions: bool = False):
+    def __init__(
+        self,
+        model,
+        prompts: list[list[int]],
+        pad_token_id: int = 0,
+        attentions: bool = False,
+        prefill: Prefill | None = None,
+    ):
         self.model, self.attentions, self._wanted = model, (), attentions
         self._decoding = decoding_of(model, pad_token_id=pad_token_id)
-        self.logits = self._decoding.prefill(prompts)
+        self.logits = self._decoding.prefill(prompts) if prefill is None else prefill(self._decoding)
         longest = max(map(len, prompts))
         self.padding = torch.tensor([longest - len(prompt) for prompt in prompts])  # columns before its first token
 
@@ -122,6 +133,7 @@ def compare(
     pad_token_id: int = 0,
     follow: int | None = None,
     recorded: Recorded | None = None,
+    prefills: tuple[Prefill | None, Prefill | None] = (None, None),
 ) -> tuple[list[Fidelity], Retention | None]:
     """Teacher-force texts through a bounded cache and the full cache, side by side.
 
@@ -133,13 +145,14 @@ def compare(
         follow: the row whose tokens are followed.
         recorded: the full cache's side of these very texts, for a bounded cache. Saves time; mass_lost is then 0, and
             nothing can be followed.
+        prefills: those of `stock` and of `model`, if not their own; see ForcedDecode.
 
     Returns: one Fidelity per row, and the followed row's Retention; None for `stock`, which evicts nothing.
     """
     steps = max(map(len, texts))
-    ours = ForcedDecode(model, prompts, pad_token_id) if model is not stock else None
+    ours = ForcedDecode(model, prompts, pad_token_id, prefill=prefills[1]) if model is not stock else None
     attention = ours is not None and recorded is None
-    full = recorded or ForcedDecode(stock, prompts, pad_token_id, attentions=attention)
+    full = recorded or ForcedDecode(stock, prompts, pad_token_id, attention, prefills[0])
     device = full.logits.device
     lengths = torch.tensor([len(text) for text in texts], device=device)
     said = _columns(texts, pad_token_id, device)

@@ -45,6 +45,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cuda, cuda:1, cpu, …; auto: cuda if there is one (default: %(default)s)")
 
 
+def add_sharing_flag(parser: argparse.ArgumentParser) -> None:
+    """`--share_prefixes`, which Summarizer, CacheLM and ablate.py's Lab take."""
+    parser.add_argument(
+        "--share_prefixes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute a beginning that several prompts share once, and let them continue from it; the texts are the "
+        "same up to rounding. Settings that rule this out, such as --prefill_chunk, turn it off (default: yes)",
+    )
+
+
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `check_loading_flags` and `loading_options` read."""
     add = parser.add_argument

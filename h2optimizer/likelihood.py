@@ -5,13 +5,16 @@ A single forward over both would attend to every token and give any bounded cach
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from h2optimizer.fidelity import ForcedDecode
+from h2optimizer.decoding import decoding_of
+from h2optimizer.fidelity import ForcedDecode, Prefill
+from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
 from utils.memory import halving
 
 SHARING = 16  # rows for continuations of one context, whatever the batch size: they share its prefill
@@ -29,14 +32,21 @@ class LogLikelihood(NamedTuple):
 
 
 def log_likelihoods(
-    model, pairs: list[Pair], pad_token_id: int = 0, dtype: torch.dtype | None = None
+    model,
+    pairs: list[Pair],
+    pad_token_id: int = 0,
+    dtype: torch.dtype | None = None,
+    prefill: Prefill | None = None,
 ) -> list[LogLikelihood]:
-    """Score continuations of any length together. Equal contexts are prefilled once. `dtype`: of log-probabilities."""
+    """Score continuations of any length together. Equal contexts are prefilled once.
+
+    Args: dtype: of log-probabilities; prefill: of the contexts, see ForcedDecode.
+    """
     lengths = [len(continuation) for _, continuation in pairs]
     steps = max(lengths)
     said = [continuation + [pad_token_id] * (steps - len(continuation)) for _, continuation in pairs]
     said = torch.tensor(said, device=model.device)
-    forced = ForcedDecode(model, [context for context, _ in pairs], pad_token_id)
+    forced = ForcedDecode(model, [context for context, _ in pairs], pad_token_id, prefill=prefill)
     logprobs, greedy = [], []
     h2o = getattr(model, "h2o", None)  # None: the full cache
     after_eviction = [int(h2o is not None and h2o.schedule.evicts_in_prefill(len(context))) for context, _ in pairs]
@@ -55,29 +65,52 @@ def log_likelihoods(
 
 
 def log_likelihoods_in_batches(
-    model, pairs: list[Pair], contexts: int, pad_token_id: int = 0, dtype: torch.dtype | None = None
+    model,
+    pairs: list[Pair],
+    contexts: int,
+    pad_token_id: int = 0,
+    dtype: torch.dtype | None = None,
+    snapshots: int | None = None,
+    counts: Counter | None = None,
 ) -> Iterator[tuple[int, LogLikelihood]]:
-    """Each pair's index and log-likelihood, batch by batch. A batch is halved if memory runs out; one row raises."""
+    """Each pair's index and log-likelihood, batch by batch. A batch is halved if memory runs out; one row raises.
+
+    A beginning that many contexts share is computed once, and these contexts come together.
+
+    Args:
+        contexts: most contexts in a batch.
+        snapshots: bytes for such beginnings, as for a Batcher.
+        counts: grows by `prompt_tokens_computed` and `prompt_tokens_shared`, tokens of the pairs' contexts.
+    """
+    counts = Counter() if counts is None else counts
+    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], -len(pairs[i][1])))
+    snapshots = most_snapshot_bytes(model) if snapshots is None else snapshots
+    rows, decoding = max(contexts, SHARING), decoding_of(model, pad_token_id=pad_token_id)
+    prefixes = SharedPrefixes(decoding, [pairs[i][0] for i in order], rows, snapshots)
 
     def computed(batch: list[int], rows: int) -> Iterator[tuple[int, LogLikelihood]]:
-        """Compute at most `rows` rows at a time, removing finished ones from `batch`."""
+        """Compute at most `rows` rows at a time, removing finished ones from `batch`, numbers of `prefixes`."""
         while batch:
-            found = log_likelihoods(model, [pairs[i] for i in batch[:rows]], pad_token_id, dtype)
-            yield from zip(batch[:rows], found, strict=True)
+            numbers = batch[:rows]
+            indices, prefill = [order[number] for number in numbers], partial(prefixes.prefill, prompts=numbers)
+            before = prefixes.counts
+            found = log_likelihoods(model, [pairs[i] for i in indices], pad_token_id, dtype, prefill)
+            counts.update(prefixes.counts - before)
+            yield from zip(indices, found, strict=True)
             del batch[:rows]
 
-    for batch in _batches(pairs, contexts):
-        yield from halving(partial(computed, batch), len(batch))
+    for batch in _batches([pairs[order[number]][0] for number in prefixes.order], contexts):
+        yield from halving(partial(computed, [prefixes.order[at] for at in batch]), len(batch))
 
 
-def _batches(pairs: list[Pair], contexts: int) -> list[list[int]]:
-    """Indices of pairs, longest contexts first and equal ones together. A batch has at most `contexts` contexts and
-    max(contexts, SHARING) rows."""
+def _batches(contexts: list[list[int]], at_once: int) -> list[list[int]]:
+    """Indices of contexts, equal ones of which are neighbours, in batches of at most `at_once` different contexts and
+    max(at_once, SHARING) rows."""
     batches: list[list[int]] = []
     held = 0  # contexts in the last batch
-    for i in sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], -len(pairs[i][1]))):
-        new = not batches or pairs[i][0] != pairs[batches[-1][-1]][0]
-        if not batches or held + new > contexts or len(batches[-1]) == max(contexts, SHARING):
+    for i, context in enumerate(contexts):
+        new = not batches or context != contexts[batches[-1][-1]]
+        if not batches or held + new > at_once or len(batches[-1]) == max(at_once, SHARING):
             batches.append([])
             held, new = 0, True
         batches[-1].append(i)

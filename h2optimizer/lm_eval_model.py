@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from h2optimizer.batching import rows_that_fit
+from h2optimizer.decoding import decoding_of
 from h2optimizer.likelihood import log_likelihoods_in_batches
 from h2optimizer.loading import must_know
+from h2optimizer.prefixes import prefix_first
+from h2optimizer.sharing import common_beginning, most_snapshot_bytes, snapshot_bytes
 from h2optimizer.texts import Stops
+from utils.cache import CACHE_ARGUMENT
 from utils.cli import InputError
 
 
@@ -27,20 +33,21 @@ class CacheLM(HFLM):
     HFLM scores context and continuation in one forward, which attends to everything, so each window would get the full
     cache's score. Here the context is prefilled exactly and slimmed as in generation, and the continuation is fed token
     by token. Prefill predicts its first token, which is the same for every window. `generate` makes texts, in HFLM's
-    batches.
+    batches, from the beginning that all contexts of a task share.
 
     Args:
         model: an H2OLlamaForCausalLM, or a LlamaForCausalLM as the baseline, which HFLM evaluates itself.
         tokenizer: must pad on the left.
         batch_size: contexts computed together, or "auto"; continuations may use up to 16 rows in any case.
+        share_prefixes: compute beginnings that contexts share once, where the results are the same.
         kwargs: arguments of HFLM. Log-probabilities are float32 unless softmax_dtype is given.
 
     `evictions` holds, by task: `tokens` scored and `texts` generated; how many of them came `_after_eviction` of a slot
     (the texts of a batch all count as long as the longest); `contexts_cut` and `documents_split` at the model's
-    positions.
+    positions; tokens of contexts, `prompt_tokens_computed` and `prompt_tokens_shared`, where not HFLM scores them.
     """
 
-    def __init__(self, model, tokenizer, **kwargs):
+    def __init__(self, model, tokenizer, share_prefixes: bool = True, **kwargs):
         if tokenizer.eos_token_id is None:
             raise InputError(f"{model.name_or_path}: its tokenizer has no end-of-sequence token; lm_eval needs one")
         logger = logging.getLogger(HFLM.__module__)
@@ -49,6 +56,9 @@ class CacheLM(HFLM):
         logger.setLevel(logging.NOTSET)
         self.pretrained = model.name_or_path  # the name in results
         self.h2o = getattr(model, "h2o", None)
+        self.snapshots = most_snapshot_bytes(model) if share_prefixes else 0
+        self._decoding = decoding_of(model, pad_token_id=tokenizer.pad_token_id)
+        self._prefix = None  # the snapshot of what all contexts of the current requests begin with
         self.evictions: dict[str, Counter] = {}
         self._task, self._counts = "", Counter()  # of the current requests
         self._stops: Stops | None = None  # of the current texts
@@ -88,7 +98,45 @@ class CacheLM(HFLM):
                 self._refuse(f"{positions}; lower its max_gen_toks, or raise --max_length", request.task_name)
             if not context.strip() and not self.tok_encode(context):
                 self._refuse("a context has no tokens; nothing can be generated after it", request.task_name)
-        return self._by_task(super().generate_until, requests, disable_tqdm=disable_tqdm)
+        return self._by_task(self._generate_texts, requests, disable_tqdm=disable_tqdm)
+
+    def _generate_texts(self, requests: list, disable_tqdm: bool) -> list[str]:
+        contexts = [self.tok_batch_encode([request.args[0]])[0][0].tolist() for request in requests]
+        with self._sharing(contexts):
+            return super().generate_until(requests, disable_tqdm)
+
+    @contextmanager
+    def _sharing(self, contexts: list[list[int]]) -> Iterator[None]:
+        """Compute once what all contexts begin with, and let HFLM's batches continue from it."""
+        common = common_beginning(self._decoding, contexts, self.snapshots)
+        must_know(self.model, self.pretrained, max(common, default=0))
+        if common:
+            with torch.inference_mode():
+                self._prefix = self._decoding.snapshot(common)
+            self._counts["prompt_tokens_computed"] += len(common)
+        try:
+            yield
+        finally:
+            self._prefix = None
+
+    def _continues(self, real: torch.Tensor, rows: torch.Tensor) -> bool:
+        """Whether the first tokens of all rows [B, columns], where `real`, are the shared ones; HFLM cuts long rows."""
+        if self._prefix is None or int(real.sum(dim=1).min()) < len(self._prefix) + self._decoding.least_own:
+            return False
+        first = real.long().argmax(dim=1, keepdim=True) + torch.arange(len(self._prefix), device=rows.device)
+        return bool((rows.gather(1, first) == torch.tensor(self._prefix.tokens, device=rows.device)).all())
+
+    def _model_call(self, inps: torch.Tensor, attn_mask=None, labels=None) -> torch.Tensor:
+        """As HFLM's, for the full cache: logits of rows [B, columns] padded on the right.
+
+        Those of a shared beginning, which HFLM does not read, are 0.
+        """
+        if not self._continues(torch.ones_like(inps, dtype=torch.bool), inps):
+            return super()._model_call(inps, attn_mask, labels)
+        cache, shared = self._decoding.continuing(self._prefix, len(inps)), len(self._prefix)
+        with torch.no_grad():
+            logits = self.model(inps[:, shared:], **{CACHE_ARGUMENT: cache}).logits
+        return pad(logits, (0, 0, shared, 0))
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation=False
@@ -114,6 +162,15 @@ class CacheLM(HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
         must_know(self.model, self.pretrained, int(context.max()))
         self._stops = Stops(self.tokenizer, tuple(filter(None, stop)))
+        real = kwargs["attention_mask"].bool()
+        shared = len(context) * len(self._prefix) if (continues := self._continues(real, context)) else 0
+        self._counts.update(prompt_tokens_computed=int(real.sum()) - shared, prompt_tokens_shared=shared)
+        if continues and self.h2o is not None:
+            kwargs["prefix"] = self._prefix
+        elif continues:
+            order = prefix_first(context, real.cpu(), self._prefix.tokens).to(context.device)
+            context, kwargs["attention_mask"] = (of.gather(1, order) for of in (context, kwargs["attention_mask"]))
+            kwargs[CACHE_ARGUMENT] = self._decoding.continuing(self._prefix, len(context))
         tokens = super()._model_generate(context, max_length, stop, **kwargs)
         if self.h2o is not None:
             fed = tokens.shape[1] - context.shape[1] - 1
@@ -174,15 +231,19 @@ class CacheLM(HFLM):
         must_know(self.model, self.pretrained, largest)
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         if self.h2o is None:
-            answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            with self._sharing([context for context, _ in pairs]):
+                answers = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             for logprob, _ in answers:
                 self._must_be_number(logprob)
             return answers
         contexts, answers = self.batch_size, [None] * len(pairs)
         if contexts == "auto" and pairs:
-            contexts = rows_that_fit(self.model, *(max(map(len, part)) for part in zip(*pairs, strict=True)))
-        pad, dtype = self.tokenizer.pad_token_id, self.softmax_dtype
-        found = log_likelihoods_in_batches(self.model, pairs, contexts, pad, dtype)
+            longest = [max(map(len, part)) for part in zip(*pairs, strict=True)]
+            shared = [context for context, _ in pairs]
+            beside = snapshot_bytes(decoding_of(self.model), shared, len(shared), self.snapshots)
+            contexts = rows_that_fit(self.model, *longest, beside)
+        settings = self.tokenizer.pad_token_id, self.softmax_dtype, self.snapshots, self._counts
+        found = log_likelihoods_in_batches(self.model, pairs, contexts, *settings)
         for i, score in tqdm(found, f"scoring {self._task}", len(pairs), disable=disable_tqdm):
             self._must_be_number(score.logprob)
             answers[i] = score.logprob, score.greedy

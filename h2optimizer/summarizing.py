@@ -13,8 +13,10 @@ import torch
 import transformers
 
 from h2optimizer.batching import Batcher, Sequence, devices_of, rows_that_fit
+from h2optimizer.decoding import decoding_of
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat, unusable
+from h2optimizer.sharing import deal, most_snapshot_bytes, snapshot_bytes
 from h2optimizer.texts import Stops, one_bos
 from utils import cli
 from utils.cli import InputError
@@ -68,13 +70,16 @@ def warn_of_long_prompts(prompts: list[Prompt], positions: int, h2o: H2OConfig |
 def decoding_order(prompts: list[Prompt], batch_size: int | str, processes: Processes | None = None) -> list[Prompt]:
     """The order of decoding: longest prompts first, so that similar lengths run together and memory runs out early.
 
-    At batch size 1, requests keep their order. Several processes deal them out longest first, for similar shares.
+    At batch size 1, requests keep their order. Several processes deal them out longest first, for similar shares, and
+    those that share a beginning to one process.
     """
     shares = processes.shares if processes else 1
     if batch_size == 1 and shares == 1:
         return prompts
     prompts = sorted(prompts, key=lambda prompt: -len(prompt.tokens))
-    return prompts[processes.rank :: shares] if shares > 1 else prompts
+    if shares == 1:
+        return prompts
+    return [prompts[i] for i in deal([prompt.tokens for prompt in prompts], shares)[processes.rank]]
 
 
 def sampling(request: Request, greedy: bool) -> tuple[float, float, int]:
@@ -108,6 +113,7 @@ class Summarizer:
         greedy: ignore the requests' temperature, top_p and n.
         seed: of sampling.
         processes: those of this run; each may hold a shard of the model.
+        share_prefixes: compute beginnings that several prompts share once, where the results are the same.
     """
 
     def __init__(
@@ -118,10 +124,12 @@ class Summarizer:
         greedy: bool = False,
         seed: int = 0,
         processes: Processes | None = None,
+        share_prefixes: bool = True,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.rows, self.greedy, self.seed = rows, greedy, seed
         self.processes = processes or Processes()
+        self.share_prefixes = share_prefixes
         self.rouge = Rouge()
         self._stops: dict[tuple[str, ...], Stops] = {}
         self.eos = eos_tokens(model)
@@ -139,8 +147,18 @@ class Summarizer:
         if not prompts:
             return
         jobs = [self._job(prompt) for prompt in prompts]
+        self._snapshots = self._most_snapshot_bytes()
         rows = self._rows_that_fit(prompts) if self.rows == "auto" else self.rows
         yield from halving(partial(self._ended, jobs), min(rows, left_of(jobs)), partial(self._fewer, jobs))
+
+    def _most_snapshot_bytes(self) -> int:
+        """Bytes that snapshots of shared beginnings may take, equal for all parts of a model; 0 shares nothing."""
+        most = most_snapshot_bytes(self.model) if self.share_prefixes else 0
+        return min(self.processes.gather(most)) if self.processes.splits > 1 else most
+
+    def _bytes_beside(self, prompts: list[list[int]], rows: int) -> int:
+        """Bytes that snapshots for these prompts take at any time."""
+        return snapshot_bytes(decoding_of(self.model), prompts, rows, self._snapshots)
 
     def _job(self, prompt: Prompt) -> Job:
         choices = sampling(prompt.request, self.greedy)[2]
@@ -148,9 +166,11 @@ class Summarizer:
 
     def _rows_that_fit(self, prompts: list[Prompt]) -> int:
         """How many sequences fit into free memory on every process. Raises InputError if not even one does."""
-        longest = max(len(prompt.tokens) for prompt in prompts)
+        tokens = [prompt.tokens for prompt in prompts]
+        longest, most = max(map(len, tokens)), max(prompt.request.max_tokens for prompt in prompts)
         try:
-            rows = rows_that_fit(self.model, longest, max(prompt.request.max_tokens for prompt in prompts))
+            beside = self._bytes_beside(tokens, len(tokens))
+            rows = rows_that_fit(self.model, longest, most, beside)
         except torch.OutOfMemoryError:  # the other processes may have enough and be waiting
             raise InputError(
                 f"process {self.processes.rank}: out of memory with the longest prompt ({longest} tokens) alone; "
@@ -169,7 +189,10 @@ class Summarizer:
                 f"process {self.processes.rank}: out of memory with {rows} sequences; pass a smaller --batch_size "
                 "to resume (results so far are kept)"
             )
-        if rows == 1:
+        how = f"with {half(rows)}"
+        if rows == 1 and self._bytes_beside([job.prompt.tokens for job in jobs for _ in job.sequences], rows):
+            self._snapshots, how = 0, "without shared prefixes"
+        elif rows == 1:
             prompt = jobs[0].prompt
             raise InputError(
                 f"request {prompt.request.index} ({len(prompt.tokens)} tokens): does not fit into memory even "
@@ -179,7 +202,7 @@ class Summarizer:
             for choice, sequence in enumerate(job.sequences):
                 if not sequence.finish_reason:
                     job.sequences[choice] = self._sequence(job.prompt, choice)
-        self.processes.say(f"out of memory with {rows} sequences: continuing with {half(rows)}")
+        self.processes.say(f"out of memory with {rows} sequences: continuing {how}")
         return min(half(rows), left_of(jobs))
 
     def _sequence(self, prompt: Prompt, choice: int) -> Sequence:
@@ -207,7 +230,8 @@ class Summarizer:
         sampled = [sequence for sequence, _ in todo if sequence.temperature > 0]
         nucleus = any(sequence.top_p < 1 for sequence in sampled)
         agree = self.processes.agree_on if self.processes.splits > 1 else None
-        batcher = Batcher(self.model, rows, self.eos, self.tokenizer.pad_token_id, bool(sampled), nucleus, agree)
+        pad = self.tokenizer.pad_token_id
+        batcher = Batcher(self.model, rows, self.eos, pad, bool(sampled), nucleus, agree, self._snapshots)
         for sequence in batcher.run(sequence for sequence, _ in todo):
             job = job_of[id(sequence)]
             left[id(job)] -= 1
@@ -227,6 +251,7 @@ class Summarizer:
             choices *= request.n
         decoding = longest.seconds - longest.seconds_to_first_token
         kv_bytes = sum(sequence.cache["kv_bytes"] for sequence in job.sequences)
+        computed = sum(sequence.prompt_computed for sequence in job.sequences)
         timing = {
             "latency": longest.seconds,
             "time_to_first_token": longest.seconds_to_first_token,
@@ -234,6 +259,8 @@ class Summarizer:
             "decode_time": sum(sequence.decode_seconds for sequence in job.sequences) / self.processes.shares,
             "wall_time": wall_time,
             "batch_size": longest.rows,
+            "prompt_tokens_computed": computed,
+            "prompt_tokens_shared": len(job.sequences) * len(job.prompt.tokens) - computed,
         }
         return {
             "index": request.index,
@@ -282,7 +309,8 @@ def check_result(result: dict, requests: list[Request]) -> None:
         numbers = [result["rouge"][name] for name in ROUGE_TYPES]
         numbers += [result["cache"][name] for name in ("kv_bytes", "slots_kept", "slimmings")]
         numbers += [result[name] for name in ("sequences", "tokens_generated", "tokens_emitted", "peak_memory_bytes")]
-        numbers += [timing[name] for name in ("time_to_first_token", "decode_time", "wall_time")] + decoded
+        names = "time_to_first_token", "decode_time", "wall_time", "prompt_tokens_computed", "prompt_tokens_shared"
+        numbers += [timing[name] for name in names] + decoded
         whole = all(isinstance(number, int | float) for number in numbers)
     except (KeyError, TypeError):
         whole = False
@@ -323,6 +351,8 @@ def metrics_of(results: list[dict], device: torch.device, idle: float = 0.0) -> 
         "rouge_unit": "F-measure from 0 to 1",
         "rouge": {name: mean_with_interval([result["rouge"][name] for result in results]) for name in ROUGE_TYPES},
         "requests": len(results),
+        "prompt_tokens_computed": sum(t["prompt_tokens_computed"] for t in times),
+        "prompt_tokens_shared": sum(t["prompt_tokens_shared"] for t in times),
         "tokens_generated": tokens,
         "tokens_emitted": sum(result["tokens_emitted"] for result in results),
         **mean,

@@ -44,8 +44,16 @@ import yaml
 from tqdm import tqdm
 
 from h2optimizer import H2OConfig
+from h2optimizer.decoding import decoding_of
 from h2optimizer.fidelity import SUMS, Fidelity, Retention, compare
-from h2optimizer.flags import DEMO_REQUESTS, FLAG_OF_FIELD, add_model_flags, attention_backend, plans_in
+from h2optimizer.flags import (
+    DEMO_REQUESTS,
+    FLAG_OF_FIELD,
+    add_model_flags,
+    add_sharing_flag,
+    attention_backend,
+    plans_in,
+)
 from h2optimizer.loading import (
     device_name,
     fingerprint_of,
@@ -54,6 +62,7 @@ from h2optimizer.loading import (
     quiet_libraries,
     select_device,
 )
+from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
@@ -113,6 +122,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=count_or_zero,
         help="index of the request whose tokens are followed (default: the one with the longest text)",
     )
+    add_sharing_flag(parser)
     add("--grid", type=Path, help="a YAML file with the grid (default: the flags below)")
     grid = parser.add_argument_group(
         "grid", "One or more values for each field of H2OConfig. run_summarization.py --help explains the fields."
@@ -231,7 +241,8 @@ class Lab:
 
     def _texts(self, model) -> dict:
         """Greedy texts, their ROUGE, and what the cache held."""
-        summarizer = Summarizer(model, self.tokenizer, self.args.batch_size, greedy=True)
+        share = {"share_prefixes": self.args.share_prefixes}
+        summarizer = Summarizer(model, self.tokenizer, self.args.batch_size, greedy=True, **share)
         sequences = {}
         for job in summarizer.decode(self.order):
             sequences[job.prompt.request.index] = job.sequences[0]
@@ -251,14 +262,17 @@ class Lab:
 
     def _fidelity(self, model, texts: list[list[int]]) -> dict:
         sums: list[Fidelity | None] = [None] * len(self.prompts)
-        followed, todo = None, [prompt.request.index for prompt in self.order]
+        prefixes = [self._prefixes(of) for of in (self.stock, model)]
+        followed, todo = None, list(prefixes[1].order)  # numbers in self.order
 
         def compared(at_once: int) -> Iterator[tuple]:
             while todo:
-                batch = todo[:at_once]
+                numbers = todo[:at_once]
+                batch = [self.order[number].request.index for number in numbers]
                 follow = batch.index(self.followed) if self.followed in batch else None
                 prompts, said = [self.prompts[i].tokens for i in batch], [texts[i] for i in batch]
-                yield batch, *compare(self.stock, model, prompts, said, self.pad, follow)
+                prefills = tuple(partial(of.prefill, prompts=numbers) for of in prefixes)
+                yield batch, *compare(self.stock, model, prompts, said, self.pad, follow, None, prefills)
                 del todo[:at_once]
 
         for batch, fidelity, retention in halving(compared, self.args.batch_size):
@@ -267,6 +281,12 @@ class Lab:
             followed = retention or followed
         result = {"fidelity": {name: [round(getattr(row, name), 9) for row in sums] for name in SUMS}}
         return result if followed is None else result | {"retention": self._retention(followed)}
+
+    def _prefixes(self, model) -> SharedPrefixes:
+        """What the requests share, for one of the models."""
+        most_bytes = most_snapshot_bytes(model) if self.args.share_prefixes else 0
+        prompts = [prompt.tokens for prompt in self.order]
+        return SharedPrefixes(decoding_of(model, pad_token_id=self.pad), prompts, self.args.batch_size, most_bytes)
 
     def _retention(self, followed: Retention) -> dict:
         return {

@@ -49,7 +49,7 @@ except ImportError as error:
     sys.exit(cli.INPUT_ERROR)
 
 from h2optimizer import H2OConfig
-from h2optimizer.flags import add_cache_flags, add_model_flags, attention_backend, h2o_config
+from h2optimizer.flags import add_cache_flags, add_model_flags, add_sharing_flag, attention_backend, h2o_config
 from h2optimizer.loading import device_name, load_model, quiet_libraries, select_device
 from utils.bench import print_table
 from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
@@ -57,6 +57,7 @@ from utils.memory import is_out_of_memory
 from utils.results import checkpoint_fingerprint, replace_file, to_json
 
 # HFLM's other arguments choose how it loads a model, which load_model does here.
+PROMPT_TOKENS = ("prompt_tokens_computed", "prompt_tokens_shared")
 PASSED_ON = "add_bos_token chat_template_args enable_thinking max_length prefix_token_id softmax_dtype think_end_token"
 
 
@@ -67,12 +68,20 @@ class H2OLlamaLM(CacheLM):
     Args:
         pretrained: a folder, or a name on the hub.
         full_cache: stock Llama, the baseline.
-        device, dtype: as the flags of run_summarization.py.
+        device, dtype, share_prefixes: as the flags of run_summarization.py.
         kwargs: fields of H2OConfig (including `backend`), and the arguments of HFLM in PASSED_ON.
     """
 
     def __init__(
-        self, pretrained, full_cache=False, device="auto", dtype="auto", batch_size=1, max_batch_size=64, **kwargs
+        self,
+        pretrained,
+        full_cache=False,
+        device="auto",
+        dtype="auto",
+        batch_size=1,
+        max_batch_size=64,
+        share_prefixes=True,
+        **kwargs,
     ):
         fields = {field.name for field in dataclasses.fields(H2OConfig)}
         flags = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
@@ -84,7 +93,8 @@ class H2OLlamaLM(CacheLM):
             raise InputError(f"{min(flags)}: has no effect with full_cache; leave one of them out")
         h2o = None if full_cache else H2OConfig(**flags)
         model, tokenizer = load_model(str(pretrained), h2o, select_device(device), dtype)
-        super().__init__(model, tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **kwargs)
+        sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size}
+        super().__init__(model, tokenizer, share_prefixes, **sizes, **kwargs)
 
 
 def names(text: str) -> list[str]:
@@ -147,6 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="JSON of results (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace existing results (default: stop with an error)")
+    add_sharing_flag(parser)
     add_cache_flags(parser)
     args = parser.parse_args(argv)
     if not args.tasks:
@@ -214,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     flags = {"full_cache": True} if h2o is None else dataclasses.asdict(h2o)
     positions = {} if args.max_length is None else {"max_length": args.max_length}
     model = {"pretrained": args.model_name, "dtype": args.dtype, **positions, **flags}
-    lm = H2OLlamaLM(device=args.device, batch_size=args.batch_size, **model)
+    lm = H2OLlamaLM(device=args.device, batch_size=args.batch_size, share_prefixes=args.share_prefixes, **model)
     if args.apply_chat_template and not lm.tokenizer.chat_template:
         raise InputError(f"--apply_chat_template: the tokenizer of {args.model_name} has none; leave the flag out")
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
@@ -268,7 +279,7 @@ def report_evictions(lm: CacheLM) -> None:
                 f"warning: {task}: nothing came after an eviction, so these are the full cache's scores; contexts fit "
                 f"into the window of {lm.h2o.window_length}, or continuations are single tokens"
             )
-    columns = ("tokens", "tokens_after_eviction", "texts", "texts_after_eviction")
+    columns = ("tokens", "tokens_after_eviction", "texts", "texts_after_eviction", *PROMPT_TOKENS)
     if lm.h2o is not None:
         print_table(
             [{"task": task} | counts for task, counts in lm.evictions.items()],

@@ -185,8 +185,8 @@ def select_rows(args: argparse.Namespace) -> tuple[dict[int, dict], "Dataset | l
     return dict(list(rows.items())[:wanted]), pool, skipped
 
 
-def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator: random.Random) -> list[dict]:
-    """`shots` different examples drawn uniformly from the pool, never the request's own article."""
+def draw_shots(pool: "Dataset | list[dict]", shots: int, asked: set[str], generator: random.Random) -> list[dict]:
+    """`shots` different examples drawn uniformly from the pool, none of them an article that is asked for."""
     drawn: dict[str, dict] = {}
     tried: set[int] = set()
     while len(drawn) < shots:
@@ -195,7 +195,7 @@ def draw_shots(pool: "Dataset | list[dict]", shots: int, article: str, generator
         row = generator.randrange(len(pool))
         tried.add(row)
         example = pool[row]
-        if example["article"] and example["summary"] and example["article"] != article:
+        if example["article"] and example["summary"] and example["article"] not in asked:
             drawn.setdefault(example["article"], example)
     return list(drawn.values())
 
@@ -219,9 +219,13 @@ def short_requests(
     def prompt(example: dict) -> str:
         return f"###\nArticle: {example['article']}\n\nSummarize the above article in {form.length}.\n"
 
+    fixed = None
+    if args.fixed_shots:
+        asked = {example["article"] for example in rows.values()}
+        fixed = draw_shots(pool, args.shots, asked, random.Random(args.seed))
     for row, example in rows.items():
         # Seeded by row, so neither --sample_num nor earlier rows change the shots of a row.
-        shots = draw_shots(pool, args.shots, example["article"], random.Random(f"{args.seed}/{row}"))
+        shots = fixed or draw_shots(pool, args.shots, {example["article"]}, random.Random(f"{args.seed}/{row}"))
         article = "".join(f"{prompt(shot)}{shot['summary']}\n\n" for shot in shots) + prompt(example)
         yield row, {"article": article, "summary_gt": example["summary"]} | decoding(args, form.max_tokens)
 
@@ -301,6 +305,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"sentences with numbers to hide in each prompt, which asks for one of them; at most {len(NAMES)} "
         "(default: 0)",
     )
+    add(
+        "--fixed_shots",
+        action="store_true",
+        help="show the same examples before every request, as HELM does; run_summarization.py then computes them once "
+        "(default: draw them anew for each request)",
+    )
     add("--split", help="split of the hub data set to convert (default: test)")
     add("--sample_num", type=count, help="write only the first SAMPLE_NUM requests (default: all)")
     add("--seed", type=seed, default=0, help="seed for drawing the shots or needles (default: 0)")
@@ -318,6 +328,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--needles {args.needles}: must be at most {len(NAMES)}")
     if args.shots and (args.articles > 1 or args.needles):
         parser.error(f"--shots {args.shots}: goes with neither --articles nor --needles; leave it out")
+    if args.fixed_shots and not args.shots:
+        parser.error("--fixed_shots: there are no shots; give their number with --shots, or leave the flag out")
     check_flags(temperature=args.temperature, max_tokens=args.max_tokens)
     if args.input_path and args.split:
         parser.error(f"--split {args.split}: a local file has no splits; leave the flag out")

@@ -177,8 +177,8 @@ def caches(monkeypatch):
     made = []
 
     class Recorded(HHCache):
-        def __init__(self, h2o):
-            super().__init__(h2o)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
             made.append(self)
 
         def with_rows(self, batch_size):

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import run_summarization
-from checkpoints import make_checkpoint, make_requests, write_requests
+from checkpoints import made_up_text, make_checkpoint, make_requests, write_requests
 from conftest import make_llamas, new_oracle, prompt
-from h2optimizer import H2OConfig
+from h2optimizer import H2OConfig, decoding, sharing
 from h2optimizer.fidelity import ForcedDecode, Recorded, compare
 from h2optimizer.flags import DEMO_MODEL
 from test_benchmarks import load
@@ -290,6 +290,29 @@ def test_cells_are_what_run_summarization_gives(sweep, lab, tmp_path):
         if cell["h2o"] is None:
             assert list(map(len, cell["texts"])) == [result["tokens_generated"] for result in results]
             assert len(cell["texts"][3]) < 10
+
+
+def test_beginnings_computed_once_change_no_cell(sweep, lab, monkeypatch, tmp_path):
+    """Figures of another request, because those who share a beginning come together; other settings' snapshots."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    requests = [json.loads(line) for line in lab.requests.read_text().splitlines()]
+    for i, request in enumerate(requests):
+        request["article"] = made_up_text(3, seed=i % 2) + request["article"]
+    flags = ["--input-path", str(write_requests(tmp_path / "requests.jsonl", requests)), "--window_length", "8", "200"]
+    snapshots, snapshot = [], decoding.BoundedDecoding.snapshot
+    monkeypatch.setattr(
+        decoding.BoundedDecoding, "snapshot", lambda self, *args: snapshots.append(self.h2o) or snapshot(self, *args)
+    )
+    apart = sweep(*flags, "--no-share_prefixes", output="apart.jsonl").cells
+    assert not snapshots
+    shared = sweep(*flags, output="shared.jsonl").cells
+    assert len(set(snapshots)) == 2
+    for one, other in zip(quality(shared), quality(apart), strict=True):
+        for name, sums in one.pop("fidelity").items():
+            assert sums == pytest.approx(other["fidelity"][name], rel=1e-3, abs=1e-4)
+        assert one.pop("retention", {}).get("last_held") == other.pop("retention", {}).get("last_held")
+        del other["fidelity"]
+        assert one == other
 
 
 def test_figures_follow_the_cells(sweep):

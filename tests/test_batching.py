@@ -16,7 +16,7 @@ from conftest import (
     make_llamas,
     prompt,
 )
-from h2optimizer import batching, decoding
+from h2optimizer import batching, decoding, sharing
 from h2optimizer.batching import Batcher, Sequence
 from h2optimizer.sampling import sample_rows
 from recorded_steps import settings
@@ -351,6 +351,26 @@ def test_prompts_are_prefilled_in_parts(model, monkeypatch, limit, chunk):
     expected = batch(model, 1, make_sequences())
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", limit)
     assert_same_sequences(batch(model, 5, make_sequences()), expected)
+
+
+@pytest.mark.parametrize("flags", [{}, {"update_interval": 1}, {"score_norm": "mean"}], ids=str)
+def test_rows_that_continue_from_a_prefix_decode_as_alone(model, monkeypatch, flags):
+    """Slots or lengths on the device that recorded steps read, of a row that began after a prefix."""
+    model.h2o = settings(**flags)
+
+    def sequences() -> list[Sequence]:
+        return [
+            Sequence(prompt(11 - i % 2) + prompt(1 + i, i), 5 + 4 * (i % 3), 0.8 * (i % 2), 0.9, (i,)) for i in range(6)
+        ]
+
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    monkeypatch.setattr(sharing, "LEAST_TOKENS", 1)
+    expected = batch(model, 1, sequences(), eos=set())
+    shared = batch(model, 4, sequences(), eos=set())
+    assert_same_sequences(shared, expected)
+    assert sum(sequence.prompt_computed for sequence in shared) < sum(len(s.prompt) for s in shared) - 4 * 10
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 10**6)
+    assert_same_sequences(batch(model, 4, sequences(), eos=set()), expected)
 
 
 # Sampling from a uniform number

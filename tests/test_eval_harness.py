@@ -12,7 +12,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from checkpoints import POSITIONS, made_up_text, make_checkpoint
-from h2optimizer import likelihood
+from h2optimizer import likelihood, sharing
 from test_benchmarks import SCRIPTS, load
 from utils.cache import HHCache
 from utils.requests import InputError
@@ -231,6 +231,62 @@ def test_shared_contexts_are_prefilled_once(make_lm):
     assert prefilled == [(1, len(lm.tok_encode(long))), (1, len(lm.tok_encode(short)))]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("settings", [NARROW, dict(full_cache=True)], ids=["h2o", "full"])
+def test_what_contexts_share_is_computed_once(make_lm, monkeypatch, settings, batch_size):
+    """Shots that change a score or a text when they are shared, or are computed again for each batch."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    shots = made_up_text(3, seed=1)
+    ends = [" " + made_up_text(1, seed=60 + i) for i in range(3)]
+    contexts = [shots + " " + text for text in texts(1, 2, 3)]
+    scored = requests("loglikelihood", *((context, end) for context in contexts for end in ends))
+    asked = {"until": ["zz"], "max_gen_toks": 12, "do_sample": False}
+    made = requests("generate_until", *((context, asked) for context in contexts))
+    found, fed = [], []
+    for share in (False, True):
+        lm, columns = make_lm(**settings, batch_size=batch_size, share_prefixes=share), []
+        lm.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs, columns=columns: columns.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        scores = lm.loglikelihood(scored, disable_tqdm=True)
+        said = lm.generate_until(made, disable_tqdm=True)
+        counts = lm.evictions["task"]
+        found.append((scores, said))
+        fed.append(sum(columns))
+        assert (counts["prompt_tokens_shared"] > 0) >= share
+    assert_scores(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+    shared = len(lm.tok_encode(shots))
+    assert fed[1] <= fed[0] - 2 * shared, "at least once for the scores, and once for the texts"
+
+
+def test_sharing_can_be_turned_off(evaluate, harness, monkeypatch):
+    """A flag that is read and forgotten."""
+    begin, given = harness.CacheLM.__init__, []
+
+    def init(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        given.append(self.snapshots > 0)
+
+    monkeypatch.setattr(harness.CacheLM, "__init__", init)
+    shared, *_ = evaluate("tiny_choice", *FLAGS, output="shared.json")
+    apart, *_ = evaluate("tiny_choice", *FLAGS, "--no-share_prefixes", output="apart.json")
+    assert given == [True, False]
+    assert apart["results"] == shared["results"]
+
+
+def test_contexts_that_are_cut_share_nothing(make_lm, monkeypatch):
+    """The beginning of a context that is no longer there, because it is longer than the positions."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    contexts = [made_up_text(n, seed=1) + " " + made_up_text(1, seed=2) for n in (4, 30)]
+    asked = {"until": ["zz"], "max_gen_toks": 12, "do_sample": False}
+    made = requests("generate_until", *((context, asked) for context in contexts))
+    for settings in (NARROW, dict(full_cache=True)):
+        alone, lm = (make_lm(**settings, batch_size=2, share_prefixes=share) for share in (False, True))
+        assert lm.generate_until(made, True) == alone.generate_until(made, True)
+        assert lm.evictions["task"]["contexts_cut"] == 1 and not lm.evictions["task"]["prompt_tokens_shared"]
+
+
 def test_out_of_memory_halves_a_batch(make_lm, monkeypatch):
     """An evaluation that ends, or mixes up its answers, because one batch did not fit."""
     lm, score = make_lm(**NARROW, batch_size=8), likelihood.log_likelihoods
@@ -263,8 +319,10 @@ def test_generation_is_each_request_alone(make_lm):
     got = lm.generate_until(asked, disable_tqdm=True)
     assert got == [text.split(stop)[0] for text in alone] and len(got[2]) <= 5
     assert got != full.generate_until(asked, disable_tqdm=True)
-    assert dict(lm.evictions["task"]) == {"texts": 4, "texts_after_eviction": evicted} and evicted > 0
-    assert not full.evictions["task"]
+    counts, tokens = lm.evictions["task"], sum(len(lm.tok_encode(context)) for context in contexts)
+    assert (counts["texts"], counts["texts_after_eviction"]) == (4, evicted) and evicted > 0
+    assert counts["prompt_tokens_computed"] == full.evictions["task"]["prompt_tokens_computed"] == tokens
+    assert not full.evictions["task"]["texts"] and not counts["prompt_tokens_shared"]
 
 
 def test_stop_strings_that_name_special_tokens(make_lm, monkeypatch):

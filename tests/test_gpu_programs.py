@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpu_models
-from checkpoints import make_checkpoint, make_requests, write_requests
+from checkpoints import made_up_text, make_checkpoint, make_requests, write_requests
 from h2optimizer.loading import QUANTIZERS
 
 pytestmark = gpu_models.MARKS
@@ -83,6 +83,19 @@ def test_layers_spread_over_all_gpus(summarize, flags):
     assert summarize(*flags, "--device_map", "auto", "--batch_size", "4") == expected
     auto = summarize(*flags, "--device_map", "auto", "--batch_size", "auto")
     assert [result["result"]["choices"] for result in auto] == [result["result"]["choices"] for result in expected]
+
+
+@pytest.mark.parametrize("flags", [ON_H2O, []], ids=["h2o", "full"])
+def test_beginnings_computed_once_on_a_gpu(summarize, tmp_path, flags):
+    """Recorded steps or slots of rows that began after a prefix, nested ones included; rows that join others."""
+    requests = make_requests(12, max_tokens=24, temperature=0.8)
+    for i, request in enumerate(requests):
+        request["article"] = made_up_text(30) + made_up_text(20, seed=1) * (i % 2) + request["article"]
+    flags = [*flags, "--input-path", str(write_requests(tmp_path / "shared.jsonl", requests))]
+    expected = summarize(*flags, "--no-share_prefixes", "--batch_size", "4")
+    assert summarize(*flags, "--batch_size", "4") == summarize(*flags, "--batch_size", "auto") == expected
+    metrics = max(tmp_path.glob("*.metrics.json"), key=lambda path: path.stat().st_mtime)
+    assert json.loads(metrics.read_text())["prompt_tokens_shared"] > 10 * 300
 
 
 @pytest.mark.parametrize("choice", QUANTIZERS)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from checkpoints import make_requests
-from h2optimizer import H2OLlamaForCausalLM, batching, decoder, decoding, sampling
+from checkpoints import made_up_text, make_requests
+from h2optimizer import H2OLlamaForCausalLM, batching, decoder, decoding, sampling, sharing
 from summaries import (  # noqa: F401
     H2O,
     ON_GPU,
@@ -152,6 +152,25 @@ def test_one_request_too_large_keeps_all_results_before_it(run, memory, tokenize
     assert [result["index"] for result in outcome.results] == order[:2]
     monkeypatch.undo()
     assert len(run(requests, *flags, "--batch_size", "6").results) == 6
+
+
+@both_caches
+def test_memory_that_snapshots_alone_exceed(run, monkeypatch, flags):
+    """A run that ends, though every request fits into memory by itself."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    requests = make_requests(4, max_tokens=4)
+    for request in requests:
+        request["article"] = made_up_text(4) + request["article"]
+    expected = run(requests, *flags, "--no-share_prefixes", output="expected")
+    for kind in (decoding.BoundedDecoding, decoding.FullDecoding):
+        monkeypatch.setattr(kind, "snapshot", fails(kind.snapshot, [], at=1))
+        monkeypatch.setattr(kind, "snapshot", fails(kind.snapshot, [], at=1))
+    outcome = run(requests, *flags, "--batch_size", "2")
+    assert_same_results(outcome, expected)
+    assert [line for line in outcome.stderr if "out of memory" in line] == [
+        "out of memory with 2 sequences: continuing with 1",
+        "out of memory with 1 sequences: continuing without shared prefixes",
+    ]
 
 
 def test_first_request_too_large(run, memory, monkeypatch):

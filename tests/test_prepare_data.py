@@ -198,6 +198,27 @@ def test_hub_shots_never_show_the_answer(hub, run):
         assert sorted([own, *shots_of(request)]) == [row["document"] for row in usable]
 
 
+def test_fixed_shots_are_the_same_for_all(hub, run):
+    """Shots in another order, which would share nothing; one that is asked for; those of another seed."""
+    splits, _ = hub
+    splits["train"] = [{"document": f"Train {i}.", "summary": f"S {i}."} for i in range(9)]
+    splits["test"] = [{"document": f"T{'rain' if i < 4 else 'est'} {i}.", "summary": f"S {i}."} for i in range(8)]
+    requests = run("--shots", 3, "--fixed_shots")
+    (shots,) = {tuple(shots_of(request)) for request in requests}
+    assert len(set(shots)) == 3 and set(shots) <= {f"Train {i}." for i in range(4, 9)}
+    assert requests == run("--shots", 3, "--fixed_shots")
+    assert {tuple(shots_of(run("--shots", 3, "--fixed_shots", "--seed", i)[0])) for i in range(5)} > {shots}
+
+
+def test_fixed_local_shots(run, tmp_path):
+    """Shots in an order of each request's own, or other rows set aside."""
+    path = write(tmp_path / "in.jsonl", ROWS)
+    fixed, drawn = run("--input-path", path, "--shots", 3, "--fixed_shots"), run("--input-path", path, "--shots", 3)
+    assert len({tuple(shots_of(request)) for request in fixed}) == 1
+    assert set(shots_of(fixed[0])) == set(shots_of(drawn[0]))
+    assert [request["summary_gt"] for request in fixed] == [request["summary_gt"] for request in drawn]
+
+
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl", "json", "CSV"])
 def test_local_formats(run, tmp_path, ending):
     rows = [
@@ -318,6 +339,7 @@ BAD_FLAGS = [
     (["--temperature", "nan"], ["--temperature=nan"]),
     (["--temperature", "1e-9"], ["--temperature=1e-09", "0.001"]),
     (["--dataset", "gigaword"], ["--dataset", "gigaword", "cnn_dailymail"]),
+    (["--fixed_shots"], ["--fixed_shots", "--shots"]),
     (["--nonsense"], ["--nonsense", "--help"]),
 ]
 

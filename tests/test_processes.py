@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, fused, loading, summarizing
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, fused, loading, sharing, summarizing
 from h2optimizer.decoder import is_replayable
 from summaries import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from test_benchmarks import load
@@ -178,6 +178,20 @@ def test_several_processes_write_what_one_would(finish, expected, way, flags):
     for name in ("rouge", "tokens_generated", "kv_bytes_per_request", "slots_kept_per_request", "settings"):
         assert several.metrics[name] == one.metrics[name]
     assert several.metrics["processes"] == 2 and several.metrics["tensor_parallel"] == bool(way)
+
+
+@both_caches
+@pytest.mark.parametrize("way", [SPLIT, []], ids=["split", "shared out"])
+def test_processes_share_beginnings(finish, expected, way, flags):
+    """Parts of a model that compute another beginning, or hold fewer, and wait for each other for ever."""
+
+    def patch(rank):
+        sharing.LEAST_TOKENS = sharing.LEAST_SAVED = 1
+        sharing.most_snapshot_bytes = summarizing.most_snapshot_bytes = lambda model: 2**40 + rank
+
+    outcome = finish(2, *flags, *way, "--batch_size", "3", patch=patch)
+    assert_same_results(outcome, expected(flags))
+    assert outcome.metrics["prompt_tokens_shared"] > expected(flags).metrics["prompt_tokens_shared"]
 
 
 def test_heads_of_their_own_windows_are_split_with_the_model(finish, expected, folder):

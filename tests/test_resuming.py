@@ -11,9 +11,9 @@ import sys
 import pytest
 
 import run_summarization
-from checkpoints import make_requests
+from checkpoints import made_up_text, make_requests
 from forks import Fork, stop_while_writing
-from h2optimizer import H2OConfig, batching
+from h2optimizer import H2OConfig, batching, sharing
 from summaries import (  # noqa: F401
     H2O,
     ROOT,
@@ -21,6 +21,7 @@ from summaries import (  # noqa: F401
     TEMPLATE,
     alone,
     assert_same_results,
+    both_caches,
     checkpoint,
     instruct_model,
     metrics_path,
@@ -60,6 +61,33 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path
     assert [again[result["index"]] for result in kept] == kept, "what was there was written anew"
     assert resumed.metrics["rouge"] == uninterrupted.metrics["rouge"]
     assert resumed.metrics["tokens_generated"] == uninterrupted.metrics["tokens_generated"] == 100
+
+
+@both_caches
+def test_killed_where_requests_share_a_beginning(run, checkpoint, tmp_path, monkeypatch, flags):
+    """Requests that were left of those who shared it, with none to compute it; results out of order."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    requests = make_requests(10, max_tokens=10)
+    for i, request in enumerate(requests):
+        request["article"] = made_up_text(4, seed=i % 3) + request["article"]
+    flags = [*flags, "--batch_size", "3"]
+    uninterrupted = run(requests, *flags, output="uninterrupted.jsonl")
+    argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", tmp_path / "out.jsonl", "--model-name", checkpoint]
+
+    def work(fork):
+        stop_while_writing(4, fork.stop)
+        return run_summarization.main([*map(str, argv), "--device", "cpu", *flags])
+
+    fork = Fork(work, tmp_path)
+    fork.await_mark()
+    assert fork.kill() == -signal.SIGKILL
+    resumed = run(requests, *flags)
+    assert "4 of 10 results exist already" in resumed.stderr
+    assert_same_results(resumed, uninterrupted)
+    for outcome in (resumed, uninterrupted):
+        tokens = sum(result["cache"]["tokens_seen"] - 9 for result in outcome.results)
+        assert outcome.metrics["prompt_tokens_shared"] > 0
+        assert outcome.metrics["prompt_tokens_computed"] + outcome.metrics["prompt_tokens_shared"] == tokens
 
 
 def test_program_killed_then_interrupted_then_finished(run, checkpoint, tmp_path):

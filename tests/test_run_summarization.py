@@ -52,7 +52,8 @@ def test_schema_of_results_and_metrics(run, flags):
         assert set(result["cache"]) == {"tokens_seen", "slots_kept", "slimmings", "kv_bytes"}
         timing = result["result"]["request_time"]
         names = {"latency", "time_to_first_token", "time_per_output_token", "decode_time", "wall_time", "batch_size"}
-        assert set(timing) == names and all(timing[name] > 0 for name in names)
+        tokens = {"prompt_tokens_computed", "prompt_tokens_shared"}
+        assert set(timing) == names | tokens and all(timing[name] > 0 for name in names)
         after_first = timing["latency"] - timing["time_to_first_token"]
         assert timing["time_per_output_token"] == pytest.approx(after_first / 4)
         assert result["tokens_generated"] == result["tokens_emitted"] == 5
@@ -60,6 +61,8 @@ def test_schema_of_results_and_metrics(run, flags):
 
     metrics = outcome.metrics
     assert metrics["requests"] == 3 and metrics["tokens_generated"] == metrics["tokens_emitted"] == 15
+    assert metrics["prompt_tokens_computed"] == sum(r["cache"]["tokens_seen"] - 4 for r in outcome.results)
+    assert metrics["prompt_tokens_shared"] == 0 and metrics["share_prefixes"] is True
     assert metrics["rouge_unit"] == "F-measure from 0 to 1"
     for name, interval in metrics["rouge"].items():
         scores = [result["rouge"][name] for result in outcome.results]
@@ -144,6 +147,8 @@ def test_table_on_stdout(run):
     assert re.search(r"^ROUGE-1 +100\.00$", outcome.stdout, re.M), outcome.stdout
     assert outcome.metrics["rouge"]["rouge1"]["mean"] == 1
     assert re.search(r"^requests +1 +0 with slots dropped$", outcome.stdout, re.M)
+    prompt = outcome.metrics["prompt_tokens_computed"]
+    assert re.search(rf"^prompt tokens +{prompt} +computed, 0 shared$", outcome.stdout, re.M)
     speed, rate = (outcome.metrics[name] for name in ("decode_tokens_per_second", "requests_per_second"))
     assert re.search(rf"^decoding +{speed:.1f} tokens/s .*without prefill$", outcome.stdout, re.M)
     assert re.search(rf"^overall +{rate:.3g} requests/s +with prefill$", outcome.stdout, re.M)
@@ -475,7 +480,6 @@ BAD_FLAGS = {
     "--device 0": "--device 0",
     "--num_window 64": "unrecognized argument --num_window; did you mean --num_window_length?",
     "--greed": "unrecognized argument --greed; did you mean --greedy?",
-    "--window_length 64": "unrecognized argument --window_length; did you mean --num_window_length?",
     "stray": "unrecognized argument stray",
 }
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 
 import run_summarization
-from checkpoints import POSITIONS, make_requests
-from h2optimizer import batching, summarizing
+from checkpoints import POSITIONS, made_up_text, make_requests
+from h2optimizer import batching, sharing, summarizing
 from summaries import (  # noqa: F401
     H2O,
     SAMPLED,
@@ -217,6 +218,26 @@ def test_batches_change_nothing_and_results_come_in_order(run, checkpoint, token
     assert_same_results(together, alone)
     assert {choice["finish_reason"] for choice in together.choices} == {"stop", "length"}
     assert len({len(tokens_of(choice)) for choice in together.choices}) > 4
+
+
+@both_caches
+@pytest.mark.parametrize("batch_size", ["1", "3", "auto"])
+def test_beginnings_computed_once_change_no_result(run, monkeypatch, flags, batch_size):
+    """Shots whose tokens are read from another request's prompt, out of order, or counted for each request."""
+    monkeypatch.setattr(sharing, "LEAST_SAVED", 1)
+    requests, shots = ways_to_ask(9), [made_up_text(n, seed=n) for n in (5, 2)]
+    for i, request in enumerate(requests):
+        request["article"] = shots[0] + shots[1] * (i % 2) + request["article"]
+        request["stop"] = ["zz", "e"] if i % 4 == 3 else ["###"]
+    alone = run(requests, *flags, "--no-share_prefixes", "--batch_size", batch_size)
+    shared = run(requests, *flags, "--batch_size", batch_size, output="shared")
+    assert_same_results(shared, alone)
+    assert shared.metrics["settings"] == alone.metrics["settings"], "a run may be resumed either way"
+    assert (shared.metrics["share_prefixes"], alone.metrics["share_prefixes"]) == (True, False)
+    names = "prompt_tokens_computed", "prompt_tokens_shared"
+    (computed, saved), (all_computed, equal) = ([of.metrics[name] for name in names] for of in (shared, alone))
+    assert computed + saved == all_computed + equal and saved > equal + 8 * 20
+    assert re.search(rf"^prompt tokens +{computed} +computed, {saved} shared$", shared.stdout, re.M)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])

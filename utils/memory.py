@@ -1,6 +1,7 @@
 """Device memory: what is allocated, the peak, and how to continue when it runs out."""
 
 import gc
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,16 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory or, for a CPU, of the host's; 0 if the host does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # not Linux
+        return 0
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
