@@ -34,6 +34,20 @@ from utils.results import ResultsFile
 # Crashes
 
 
+def killed_while_writing(results: int, folder, checkpoint, flags: list[str]) -> bytes:
+    """A run of folder/in.jsonl, killed inside the line after so many results. Returns what it has written."""
+    argv = ["--input-path", folder / "in.jsonl", "--output-path", folder / "out.jsonl", "--model-name", checkpoint]
+
+    def work(fork):
+        stop_while_writing(results, fork.stop)
+        return run_summarization.main([*map(str, argv), "--device", "cpu", *flags])
+
+    fork = Fork(work, folder)
+    fork.await_mark()
+    assert fork.kill() == -signal.SIGKILL
+    return (folder / "out.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize("batch_size", ["1", "4"])
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path, sampled, batch_size):
@@ -41,16 +55,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(run, checkpoint, tmp_path
     requests = make_requests(10, max_tokens=10, **(SAMPLED if sampled else {}))
     flags = [*H2O, "--batch_size", batch_size]
     uninterrupted = run(requests, *flags, output="uninterrupted.jsonl")
-    argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", tmp_path / "out.jsonl", "--model-name", checkpoint]
-
-    def work(fork):
-        stop_while_writing(6, fork.stop)
-        return run_summarization.main([*map(str, argv), "--device", "cpu", *flags])
-
-    fork = Fork(work, tmp_path)
-    fork.await_mark()
-    assert fork.kill() == -signal.SIGKILL
-    left = (tmp_path / "out.jsonl").read_bytes()
+    left = killed_while_writing(6, tmp_path, checkpoint, flags)
     assert left.count(b"\n") == 6 and not left.endswith(b"\n")
     resumed = run(requests, *flags)
     assert [result["request"] for result in resumed.results] == requests
@@ -72,15 +77,7 @@ def test_killed_where_requests_share_a_beginning(run, checkpoint, tmp_path, monk
         request["article"] = made_up_text(4, seed=i % 3) + request["article"]
     flags = [*flags, "--batch_size", "3"]
     uninterrupted = run(requests, *flags, output="uninterrupted.jsonl")
-    argv = ["--input-path", tmp_path / "in.jsonl", "--output-path", tmp_path / "out.jsonl", "--model-name", checkpoint]
-
-    def work(fork):
-        stop_while_writing(4, fork.stop)
-        return run_summarization.main([*map(str, argv), "--device", "cpu", *flags])
-
-    fork = Fork(work, tmp_path)
-    fork.await_mark()
-    assert fork.kill() == -signal.SIGKILL
+    killed_while_writing(4, tmp_path, checkpoint, flags)
     resumed = run(requests, *flags)
     assert "4 of 10 results exist already" in resumed.stderr
     assert_same_results(resumed, uninterrupted)
