@@ -277,9 +277,9 @@ class ResultsFile(JsonlFile):
         for flag in before | self.settings:
             old, new = before.get(flag), self.settings.get(flag)
             if old != new:
+                same = "pass the same value to resume, " if flag.startswith("--") else ""  # others cannot be passed
                 raise InputError(
-                    f"{flag} is {new!r:.120}, but {old!r:.120} in the results at {self.path}: pass the same value to "
-                    f"resume, {KEEP}"
+                    f"{flag} is {new!r:.120}, but {old!r:.120} in the results at {self.path}: {same}{KEEP}"
                 )
         self.resume(KEEP, self.check)
         self.metrics = metrics
