@@ -217,8 +217,9 @@ def test_float8_products(rows, size):
     inputs[-1:] *= rows == 1
     numbers, scales = float8.quantize_rows(inputs)
     top = inputs.float().abs().amax(-1, keepdim=True).clamp(min=float8.LEAST)
-    assert torch.equal(scales, top / float8.LARGEST)
-    assert torch.equal(numbers.float(), (inputs.float() * (float8.LARGEST / top)).to(torch.float8_e4m3fn).float())
+    largest = torch.full_like(top, float8.LARGEST)  # torch divides by a number through its reciprocal
+    assert torch.equal(scales, top / largest)
+    assert torch.equal(numbers.float(), (inputs.float() * (largest / top)).to(torch.float8_e4m3fn).float())
     of_weight = float8.quantize_rows(weight)
     expected = (numbers.double() * scales.double()) @ (of_weight[0].double() * of_weight[1].double()).T
     product = float8.linear(inputs[None], *of_weight)[0]
