@@ -242,7 +242,11 @@ class H2OAttention:
         query_states, key_states, value_states = self.heads_of(projected)
 
         cos, sin = position_embeddings
-        if not h2o.position_rolling:
+        if not h2o.position_rolling and len(projected) == 1:  # queries and keys lie side by side
+            both = projected[0][..., : sum(self.merged.widths[:2])].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            heads = query_states.shape[1], key_states.shape[1]
+            query_states, key_states = turn(both, cos, sin).split(heads, dim=1)
+        elif not h2o.position_rolling:
             query_states, key_states = turn(query_states, cos, sin), turn(key_states, cos, sin)
         keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
         keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)

@@ -62,7 +62,8 @@ from utils.memory import allocated, free_memory, peak_allocated
 from utils.results import to_json
 
 SAMPLED_BATCHES = 4  # batches that stock Llama runs
-SHORTEST = 16  # tokens of the shortest prompt in a soak
+SHORTEST = 16  # tokens of the shortest prompt in a soak, and of most prompts in a warm-up
+WHOLE = 64  # prompts that a warm-up does not cut, so that the largest prefill runs once
 ONE_BY_ONE = "stock, one by one"
 
 
@@ -154,7 +155,9 @@ def measure_stock(stock, requests: list[Sequence], batch: int) -> dict[str, floa
 def measure_batcher(args, model, requests: list[Sequence], **flags) -> dict[str, float]:
     """All requests through a `Batcher` that has been warmed up on some of them."""
     batcher, rows = make_batcher(args, model, requests, **flags)
-    some = again(requests[: min(rows, 8)])
+    some = again(requests[:rows])  # as many as rows, because steps of fewer are recorded apart
+    for sequence in some[WHOLE:]:
+        sequence.prompt = sequence.prompt[:SHORTEST]
     setup_s = seconds(lambda: list(batcher.run(some)))
     done = []
     result = figures(model, requests, lambda: done.extend(batcher.run(again(requests))))

@@ -70,8 +70,8 @@ def test_prompts_and_turns_are_stock_llamas(heads, flags, launched):
     forwards, layers = sum(chunks), llamas.h2o.config.num_hidden_layers
     assert launched.count("add_and_normalise") == 2 * layers * forwards
     assert launched.count("run_silu_and_multiply") == layers * forwards
-    turned = 1 if flags.get("position_rolling") else 2  # the step's queries and keys are the decode kernel's
-    assert launched.count("rotate") == turned * layers * (forwards - 1)
+    # one launch turns a product's queries and keys; the step's are the decode kernel's
+    assert launched.count("rotate") == layers * (forwards - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -167,8 +167,13 @@ class Slots:
 
     def take_rows(self, rows: list[int], source: Slots, source_rows: list[int]) -> None:
         """Replace rows by copies of another layer's rows."""
-        to, of = (torch.tensor(indices, device=self.device) for indices in (rows, source_rows))
         theirs = source.stored()
+        if _adjacent(rows) and _adjacent(source_rows):  # one copy, where indices would take two at half the speed
+            to, of = (slice(indices[0], indices[0] + len(rows)) for indices in (rows, source_rows))
+            for name, slots in self.stored().items():
+                slots[to].copy_(theirs[name][of])
+            return
+        to, of = (torch.tensor(indices, device=self.device) for indices in (rows, source_rows))
         for name, slots in self.stored().items():
             slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
@@ -233,6 +238,10 @@ class HeadSlots(Slots):
                 buffer[at[bring]] = new[bring]
             else:
                 buffer[at] = new
+
+
+def _adjacent(rows: list[int]) -> bool:
+    return bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
 
 
 def norms_of(values: torch.Tensor) -> torch.Tensor:
