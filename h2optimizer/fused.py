@@ -221,6 +221,10 @@ class FusedDecoderLayer:
             return False
         if type(states) is not torch.Tensor or torch.is_autocast_enabled(states.device.type):
             return False
+        from h2optimizer.kernels import products
+
+        if not products.runs_on(states.device):
+            return False
         norms, branches = (self.input_layernorm, self.post_attention_layernorm), (self.self_attn, self.mlp)
         if not all(getattr(type(branch).forward, "takes_norm", False) for branch in branches):
             return False
