@@ -10,6 +10,7 @@ from h2optimizer import attention, float8, shards
 from h2optimizer.backends import has_kernels
 from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache, kernels_take
 
+MOST_ROWS = 8  # with more, products are no longer bound by reading the weight alone
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
@@ -28,15 +29,42 @@ class MergedLinear:
 
     def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
         """The layers' concatenated outputs for [..., n], [..., outputs]; None if they must run separately."""
-        if self.weight is None:
+        if not self._stands_for(inputs, layers):
             return None
-        if not (torch.compiler.is_compiling() or self.is_current(*layers)):
-            return None
-        if _needs_gradients(inputs, *(layer.weight for layer in layers)):
-            return None  # gradients belong to the layers' own weights, and the kernels that follow have none
         if self.scale is not None:
             return float8.linear(inputs, self.weight, self.scale)
         return F.linear(inputs, self.weight)
+
+    def of_norm(
+        self, inputs: torch.Tensor, norm: FusedRMSNorm, *layers: torch.nn.Module, gated: bool = False
+    ) -> torch.Tensor | None:
+        """The layers' concatenated outputs for norm(inputs) of a few rows, in one launch; None if there is no kernel.
+
+        gated: silu(gate) * up of the two layers' outputs.
+        """
+        if self.scale is not None or not self._stands_for(inputs, layers) or self.weight.dtype != inputs.dtype:
+            return None
+        from h2optimizer.kernels import products
+
+        return products.product(inputs, self.weight, norm=norm.weight, eps=norm.variance_epsilon, gated=gated)
+
+    def added(self, residual: torch.Tensor, inputs: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+        """residual + layer(inputs) of a few rows, in one launch if there is a kernel."""
+        weight, *scale = stored(layer) or (None,)
+        if weight is None or scale or weight.dtype != inputs.dtype or not weight.is_contiguous():
+            return residual + self(inputs, layer)
+        from h2optimizer.kernels import products
+
+        return products.product(inputs, weight, residual=residual)
+
+    def _stands_for(self, inputs: torch.Tensor, layers: tuple[torch.nn.Module, ...]) -> bool:
+        """Whether the product of these inputs is the layers' own."""
+        if self.weight is None:
+            return False
+        if not (torch.compiler.is_compiling() or self.is_current(*layers)):
+            return False
+        # gradients belong to the layers' own weights, and the kernels that follow have none
+        return not _needs_gradients(inputs, *(layer.weight for layer in layers))
 
     def __call__(self, inputs: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
         """The output of a single layer."""
@@ -138,6 +166,10 @@ class FusedRMSNorm:
         self._ready = summed, summed._version, normed
         return summed
 
+    def forget(self) -> None:
+        """Drop the norm of a sum that another product normalises itself."""
+        self._ready = None
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and self._ready is not None:
             (summed, version, normed), self._ready = self._ready, None
@@ -148,8 +180,18 @@ class FusedRMSNorm:
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+def takes_norm(forward):
+    """Mark a module's forward that takes `norm`: its inputs are then a residual stream, and it returns their sum with
+    what it computes of norm(inputs). An override without the mark is called with normalised inputs."""
+    forward.takes_norm = True
+    return forward
+
+
 class FusedDecoderLayer:
-    """A family's decoder layer whose residual sums are one pass each with the norm that follows."""
+    """A family's decoder layer whose residual sums are one pass each with the norm that follows.
+
+    In decode steps of a few rows, the norms and sums are parts of the products beside them.
+    """
 
     next_norm: FusedRMSNorm  # of the next layer, or the model's last one
 
@@ -163,9 +205,36 @@ class FusedDecoderLayer:
             return super().forward(hidden_states, *args, **kwargs)
         if not has_kernels(cache.h2o, hidden_states.device):
             return super().forward(hidden_states, **kwargs)
+        if self._takes_few(hidden_states):
+            self.input_layernorm.forget()
+            hidden_states, _ = self.self_attn(hidden_states=hidden_states, norm=self.input_layernorm, **kwargs)
+            return self.mlp(hidden_states, norm=self.post_attention_layernorm)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = _add(hidden_states, attended, self.post_attention_layernorm)
         return _add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.next_norm)
+
+    def _takes_few(self, states: torch.Tensor) -> bool:
+        """Whether the states [B, columns, n] are those of a decode step of a few rows, whose norms nobody looks at."""
+        if states.shape[1] != 1 or len(states) > MOST_ROWS or states.dtype not in (torch.float16, torch.bfloat16):
+            return False
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (states, *self.parameters())):
+            return False
+        if type(states) is not torch.Tensor or torch.is_autocast_enabled(states.device.type):
+            return False
+        from h2optimizer.kernels import products
+
+        if not products.runs_on(states.device):
+            return False
+        norms, branches = (self.input_layernorm, self.post_attention_layernorm), (self.self_attn, self.mlp)
+        if not all(getattr(type(branch).forward, "takes_norm", False) for branch in branches):
+            return False
+        if not all(isinstance(norm, FusedRMSNorm) and norm.weight.dtype == states.dtype for norm in norms):
+            return False
+        return not any(_is_hooked(module) for module in (*norms, *branches))
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _add(residual: torch.Tensor, branch: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
@@ -180,8 +249,12 @@ class FusedMLP:
         super().__init__(*args, **kwargs)
         self.merged, self.down = MergedLinear(), MergedLinear()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @takes_norm
+    def forward(self, x: torch.Tensor, norm: FusedRMSNorm | None = None) -> torch.Tensor:
         by_silu = isinstance(self.act_fn, SILU)
+        if norm is not None:
+            active = self.merged.of_norm(x, norm, self.gate_proj, self.up_proj, gated=True) if by_silu else None
+            return x + self(norm(x)) if active is None else self.down.added(x, active, self.down_proj)
         gate_up = self.merged.product(x, self.gate_proj, self.up_proj) if by_silu else None
         if gate_up is None:
             return super().forward(x)

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from h2optimizer.attention import Inputs, decodes_by_kernel, kernel_decode_step
 from h2optimizer.backends import ATTENTION_BACKENDS, KERNEL_BACKENDS, has_kernels, resolve_backend
 from h2optimizer.columns import Columns
-from h2optimizer.fused import FusedDecoderLayer, FusedMLP, FusedRMSNorm, MergedLinear, rotate
+from h2optimizer.fused import FusedDecoderLayer, FusedMLP, FusedRMSNorm, MergedLinear, rotate, takes_norm
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.prefixes import Prefix, prefill_prefix
 from h2optimizer.slimming import slimmer_of
@@ -193,6 +193,7 @@ class H2OAttention:
         super().__init__(*args, **kwargs)
         self.merged, self.output = MergedLinear(), MergedLinear()
 
+    @takes_norm
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -200,6 +201,7 @@ class H2OAttention:
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         cache=None,
+        norm: FusedRMSNorm | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cache = past_key_values if cache is None else cache  # H2O: transformers has two names for it
@@ -209,7 +211,7 @@ class H2OAttention:
         if step is None:
             raise RuntimeError("an HHCache is slimmed only by H2OLlamaForCausalLM: call that model, not its .model")
 
-        projected = self.project(hidden_states)
+        projected = self.project(hidden_states, norm)
         layer = cache.layers[self.layer_idx] if step.decode else None
         by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.keys.dtype
         if by_kernel and not any(states.requires_grad for states in projected):
@@ -219,11 +221,21 @@ class H2OAttention:
             attn_output = self._attend(projected, position_embeddings, cache)
         if not step.static and step.due:
             cache.slim(self.layer_idx)
+        if norm is not None:
+            return self.output.added(hidden_states, attn_output, self.o_proj), None
         return self.output(attn_output, self.o_proj), None
 
-    def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """Query, key and value [B, columns, heads * D], unrotated, or one tensor of them that nothing else holds."""
+    def project(self, hidden_states: torch.Tensor, norm: FusedRMSNorm | None = None) -> list[torch.Tensor]:
+        """Query, key and value [B, columns, heads * D], unrotated, or one tensor of them that nothing else holds.
+
+        norm: of the hidden states, if they still lack it.
+        """
         projections = self.q_proj, self.k_proj, self.v_proj
+        if norm is not None:
+            merged = self.merged.of_norm(hidden_states, norm, *projections)
+            if merged is not None:
+                return [merged]
+            hidden_states = norm(hidden_states)
         merged = self.merged.product(hidden_states, *projections)
         return [projection(hidden_states) for projection in projections] if merged is None else [merged]
 

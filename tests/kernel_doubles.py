@@ -9,7 +9,7 @@ import torch
 from h2optimizer import attention
 from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
-from h2optimizer.kernels import decode, float8, layer, mlp
+from h2optimizer.kernels import decode, float8, layer, mlp, products
 from h2optimizer.slimming import KernelSlimmer
 from utils.slimming import TorchSlimmer
 
@@ -89,10 +89,22 @@ def turn(states, cos, sin, in_place):
     return states.copy_(turned) if in_place else turned
 
 
+@torch.no_grad()
+def product(inputs, weight, *, bias=None, norm=None, eps=0.0, gated=False, residual=None, tile=None):
+    states = inputs.float()
+    if norm is not None:
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps) * norm.float()
+    outputs = torch.nn.functional.linear(states, weight.float(), None if bias is None else bias.float())
+    if gated:
+        gate, up = outputs.chunk(2, dim=-1)
+        outputs = torch.nn.functional.silu(gate) * up
+    return (outputs if residual is None else residual.float() + outputs).to(inputs.dtype)
+
+
 def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
     doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,), layer: (add_and_normalise,)}
-    doubles[float8] = (quantize_rows,)
+    doubles |= {float8: (quantize_rows,), products: (product,)}
     for module, functions in doubles.items():
         for double in functions:
             monkeypatch.setattr(module, double.__name__, double)

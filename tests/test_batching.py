@@ -18,7 +18,7 @@ from conftest import (
 )
 from h2optimizer import batching, decoding, sharing
 from h2optimizer.batching import Batcher, Sequence
-from h2optimizer.sampling import sample_rows
+from h2optimizer.sampling import choose_greedily, sample_rows
 from recorded_steps import settings
 from utils.cache import HHCache
 
@@ -438,3 +438,12 @@ def test_temperature_zero_is_the_greatest():
     for nucleus in (False, True):
         tokens = sample_rows(LOGITS.expand(50, -1), mixed, torch.ones(50), uniform[:, None], nucleus)
         assert (tokens[::2] == 4).all() and len(set(tokens[1::2].tolist())) > 4
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(1, 128), (3, 640), (3, 130), (70, 128)])
+def test_the_first_of_the_greatest_logits(rows, vocabulary):
+    """A token of another part of the vocabulary, or another of several that are equal: both ways decode the same."""
+    logits = torch.randint(-3, 3, (rows, 2, vocabulary), generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[0, -1, vocabulary // 2 :] += 9.0
+    tokens = choose_greedily(logits[:, -1])
+    assert tokens.tolist() == [row.index(max(row)) for row in logits[:, -1].tolist()]

@@ -46,6 +46,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can launch while the one before it runs (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def on_its_device(launch):
     """Launch on the device of the tensors: Triton uses the current device, and layers may be spread over several."""
 

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision, rotated_halves
+from h2optimizer.kernels.common import (
+    LOG2_E,
+    on_its_device,
+    online_softmax_update,
+    overlaps,
+    padded,
+    precision,
+    rotated_halves,
+)
 
 MOST_KEPT = 136  # most logits that a thread can keep in registers beside half-precision tiles without spilling
 COMBINED = 2048  # logits that each program of the second kernel turns into mass
@@ -51,8 +59,12 @@ def _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h,
 def _append_kernel(query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, stride_qb, stride_qh,
                    stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
                    stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr,
+                   OVERLAP: tl.constexpr):  # fmt: skip
     """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length, at, first = _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h, stride_n, slots,
                                    HEADS, RAGGED)  # fmt: skip
@@ -138,6 +150,7 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
     """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names."""
     if OVERLAP:
         gdc_launch_dependents()  # the next kernel may take its place and wait there
+        gdc_wait()
     if RAGGED:
         line, b = tl.program_id(0) // batch, tl.program_id(0) % batch
         h, share = tl.load(shares + line * 3), tl.load(shares + line * 3 + 1)
@@ -239,6 +252,7 @@ def _combine_kernel(lengths, output, mass, count, logits, sums, partial, offsets
         share += head * SPLIT
         there = share >= 0
     if OVERLAP:
+        gdc_launch_dependents()
         gdc_wait()  # for all that the other kernel writes
     if block < GROUP:
         part = share * GROUP + block
@@ -275,12 +289,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether the second kernel can launch while the first one runs (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 @on_its_device
 def append(
     query: torch.Tensor,
@@ -310,7 +318,7 @@ def append(
     Returns: the queries, rotated, [B, Hq, 1, D].
     """
     batch, q_heads, _, dim = query.shape
-    heads, ragged = key.shape[1], offsets is not None
+    heads, ragged, overlap = key.shape[1], offsets is not None, overlaps(query.device)
     rotated = query.new_empty(batch, q_heads, 1, dim)
     stride_rope = cos.stride(0) if len(cos) > 1 else 0
     assert keys.stride() == values.stride() and cos.stride() == sin.stride()
@@ -319,8 +327,9 @@ def append(
         query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, *query.stride()[:2],
         *key.stride()[:2], *value.stride()[:2], *_of_heads(lengths), *_slot_strides(keys), stride_rope, keys.shape[-2],
         HEADS=heads, GROUP=q_heads // heads, D=dim, BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling,
-        NORMS=norms is not None, RAGGED=ragged, num_warps=1 if dim <= 128 else 2,
+        NORMS=norms is not None, RAGGED=ragged, OVERLAP=overlap, num_warps=1 if dim <= 128 else 2,
         enable_fp_fusion=False,  # a product and a sum as one would round once where torch rounds twice
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return rotated
 
@@ -430,7 +439,7 @@ def decode_attention(
     tiles = triton.cdiv(longest, tile)
     kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
     more = triton.next_power_of_2(tiles - kept) if keeping and tiles > kept else 0
-    overlap = not alone and _overlaps(query.device)
+    overlap = overlaps(query.device)
     assert keys.stride() == values.stride() and keys.stride(-1) == 1 and query.stride(3) == 1
 
     output = query.new_empty(batch, q_heads, 1, dim)
@@ -452,7 +461,7 @@ def decode_attention(
         cos.stride(0), batch, slots, scaling * LOG2_E.value, float(decay),
         **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
         ROPE=rope is not None, PRECISION=precision(query.dtype),
-        OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
+        OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     if not alone:
         blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
