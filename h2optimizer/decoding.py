@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
 from h2optimizer.prefixes import Prefix, can_share, least_own_tokens
 from h2optimizer.sampling import choose_greedily
+from h2optimizer.weights import sliding_window
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 PREFILL_TOKENS = 16384  # most columns of prompts prefilled at once into a bounded cache, or of one chunk of them
@@ -296,7 +297,8 @@ class FullDecoding:
 
     @property
     def can_share(self) -> bool:
-        return can_share(self.model)
+        # sliding attention reaches back by columns, and padding follows the prefix in rows of fewer tokens
+        return can_share(self.model) and sliding_window(self.model.config) is None
 
     def snapshot(self, tokens: list[int], prefix: FullPrefix | None = None) -> FullPrefix:
         cache = self.new_cache() if prefix is None else self.continuing(prefix, 1)

@@ -33,8 +33,8 @@ def family_of(config: PreTrainedConfig | dict) -> type[H2OForCausalLM]:
     if kind not in FAMILIES:
         *others, last = FAMILIES
         raise CheckpointError(
-            f"a {kind} checkpoint; H2Optimizer runs {', '.join(others)} and {last}: copy h2optimizer/mistral.py to add "
-            "a family"
+            f"a {kind} checkpoint; H2Optimizer runs {', '.join(others)} and {last}; to add a family, copy "
+            "h2optimizer/mistral.py"
         )
     return FAMILIES[kind]
 

@@ -147,7 +147,9 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
 
     def __init__(self, config, h2o=None):
         super().__init__(config)
-        self.h2o = self.settings() if h2o is None else h2o
+        self._h2o = self.settings()
+        if h2o is not None:
+            self.h2o = h2o
         for layer_idx in range(len(self.model.layers)):  # H2O: weights and names stay the same
             layer = self.model.layers[layer_idx] = self.layer(config, layer_idx)
             layer.self_attn = self.attention(config, layer_idx)
@@ -272,8 +274,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         Raises: ValueError for a mask that hides tokens the cache has seen, an input without columns, a cache that
             begins after another model's prefix, or one with more slots than a sliding window reaches.
         """
-        if cache.h2o is not self.h2o:
-            refuse_short_sliding_window(self.config, cache.h2o)
+        refuse_short_sliding_window(self.config, cache.h2o)
         if cache.continues_prefix:
             cache.prefix.check_model(self)
         if kwargs.get("output_attentions", self.config.output_attentions):

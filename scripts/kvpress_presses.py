@@ -204,11 +204,11 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # what libraries print is no result
         library()
-        path, of_gguf = Path(args.model_name), args.model_name.endswith(".gguf")
-        source = (path.parent if of_gguf else args.model_name), ({"gguf_file": path.name} if of_gguf else {})
-        name, kwargs = source
-        config = with_old_names(AutoConfig.from_pretrained(name, **kwargs))
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=getattr(torch, args.dtype), **kwargs)
+        path, kwargs = args.model_name, {}
+        if path.endswith(".gguf"):
+            path, kwargs = Path(path).parent, {"gguf_file": Path(path).name}
+        config = with_old_names(AutoConfig.from_pretrained(path, **kwargs))
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, args.dtype), **kwargs)
         model = model.to(args.device).eval()
         for line in sys.stdin:
             for result in results(model, json.loads(line)):
