@@ -33,7 +33,10 @@ def located(name) -> tuple[str, dict[str, str]]:
 
 
 def config_of_file(name) -> PreTrainedConfig:
-    """The configuration in a GGUF file. Raises CheckpointError as `located`, else what transformers raises."""
+    """The configuration in a GGUF file.
+
+    Raises: CheckpointError as `located`, and for settings that transformers does not read; else what it raises.
+    """
     located(name)
     path = Path(name).resolve()
     return copy.deepcopy(_read(path, path.stat().st_mtime_ns))
@@ -42,4 +45,14 @@ def config_of_file(name) -> PreTrainedConfig:
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, changed: int) -> PreTrainedConfig:
     """Takes seconds: the reader parses the whole vocabulary."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    settings, tensors = read_gguf_metadata(str(path))
+    scaled = [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
+    scaled += [name for name in settings if name.endswith("rope.scaling.type") and settings[name] != "none"]
+    if scaled:  # as in Llama 3.1: without a word, the model would be another
+        raise CheckpointError(
+            f"its RoPE is scaled ({scaled[0]}), which transformers does not read from GGUF files; give the checkpoint "
+            "that the file was made from"
+        )
     return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

@@ -449,7 +449,7 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(gguf, checkpoint, path):
+def write_gguf(gguf, checkpoint, path, scaling=None):
     """A checkpoint's weights, settings and tokenizer as one file."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
@@ -460,6 +460,8 @@ def write_gguf(gguf, checkpoint, path):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     words = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
@@ -508,3 +510,6 @@ def test_gguf_files_are_checkpoints(work, tmp_path):
     assert "unpacked; leave the flag out" in work(run_summarization, *SMALL, path, *quantised, code=2)
     said = work(load("advise"), "--model-name", path, "--json", "--context", 100)
     assert json.loads(said)["dtype"] == "bfloat16"
+    write_gguf(gguf, folder, path, gguf.RopeScalingType.YARN)
+    output = ["--output-path", tmp_path / "y.jsonl"]
+    assert "its RoPE is scaled (qwen2.rope.scaling.type)" in work(run_summarization, *SMALL, path, *output, code=2)
