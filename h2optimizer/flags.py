@@ -34,7 +34,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--model-name",
         default=str(DEMO_MODEL),
-        help="a Llama checkpoint: a folder, or a name on the Hugging Face hub (default: the bundled model)",
+        help="a checkpoint: a folder, a name on the Hugging Face hub, or a GGUF file (default: the bundled model)",
     )
     add(
         "--dtype",
@@ -98,7 +98,7 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, windo
         "--enable_h2o_generation",
         action="store_true",
         default=always,
-        help=argparse.SUPPRESS if always else "use the heavy-hitter cache (default: stock Llama with a full cache)",
+        help=argparse.SUPPRESS if always else "use the heavy-hitter cache (default: the stock model with a full cache)",
     )
     add(
         "--num_heavy_hitter_tokens",
@@ -239,7 +239,7 @@ def in_flags(message: str) -> str:
 
 
 def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None:
-    """The attention backend on this device; None for the full cache of stock Llama. Raises InputError."""
+    """The attention backend on this device; None for the full cache of a stock model. Raises InputError."""
     if h2o is None:
         return None
     try:

@@ -183,7 +183,7 @@ EDITS = [
     *((edit, WHOLE) for edit in (shift_input, patch_attention, override_mlp, replace_norm)),
     *((edit(f"self_attn.{name}"), REST[name]) for name in ("q_proj", "o_proj") for edit in (hook, adapt)),
     *((edit(f"mlp.{name}"), REST[name]) for name in ("up_proj", "down_proj") for edit in (hook, adapt)),
-    (bias, REST["o_proj"]),
+    (bias, [LAYER[0], "bias+residual", *LAYER[2:]]),
 ]  # fmt: skip
 
 
