@@ -1,5 +1,32 @@
-"""H2Optimizer: Llama with a heavy-hitter KV cache."""
+"""H2Optimizer: Llama with a heavy-hitter KV cache.
 
-from h2optimizer.llama import H2OConfig, H2OLlamaAttention, H2OLlamaForCausalLM
+What is exported here is imported when it is first used, because that takes seconds: programs answer Ctrl-C before.
+"""
 
-__all__ = ["H2OConfig", "H2OLlamaAttention", "H2OLlamaForCausalLM"]
+from importlib import import_module
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "H2OConfig": "h2optimizer.llama",
+    "H2OLlamaAttention": "h2optimizer.llama",
+    "H2OLlamaForCausalLM": "h2optimizer.llama",
+    "HHCache": "h2optimizer.utils.cache",
+}
+__all__ = ["H2OConfig", "H2OLlamaAttention", "H2OLlamaForCausalLM", "HHCache"]
+
+# Installed, utils/, scripts/ and run_summarization.py lie in this folder. In a clone they lie beside it.
+_clone = Path(__file__).resolve().parents[1]
+if (_clone / "utils").is_dir() and (_clone / "run_summarization.py").is_file():
+    __path__.append(str(_clone))
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
