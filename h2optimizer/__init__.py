@@ -14,7 +14,7 @@ _HOMES = {
     "H2OLlamaForCausalLM": "h2optimizer.llama",
     "HHCache": "h2optimizer.utils.cache",
 }
-__all__ = ["H2OConfig", "H2OLlamaAttention", "H2OLlamaForCausalLM", "HHCache"]
+__all__ = [*_HOMES]
 
 # Installed, utils/, scripts/ and run_summarization.py lie in this folder. In a clone they lie beside it.
 _clone = Path(__file__).resolve().parents[1]

@@ -62,7 +62,8 @@ class SavedSettings:
         names = [field.name for field in dataclasses.fields(kind)]
         if unknown := [name for name in self.fields if name not in names]:
             raise SettingsError(
-                f"{self.path}: {unknown[0]!r:.60} is not a field of H2OConfig; its fields are {', '.join(names)}"
+                f"{self.path}: {unknown[0]!r:.60} is not a field of H2OConfig; delete it, or name one of "
+                f"{', '.join(names)}"
             )
         values = self.fields | given
         plan = self.fields.get("head_budgets", "even")
