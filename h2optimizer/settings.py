@@ -32,14 +32,15 @@ class SavedSettings:
 
     @staticmethod
     def find(name: str | Path, subfolder: str = "", **finding) -> SavedSettings | None:
-        """Those of a checkpoint, given its folder or hub name; None if it has none.
+        """Those of a checkpoint, given its folder, file or hub name; None if it has none.
 
         `subfolder` and `finding` are arguments of from_pretrained, those that say where files are.
 
         Raises: SettingsError if it does not hold a JSON object.
         """
-        path = Path(name, subfolder or "", SETTINGS)
-        if not Path(name).is_dir():
+        folder = Path(name).parent if Path(name).is_file() else Path(name)
+        path = folder / (subfolder or "") / SETTINGS
+        if not folder.is_dir():
             path = _on_hub(str(name), subfolder=subfolder or "", **finding)
         if path is None or not path.is_file():
             return None

@@ -12,6 +12,7 @@ import run_summarization
 from conftest import make_llamas, prompt
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.flags import h2o_config
+from h2optimizer.settings import SavedSettings
 from utils.cli import InputError
 from utils.results import SETTINGS, checkpoint_fingerprint
 
@@ -86,6 +87,11 @@ def test_subfolder(checkpoint, tmp_path):
     """Settings of the folder above."""
     (tmp_path / "inner").symlink_to(checkpoint)
     assert H2OLlamaForCausalLM.from_pretrained(tmp_path, subfolder="inner").h2o == SAVED
+
+
+def test_checkpoint_of_one_file(checkpoint):
+    """Settings that are not looked for beside a GGUF file, or a hub that is asked for it."""
+    assert SavedSettings.find(checkpoint / "model.safetensors").config(H2OConfig) == SAVED
 
 
 def test_plan_beside_the_file(copied):
