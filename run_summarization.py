@@ -1,4 +1,4 @@
-"""Summarise a jsonl of requests with Llama, with the heavy-hitter cache or with the full cache as the baseline.
+"""Summarise a jsonl of requests, with the heavy-hitter cache or with the full cache as the baseline.
 
     python run_summarization.py --input-path data/xsum.jsonl --output-path out/xsum.jsonl \\
         --model-name meta-llama/Meta-Llama-3-8B --enable_h2o_generation
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from h2optimizer import H2OConfig
 from h2optimizer.flags import (
@@ -221,7 +221,7 @@ def load(
     device: torch.device,
     processes: Processes,
     requests: list[Request],
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, list[Prompt]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Prompt]]:
     """Model, tokenizer, and the requests with their tokens. Raises InputError."""
     quiet_libraries()
     options = loading_options(args.model_name, device, args.dtype, processes, args.quantize, args.device_map)

@@ -1,4 +1,4 @@
-"""H2Optimizer: Llama with a heavy-hitter KV cache.
+"""H2Optimizer: Llama and families like it with a heavy-hitter KV cache.
 
 What is exported here is imported when it is first used, because that takes seconds: programs answer Ctrl-C before.
 """
@@ -12,6 +12,11 @@ _HOMES = {
     "H2OConfig": "h2optimizer.llama",
     "H2OLlamaAttention": "h2optimizer.llama",
     "H2OLlamaForCausalLM": "h2optimizer.llama",
+    "H2OMistralForCausalLM": "h2optimizer.mistral",
+    "H2OModelForCausalLM": "h2optimizer.families",
+    "H2OQwen2ForCausalLM": "h2optimizer.qwen2",
+    "H2OQwen3ForCausalLM": "h2optimizer.qwen3",
+    "H2OSmolLM3ForCausalLM": "h2optimizer.smollm3",
     "HHCache": "h2optimizer.utils.cache",
 }
 __all__ = [*_HOMES]

@@ -285,12 +285,13 @@ def decodes_by_kernel(layer: HHLayer, step: Step) -> bool:
 
 
 def kernel_decode_step(
-    projected: list[torch.Tensor], rope: Rope, layer: HHLayer, step: Step, scaling: float
+    projected: list[torch.Tensor], rope: Rope | None, layer: HHLayer, step: Step, scaling: float
 ) -> torch.Tensor:
     """A whole decode step on a layer's slots by kernels: rotate, append, attend and, on scored steps, add mass.
 
     Args: projected: query, key and value [B, 1, heads * D], unrotated, or one merged tensor; rope: cosines and sines
-    [1 or B, n, D], at the rows' positions (n = 1), or for all slots when rolling. Returns: [B, 1, Hq * D].
+    [1 or B, n, D], at the rows' positions (n = 1), or for all slots when rolling; None for a layer without RoPE.
+    Returns: [B, 1, Hq * D].
     """
     from h2optimizer.kernels import decode
 
@@ -300,9 +301,9 @@ def kernel_decode_step(
     # as a custom operator only under torch.compile: operator dispatch costs the host 20 us
     run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
     return run(
-        projected, *rope, slots.keys, slots.values, slots.mass if step.scored else None,
+        projected, *(rope or (None, None)), slots.keys, slots.values, slots.mass if step.scored else None,
         slots.count if step.scored else None, slots.norms, lengths, slots.offsets, slots.capacities, scaling,
-        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling,
+        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling and rope is not None,
     )  # fmt: skip
 
 

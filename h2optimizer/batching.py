@@ -18,6 +18,7 @@ from h2optimizer.decoding import decoding_of
 from h2optimizer.sampling import RowSampler, choose_greedily
 from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
 from utils.cache import CACHE_ARGUMENT
+from utils.costs import head_dim
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Batcher:
     prompts share is computed once, and these prompts are scheduled together.
 
     Args:
-        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        model: an H2OForCausalLM, or its stock model.
         rows: sequences decoded at once.
         eos_token_ids, pad_token_id: as in the model's generation config.
         sampling: whether any sequence samples; nucleus: whether any has a top_p below 1.
@@ -247,7 +248,7 @@ def rows_that_fit(model, longest: int, max_tokens: int, beside: int = 0) -> int:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError):  # not Linux
             return 16
-        slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+        slot = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * model.dtype.itemsize
         row = logits + slot * decoding.slots_for(longest + max_tokens)
         return max(1, min(16, int((free // 2 - beside) // row)))
     prompts, cache = max(1, decoding.prompts_at_once(longest) or 1), decoding.new_cache()

@@ -102,7 +102,7 @@ class Calibrator:
     """Measures what cuts cost on one text after another.
 
     Args:
-        model: an H2OLlamaForCausalLM, whole on one device.
+        model: an H2OForCausalLM, whole on one device.
         cuts: windows of a head; all but window_length and num_heavy_hitters agree.
         most_tokens: of a text.
         tick: called with a number of variants whenever so many more are done.
@@ -341,7 +341,9 @@ class ForcedText:
         layer = self.model.model.layers[layer_idx]
         attention = layer.self_attn
         query, key, value = attention.heads_of(attention.project(layer.input_layernorm(states)))
-        return *apply_rotary_pos_emb(query, key, *self.rope), value
+        if attention.rotates:
+            query, key = apply_rotary_pos_emb(query, key, *self.rope)
+        return query, key, value
 
     def _attend(self, layer_idx: int, states: torch.Tensor) -> torch.Tensor:
         """Attention over the prompt's slots and the variant's own tokens: [variants, m, Hq * D]."""

@@ -21,7 +21,7 @@ class Columns:
     Attributes:
         new: tokens of each row.
         real: bool [B, columns] on the host; None if all are tokens.
-        gaps: positions that each row skips, as in stock Llama: padding between two tokens. None if there are none.
+        gaps: positions that each row skips, as in stock models: padding between two tokens. None if there are none.
 
     Raises: ValueError for a malformed mask, or one that contradicts what the cache has seen.
     """

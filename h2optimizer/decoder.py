@@ -27,7 +27,7 @@ def decode_logits(model, token: torch.Tensor, position_ids: torch.Tensor, cache:
     """The model's forward of one token per row, [B, 1], within an open step of the cache: logits [B, vocabulary]."""
     states = model.model(
         input_ids=token,
-        attention_mask=token.new_empty(1, 1, 1, 1),  # as in H2OLlamaForCausalLM.forward
+        attention_mask=token.new_empty(1, 1, 1, 1),  # as in H2OForCausalLM.forward
         position_ids=position_ids,
         use_cache=True,
         **{CACHE_ARGUMENT: cache},
@@ -66,7 +66,7 @@ class Decoder:
     recorded the second time. If slimming does not use kernels, the model's own forward takes the steps.
 
     Args:
-        model: an H2OLlamaForCausalLM.
+        model: an H2OForCausalLM.
         cache: an HHCache after its prefill; its slots must not be reallocated while the decoder is in use.
         choose: maps logits [B, vocabulary] to tokens [B] without waiting for the device.
         eos_token_ids: tokens that finish a row, int64 [n], or None.

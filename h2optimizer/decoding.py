@@ -1,4 +1,4 @@
-"""Decoding behind one interface for both caches: the bounded one, and stock Llama's full cache, the baseline.
+"""Decoding behind one interface for both caches: the bounded one, and a stock model's full cache, the baseline.
 
 `decoding_of` returns the one for a model. Batches and streams ask it everything about the cache, and never need to know
 which kind it is.
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
 from h2optimizer.prefixes import Prefix, can_share, least_own_tokens
 from h2optimizer.sampling import choose_greedily
+from h2optimizer.weights import sliding_window
 from utils.cache import CACHE_ARGUMENT, HHCache
 
 PREFILL_TOKENS = 16384  # most columns of prompts prefilled at once into a bounded cache, or of one chunk of them
@@ -32,7 +34,7 @@ class BoundedDecoding:
     """Rows of one HHCache. A text joins right after a slimming, so it is slimmed at the same steps as if it were alone.
 
     Args:
-        model: an H2OLlamaForCausalLM.
+        model: an H2OForCausalLM.
         choose: picks the next tokens of all rows.
         eos_token_ids, pad_token_id: as in the model's generation config.
 
@@ -207,10 +209,11 @@ class FullPrefix:
 
 
 class FullDecoding:
-    """As `BoundedDecoding`, for a LlamaForCausalLM over a growing DynamicCache: the baseline, never recorded.
+    """As `BoundedDecoding`, for a stock model over a growing DynamicCache: the baseline, never recorded.
 
     All rows grow together, so a batch is decoded to its end before the next begins. Several groups of prompts may join
     until the first step. Each row then has its tokens in the last columns, whatever prefix they continued from.
+    Layers of sliding attention keep all tokens too, and masks hide those out of reach.
     """
 
     least_own = 1
@@ -225,7 +228,9 @@ class FullDecoding:
         pass
 
     def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config)
+        cache = DynamicCache()
+        cache.layers += (DynamicLayer() for _ in range(self.model.config.num_hidden_layers))
+        return cache
 
     def open(self) -> None:
         self._hold(self.new_cache(), torch.zeros(1, 0, dtype=torch.long, device=self.model.device))
@@ -292,7 +297,8 @@ class FullDecoding:
 
     @property
     def can_share(self) -> bool:
-        return can_share(self.model)
+        # sliding attention reaches back by columns, and padding follows the prefix in rows of fewer tokens
+        return can_share(self.model) and sliding_window(self.model.config) is None
 
     def snapshot(self, tokens: list[int], prefix: FullPrefix | None = None) -> FullPrefix:
         cache = self.new_cache() if prefix is None else self.continuing(prefix, 1)

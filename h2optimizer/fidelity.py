@@ -21,7 +21,7 @@ class ForcedDecode:
     """A batch of rows whose next tokens are given, over the model's own kind of cache.
 
     Args:
-        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        model: an H2OForCausalLM, or its stock model.
         prompts: tokens of each row; equal prompts are computed once.
         attentions: with a full cache, keep each step's attention probabilities. The model must use eager attention from
             the first step on.
@@ -47,7 +47,7 @@ class ForcedDecode:
 
     @property
     def cache(self):
-        """An HHCache, or stock Llama's DynamicCache."""
+        """An HHCache, or the stock model's DynamicCache."""
         return self._decoding.cache
 
     def statistics(self, prompt: int, text: int) -> dict[str, int]:
@@ -140,8 +140,8 @@ def compare(
     Step t, from 1, feeds text token t - 1 and predicts token t. Step 0 is the prompt's, with all tokens held.
 
     Args:
-        stock: the LlamaForCausalLM that produced the texts; its attention is eager during the steps.
-        model: an H2OLlamaForCausalLM with the same weights, or `stock` itself.
+        stock: the stock model that produced the texts; its attention is eager during the steps.
+        model: an H2OForCausalLM with the same weights, or `stock` itself.
         follow: the row whose tokens are followed.
         recorded: the full cache's side of these very texts, for a bounded cache. Saves time; mass_lost is then 0, and
             nothing can be followed.

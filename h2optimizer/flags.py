@@ -44,7 +44,7 @@ def add_input_flag(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `select_device` and `load_model` read."""
     add = parser.add_argument
-    checkpoint = "a Llama checkpoint: a folder, or a name on the Hugging Face hub"
+    checkpoint = "a checkpoint: a folder, a name on the Hugging Face hub, or a GGUF file"
     add("--model-name", **bundled(DEMO_MODEL, checkpoint, "the bundled model"))
     add(
         "--dtype",
@@ -108,7 +108,7 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, windo
         "--enable_h2o_generation",
         action="store_true",
         default=always,
-        help=argparse.SUPPRESS if always else "use the heavy-hitter cache (default: stock Llama with a full cache)",
+        help=argparse.SUPPRESS if always else "use the heavy-hitter cache (default: the stock model with a full cache)",
     )
     add(
         "--num_heavy_hitter_tokens",
@@ -276,7 +276,7 @@ def in_flags(message: str) -> str:
 
 
 def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None:
-    """The attention backend on this device; None for the full cache of stock Llama. Raises InputError."""
+    """The attention backend on this device; None for the full cache of a stock model. Raises InputError."""
     if h2o is None:
         return None
     try:

@@ -30,11 +30,15 @@ def stored(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     return weight.qdata, weight.scale
 
 
-def linear(inputs: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Inputs [..., n] times a float8 weight [outputs, n] with scales [outputs, 1]: [..., outputs], in their dtype."""
+def linear(
+    inputs: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Inputs [..., n] times a float8 weight [outputs, n] with scales [outputs, 1], and a bias [outputs] in their dtype:
+    [..., outputs], likewise.
+    """
     rows, of_rows = quantize_rows(inputs.reshape(-1, inputs.shape[-1]).contiguous())
     product = torch._scaled_mm(
-        rows, numbers.t(), scale_a=of_rows, scale_b=scales.t(), out_dtype=inputs.dtype, use_fast_accum=True
+        rows, numbers.t(), scale_a=of_rows, scale_b=scales.t(), bias=bias, out_dtype=inputs.dtype, use_fast_accum=True
     )
     return product.view(*inputs.shape[:-1], -1)
 

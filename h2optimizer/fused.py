@@ -1,6 +1,8 @@
-"""Fused layers: products that are merged, and one launch between two of them where stock Llama needs several."""
+"""Fused layers: products that are merged, and one launch between two of them where stock models need several."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ class MergedLinear:
     def __init__(self):
         self.weight: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None  # of a float8 weight, [outputs, 1]
+        self.bias: torch.Tensor | None = None  # [outputs]
         self.widths: list[int] = []  # each layer's outputs, here those of this process
 
     def product(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor | None:
@@ -32,11 +35,11 @@ class MergedLinear:
             return None
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return None
-        if _needs_gradients(inputs, *(layer.weight for layer in layers)):
+        if _needs_gradients(inputs, *(own for layer in layers for own in layer.parameters())):
             return None  # gradients belong to the layers' own weights, and the kernels that follow have none
         if self.scale is not None:
-            return float8.linear(inputs, self.weight, self.scale)
-        return F.linear(inputs, self.weight)
+            return float8.linear(inputs, self.weight, self.scale, self.bias)
+        return F.linear(inputs, self.weight, self.bias)
 
     def __call__(self, inputs: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
         """The output of a single layer."""
@@ -44,14 +47,14 @@ class MergedLinear:
         return layer(inputs) if product is None else product
 
     def is_current(self, *layers: torch.nn.Module) -> bool:
-        """Whether the layers still consist of views of the merged weight and nothing else."""
-        merged = [self.weight] if self.scale is None else [self.weight, self.scale]
-        at = [tensor.data_ptr() for tensor in merged]
+        """Whether the layers still consist of views of the merged weight, and bias, and nothing else."""
+        merged = Stored(self.weight, self.scale, self.bias)
+        at = merged.addresses
         for layer in layers:
             parts = stored(layer)
-            if parts is None or [part.data_ptr() for part in parts] != at or parts[0].dtype != self.weight.dtype:
+            if parts is None or parts.addresses != at or parts.weight.dtype != self.weight.dtype:
                 return False
-            at = [address + part.nbytes for address, part in zip(at, parts, strict=True)]
+            at = tuple(None if part is None else address + part.nbytes for address, part in zip(at, parts, strict=True))
         return True
 
     @torch.no_grad()
@@ -59,39 +62,63 @@ class MergedLinear:
     def merge(self, *layers: torch.nn.Module) -> None:
         if self.weight is not None and self.is_current(*layers):
             return
-        self.weight = self.scale = None
+        self.weight = self.scale = self.bias = None
         parts = [stored(layer) for layer in layers]
-        if None in parts or len({tuple((part.dtype, part.device) for part in each) for each in parts}) != 1:
+        if any(part is None for part in parts) or len({part.kinds for part in parts}) != 1:
             return
-        if len(layers) == 1 and len(parts[0]) == 1:
+        if len(layers) == 1 and parts[0].scale is None:
             return
-        self.widths, merged = [len(numbers) for numbers, *_ in parts], []
-        for same in zip(*parts, strict=True):
-            merged.append(torch.cat([part.data for part in same]))
-            for layer, part, rows in zip(layers, same, merged[-1].split(self.widths), strict=True):
+        self.widths = [len(part.weight) for part in parts]
+        for name in Stored._fields:
+            same = [getattr(part, name) for part in parts]
+            if same[0] is None:
+                continue
+            merged = torch.cat([part.data for part in same])
+            for layer, part, rows in zip(layers, same, merged.split(self.widths), strict=True):
                 if shards.is_divided(layer):
-                    shards.set_local_rows(layer, rows)
+                    shards.set_local_rows(layer, name, rows)
                 else:
                     part.data = rows
-        self.weight, self.scale = (*merged, None)[:2]
+            setattr(self, name, merged)
 
 
-def stored(layer: torch.nn.Module) -> tuple[torch.Tensor, ...] | None:
-    """What the product of a linear layer reads, by outputs: its weight, or numbers and scales in float8.
+class Stored(NamedTuple):
+    """What the product of a linear layer reads, by outputs. Under tensor parallelism, this process's rows of it."""
 
-    Under tensor parallelism, this process's rows of them. None for a layer that is more than that product (a bias, a
-    hook, an adapter, a sum over processes), or is quantised otherwise.
+    weight: torch.Tensor  # in float8 its numbers
+    scale: torch.Tensor | None = None  # of float8 numbers
+    bias: torch.Tensor | None = None
+
+    @property
+    def kinds(self) -> tuple:
+        return tuple(None if part is None else (part.dtype, part.device) for part in self)
+
+    @property
+    def addresses(self) -> tuple[int | None, ...]:
+        return tuple(None if part is None else part.data_ptr() for part in self)
+
+
+def stored(layer: torch.nn.Module) -> Stored | None:
+    """The tensors of a linear layer; None for a layer that is more than their product and sum (a hook, an adapter, a
+    sum over processes), or is quantised otherwise.
     """
-    if type(layer) is not torch.nn.Linear or layer.bias is not None:
+    if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return None
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return None
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     if "forward" in vars(layer):
-        weight = shards.local_rows(layer)
-    elif type(weight) is not torch.nn.Parameter or type(weight.data) is not torch.Tensor:
-        return float8.stored(weight)
-    return None if weight is None or weight.dtype not in KERNEL_DTYPES else (weight,)
+        if (rows := shards.local_rows(layer)) is None:
+            return None
+        weight, bias = rows
+    elif bias is not None and not _is_plain(bias):
+        return None
+    elif not _is_plain(weight):
+        numbers = float8.stored(weight)
+        return None if numbers is None else Stored(*numbers, bias)
+    return Stored(weight, None, bias) if weight.dtype in KERNEL_DTYPES else None
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    return type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
 
 
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
@@ -111,6 +138,36 @@ def rotate(
     from h2optimizer.kernels import layer
 
     return layer.rotate(states, cos, sin, in_place)
+
+
+def normalise_heads(
+    projected: list[torch.Tensor], query_norm: torch.nn.Module, key_norm: torch.nn.Module, widths: list[int]
+) -> list[torch.Tensor]:
+    """Norms over the heads of query and key, of what `H2OAttention.project` returns and in its form.
+
+    A merged product is normalised where it is, in one launch, if nothing has replaced the norms. `widths` are its
+    parts. Otherwise the norms are called.
+    """
+    norms, compiling = (query_norm, key_norm), torch.compiler.is_compiling()
+    if len(projected) == 1 and not compiling and all(_normalises(norm, projected[0]) for norm in norms):
+        from h2optimizer.kernels import layer
+
+        weights = query_norm.weight, key_norm.weight
+        return [layer.normalise_heads(projected[0], *weights, *widths[:2], query_norm.variance_epsilon)]
+    query, key, value = projected[0].split(widths, dim=-1) if len(projected) == 1 else projected
+    heads = (states.unflatten(-1, (-1, len(norm.weight))) for states, norm in zip((query, key), norms, strict=True))
+    return [*(norm(of).flatten(-2) for norm, of in zip(norms, heads, strict=True)), value]
+
+
+def _normalises(norm: torch.nn.Module, states: torch.Tensor) -> bool:
+    """Whether a norm is no more than a FusedRMSNorm with a weight for these states."""
+    if not isinstance(norm, FusedRMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    if "forward" in vars(norm) and not shards.is_divided(norm):
+        return False
+    weight = norm.weight
+    alike = _is_plain(weight) and (weight.dtype, weight.device) == (states.dtype, states.device)
+    return alike and weight.dtype in KERNEL_DTYPES and not _needs_gradients(states, weight)
 
 
 class FusedRMSNorm:

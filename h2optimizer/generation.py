@@ -78,13 +78,13 @@ class GeneratesThroughSlots:
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "prefix"})
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # H2O: generate makes an HHCache where stock Llama makes a DynamicCache
+        # H2O: generate makes an HHCache where stock models make a DynamicCache
         prefix = model_kwargs.pop("prefix", None)
         if model_kwargs.get(CACHE_ARGUMENT) is None:
             if not generation_config.use_cache or generation_config.cache_implementation is not None:
                 raise ValueError(
-                    "H2OLlamaForCausalLM generates with its own HHCache: leave use_cache and cache_implementation "
-                    "unset, pass a cache as past_key_values, or use LlamaForCausalLM"
+                    f"{type(self).__name__} generates with its own HHCache: leave use_cache and cache_implementation "
+                    f"unset, pass a cache as past_key_values, or use {self.stock_class().__name__}"
                 )
             self._refuse_prefix_tuning()
             model_kwargs[CACHE_ARGUMENT] = HHCache(self.h2o, prefix)
@@ -103,7 +103,7 @@ class GeneratesThroughSlots:
         if kind in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
                 f"{kind.value}: an HHCache cannot rank its keys and values, which belong to no token; use "
-                "LlamaForCausalLM, or prompt tuning"
+                f"{self.stock_class().__name__}, or prompt tuning"
             )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

@@ -36,7 +36,7 @@ class CacheLM(HFLM):
     batches, from the beginning that all contexts of a task share.
 
     Args:
-        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM as the baseline, which HFLM evaluates itself.
+        model: an H2OForCausalLM, or its stock model as the baseline, which HFLM evaluates itself.
         tokenizer: must pad on the left.
         batch_size: contexts computed together, or "auto"; continuations may use up to 16 rows in any case.
         share_prefixes: compute beginnings that contexts share once, where the results are the same.

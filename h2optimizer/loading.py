@@ -1,4 +1,4 @@
-"""Loads a Llama checkpoint, given its folder or hub name, as a model and a tokenizer. Every error is one line."""
+"""Loads a checkpoint, given its folder, hub name or GGUF file, as a model and a tokenizer. Every error is one line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TorchAoConfig,
 )
@@ -24,8 +24,17 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import is_torchao_available
 
 from h2optimizer import float8
-from h2optimizer.llama import H2OConfig, H2OLlamaForCausalLM
-from h2optimizer.weights import CheckpointError, refuse_adapter, refuse_misfits, refuse_other_family
+from h2optimizer.families import H2OModelForCausalLM, family_of
+from h2optimizer.gguf_files import config_of_file, is_gguf, located
+from h2optimizer.llama import H2OConfig
+from h2optimizer.weights import (
+    CheckpointError,
+    forget_file,
+    refuse_adapter,
+    refuse_misfits,
+    refuse_other_family,
+    unpacking,
+)
 from utils.budgets import HeadBudgets
 from utils.cli import InputError
 from utils.processes import Processes
@@ -64,28 +73,24 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def load_config(name: str) -> LlamaConfig:
-    """The configuration of a Llama checkpoint, without its weights. Raises InputError."""
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint, without its weights. Raises InputError, also for an unknown family."""
     try:
-        refuse_adapter(name, local_files_only=True)  # without asking the hub: an adapter alone has no config.json
-        config = AutoConfig.from_pretrained(name)
-        refuse_adapter(name)
+        folder, of_gguf = located(name)
+        refuse_adapter(folder, local_files_only=True)  # without asking the hub: an adapter alone has no config.json
+        config = config_of_file(name) if of_gguf else AutoConfig.from_pretrained(name)
+        refuse_adapter(folder)
+        refuse_other_family(family_of(config), config)
     except CheckpointError as error:
         raise InputError(f"--model-name {name}: {error}") from None
     except Exception as error:
         raise unusable(name, error) from None
-    if config.model_type != "llama":
-        raise InputError(f"--model-name {name}: a {config.model_type} checkpoint; H2Optimizer runs Llama only")
-    try:
-        refuse_other_family(LlamaForCausalLM, config)
-    except CheckpointError as error:
-        raise InputError(f"--model-name {name}: {error}") from None
     return config
 
 
 def fingerprint_of(name: str) -> str | None:
     """`checkpoint_fingerprint`, which for a hub name first fetches config.json. Raises InputError."""
-    if not Path(name).is_dir():
+    if not Path(name).exists():
         quiet_libraries()
         load_config(name)
     return checkpoint_fingerprint(name)
@@ -100,7 +105,7 @@ def plans_of_model(paths: Iterable[str], name: str) -> list[HeadBudgets]:
     return plans_of_config(paths, config, weights)
 
 
-def plans_of_config(paths: Iterable[str], config: LlamaConfig, weights: str | None = None) -> list[HeadBudgets]:
+def plans_of_config(paths: Iterable[str], config: PreTrainedConfig, weights: str | None = None) -> list[HeadBudgets]:
     """As `plans_of_model`, for a model's config and, if known, its `checkpoint_fingerprint`."""
     try:
         plans = [HeadBudgets.load(path) for path in paths]
@@ -135,6 +140,8 @@ def loading_options(
     if quantize is not None:
         if quantized is not None:
             raise InputError(f"--quantize {quantize}: {name} is already quantised; leave the flag out")
+        if is_gguf(name):
+            raise InputError(f"--quantize {quantize}: the weights of a GGUF file are unpacked; leave the flag out")
         options |= quantization(quantize, config, device, dtype)
     if processes.splits > 1:
         heads = config.num_key_value_heads
@@ -154,7 +161,7 @@ def loading_options(
     return options
 
 
-def quantization(choice: str, config: LlamaConfig, device: torch.device, dtype: str) -> dict:
+def quantization(choice: str, config: PreTrainedConfig, device: torch.device, dtype: str) -> dict:
     """from_pretrained's arguments for --quantize: transformers' own configuration. Raises InputError."""
     library = choice.split("-")[0]
     if choice in ("torchao-float8", "torchao-int4") and (device.type != "cuda" or dtype not in ("auto", "bfloat16")):
@@ -193,22 +200,22 @@ def is_installed(library: str) -> bool:
 
 def load_model(
     name: str, h2o: H2OConfig | None, device: torch.device, dtype: str = "auto", options: dict | None = None
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Model (eval mode) and left-padding tokenizer of a Llama checkpoint; stock Llama if `h2o` is None.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (eval mode) and left-padding tokenizer of a checkpoint; transformers' own class if `h2o` is None.
 
     Args:
-        name: a folder, or a name on the hub.
-        dtype: value of --dtype; "auto" is the checkpoint's dtype, or float32 on a CPU.
+        name: a folder, a name on the hub, or the path of a GGUF file.
+        dtype: value of --dtype; "auto" is the checkpoint's dtype (bfloat16 for a GGUF file), or float32 on a CPU.
         options: result of `loading_options`.
 
     Raises: InputError if it cannot be loaded.
     """
     on_gpu = device.type == "cuda"
     try:
-        load_config(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        config, (folder, of_gguf) = load_config(name), located(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **of_gguf)
         kwargs = {
-            "dtype": getattr(torch, dtype) if dtype != "auto" else "auto" if on_gpu else torch.float32,
+            "dtype": getattr(torch, dtype) if dtype != "auto" else _own_dtype(of_gguf) if on_gpu else torch.float32,
             **(options or {}),
         }
         if h2o is None:
@@ -216,10 +223,12 @@ def load_model(
                 "output_loading_info": True,
                 "ignore_mismatched_sizes": True,
             }  # for refuse_misfits
-            model, loading = LlamaForCausalLM.from_pretrained(name, **kwargs, **whole)
+            file = of_gguf | {"config": config} | unpacking() if of_gguf else {}
+            model, loading = family_of(config).stock_class().from_pretrained(folder, **file, **kwargs, **whole)
+            forget_file(model)
             refuse_misfits(model, loading)
         else:
-            model = H2OLlamaForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
+            model = H2OModelForCausalLM.from_pretrained(name, h2o=h2o, **kwargs)
     except InputError:
         raise
     except CheckpointError as error:
@@ -250,6 +259,11 @@ def load_model(
         return (model if options else model.to(device)).eval(), tokenizer
     except torch.OutOfMemoryError:
         raise too_large(name, device) from None
+
+
+def _own_dtype(of_gguf: dict) -> torch.dtype | str:
+    """The dtype of a checkpoint's weights. Those of a GGUF file have many, and transformers would take float32."""
+    return torch.bfloat16 if of_gguf else "auto"
 
 
 def too_large(name: str, device: torch.device) -> InputError:

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 
 from h2optimizer.decoding import BoundedDecoding, FullDecoding
+from utils.costs import head_dim
 from utils.memory import total_memory
 from utils.prefix_tree import PrefixTree
 
@@ -132,7 +133,7 @@ def _tree(decoding: BoundedDecoding | FullDecoding, prompts: list[list[int]], mo
 def bytes_per_token(model) -> int:
     """Bytes of a snapshot per token: keys and values, and at most three float32 that rank them."""
     config = model.config
-    return config.num_hidden_layers * config.num_key_value_heads * (2 * config.head_dim * model.dtype.itemsize + 12)
+    return config.num_hidden_layers * config.num_key_value_heads * (2 * head_dim(config) * model.dtype.itemsize + 12)
 
 
 def common_beginning(decoding: BoundedDecoding | FullDecoding, prompts: list[list[int]], most_bytes: int) -> list[int]:

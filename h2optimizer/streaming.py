@@ -20,11 +20,11 @@ class Stream:
     """A model, its cache, and how far they have come.
 
     Turns are fed in pieces. `evict_for_space` first makes room for each piece in the window's recent slots, so a piece
-    is at most half as long as those, or `prefill_chunk` if that is shorter. With stock Llama, the baseline, the cache
+    is at most half as long as those, or `prefill_chunk` if that is shorter. With a stock model, the baseline, the cache
     is full and grows until memory runs out.
 
     Args:
-        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        model: an H2OForCausalLM, or its stock model.
         eos_token_ids: tokens that end a reply.
         temperature, top_p: 0 and 1 decode greedily; otherwise tokens are sampled, reproducibly by `seed`.
     """
@@ -43,7 +43,7 @@ class Stream:
 
     @property
     def cache(self):
-        """An HHCache, or stock Llama's DynamicCache."""
+        """An HHCache, or the stock model's DynamicCache."""
         return self.decoding.cache
 
     @property

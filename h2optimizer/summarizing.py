@@ -108,7 +108,7 @@ class Summarizer:
     """Runs requests through a model, many at once, and fewer when memory runs out.
 
     Args:
-        model: an H2OLlamaForCausalLM, or a LlamaForCausalLM.
+        model: an H2OForCausalLM, or its stock model.
         rows: sequences decoded together, or "auto": as many as fit into free memory.
         greedy: ignore the requests' temperature, top_p and n.
         seed: of sampling.

@@ -39,10 +39,37 @@ def refuse_other_family(model_class, config: PreTrainedConfig | dict) -> None:
     if given is None:  # transformers assumes Llama-2-7B's shape and fills it with random weights
         raise CheckpointError("has no config.json that names a model_type")
     if given != wanted:
-        raise CheckpointError(f"a {given} checkpoint; {model_class.__name__} runs {wanted.capitalize()} only")
+        family = model_class.stock_class().__name__.removesuffix("ForCausalLM")
+        raise CheckpointError(
+            f"a {given} checkpoint; {model_class.__name__} runs {family} only, H2OModelForCausalLM other families too"
+        )
     get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
     if wanted == "llama" and get("sliding_window") is not None:  # which only transformers' full cache would follow
         raise CheckpointError("config.json has a sliding_window, which Llama's attention does not know; remove it")
+
+
+def config_of(source, **kwargs) -> dict:
+    """The configuration of a checkpoint, or in a file, as a dict. kwargs: from_pretrained's, of which few matter."""
+    known = {name: kwargs[name] for name in (*FINDING, "gguf_file") if name in kwargs}
+    return PreTrainedConfig.get_config_dict(source, **known)[0]
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Tokens that a layer of sliding attention sees; None if every layer sees all."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def refuse_short_sliding_window(config: PreTrainedConfig, h2o) -> None:
+    """Raises CheckpointError for an H2OConfig with more slots than the model's sliding attention reaches back."""
+    reach = sliding_window(config)
+    if reach is not None and reach < h2o.capacity:
+        raise CheckpointError(
+            f"its attention slides over {reach} tokens, fewer than window_length={h2o.window_length} + "
+            f"update_interval={h2o.update_interval}: give a smaller window_length"
+        )
 
 
 def refuse_misfits(model, loading: dict, resized: bool = False) -> None:
@@ -107,6 +134,21 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
+def unpacking() -> dict:
+    """from_pretrained's arguments for plain weights from a GGUF file: merged products and kernels need them."""
+    from transformers import GgufConfig  # which imports torchao
+
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def forget_file(model) -> None:
+    """Remove what marks a model from a GGUF file as quantised, if its weights have been unpacked."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer, "packed_modules", True):
+        del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+        model.is_quantized = False
+
+
 class ChecksItsWeights:
     """A model that loads only checkpoints which it runs as they are, and saves them as the family's own."""
 
@@ -131,11 +173,13 @@ class ChecksItsWeights:
             if isinstance(config, PreTrainedConfig):
                 refuse_other_family(cls, config)
             elif (source := name if config is None else config) is not None:
-                of_gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
-                refuse_other_family(cls, PreTrainedConfig.get_config_dict(source, **finding, **of_gguf)[0])
+                refuse_other_family(cls, config_of(source, **kwargs))
+            if kwargs.get("gguf_file") is not None:
+                kwargs = unpacking() | kwargs
             model, loading = super().from_pretrained(
                 name, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )  # other shapes are named below, with the weights that transformers would fill at random
+            forget_file(model)
             refuse_misfits(model, loading, resized=ignore_mismatched_sizes)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None

@@ -67,7 +67,7 @@ from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
 from utils.ablation_report import FEW
-from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_llama
+from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_model
 from utils.budgets import own_texts
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
 from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
@@ -208,12 +208,12 @@ def canonical(h2o: H2OConfig, device: torch.device) -> H2OConfig:
 
 
 class Lab:
-    """A model and stock Llama over the same weights, and the requests to compare them on."""
+    """A model and its stock model over the same weights, and the requests to compare them on."""
 
     def __init__(self, args: argparse.Namespace, model, tokenizer, prompts: list[Prompt]):
         self.args, self.model, self.tokenizer, self.prompts = args, model, tokenizer, prompts
-        model.merge_projections()  # moves the weights, which stock Llama then shares
-        self.stock = stock_llama(model)
+        model.merge_projections()  # moves the weights, which the stock model then shares
+        self.stock = stock_model(model)
         self.pad = tokenizer.pad_token_id
         # similar lengths together, as in a run; the timed prompts are the first of the file
         self.order = decoding_order(prompts, args.batch_size)
@@ -394,7 +394,7 @@ def run(args: argparse.Namespace) -> int:
     setup = {
         "form": FORM,
         "model": Path(args.model_name).resolve().name
-        if Path(args.model_name).is_dir()
+        if Path(args.model_name).exists()
         else args.model_name,  # may be moved
         "weights": weights and weights[:16],
         "requests": fingerprint(requests)[:16],

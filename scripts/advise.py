@@ -38,12 +38,13 @@ if __name__ == "__main__":
     cli.begin()
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from h2optimizer import H2OConfig
+from h2optimizer.families import family_of
 from h2optimizer.flags import add_cache_flags, h2o_config, plans_in
 from h2optimizer.loading import load_config, plans_of_config, quiet_libraries
-from utils.bench import SHAPES, print_table
+from utils.bench import SHAPES, config_of, print_table
 from utils.budgets import HeadBudgets
 from utils.cli import InputError, OneLineParser, count, positive
 from utils.costs import held_weights, read_weights, row_held, row_read, weight_flops
@@ -89,7 +90,7 @@ FULL, H2O = "full cache", "H2O"
 class Prediction:
     """A model on a GPU under both caches, for any batch and context (tokens of a prompt)."""
 
-    model: LlamaForCausalLM  # on the meta device
+    model: PreTrainedModel  # on the meta device
     caches: dict[str, H2OConfig | None]
     steps: int  # decode steps over which times are averaged
     bits: int | None  # of the projections' weights
@@ -233,7 +234,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
-        "--model-name", help="a Llama checkpoint: a folder, or a name on the hub; only its config is read"
+        "--model-name", help="a checkpoint: a folder, a name on the hub or a GGUF file; only its config is read"
     )
     model.add_argument("--shape", choices=SHAPES, help="or the shape of a model; 8b: Llama-3-8B (default: 8b)")
     add = parser.add_argument
@@ -300,29 +301,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_model(args) -> LlamaForCausalLM:
+def make_model(args) -> PreTrainedModel:
     """The model on the meta device: shapes without weights. Raises InputError."""
     given = args.model_name is not None
     name = f"--model-name {args.model_name}" if given else f"--shape {args.shape}"
-    config = load_config(args.model_name) if given else LlamaConfig(**SHAPES[args.shape])
+    config = load_config(args.model_name) if given else config_of(args.shape)
     if getattr(config, "quantization_config", None) and not args.weight_bits:
         raise InputError(f"{name}: its weights are quantised; give --weight_bits 8 or 4, and --dtype of the cache")
     for size in SIZES:
-        if type(number := getattr(config, size)) is not int or number < 1:
+        if type(number := getattr(config, size, 1)) is not int or number < 1:  # head_dim may be left out
             raise InputError(f"{name}: its config has {size}={number!r}; it must be a whole number above 0")
     dtype = config.dtype or torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InputError(f"{name}: its weights are {dtype}; give --dtype bfloat16, float16 or float32")
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM(config).to(dtype)
+            return family_of(config).stock_class()(config).to(dtype)
     except Exception as error:  # sizes that do not match fail anywhere
         raise InputError(
             f"{name}: its config does not describe a model ({' '.join(str(error).split())[:200]})"
         ) from None
 
 
-def plan_of(args, model: LlamaForCausalLM) -> HeadBudgets | None:
+def plan_of(args, model: PreTrainedModel) -> HeadBudgets | None:
     """The plan of --head_budgets. Raises InputError for a model of another shape; weights are not read."""
     plans = plans_of_config(plans_in([getattr(args, "head_budgets", None)]), model.config)
     return plans[0] if plans else None

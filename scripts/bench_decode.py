@@ -1,13 +1,13 @@
-"""Benchmark prefill and decode of whole models: the heavy-hitter cache against stock Llama, in one run.
+"""Benchmark prefill and decode of whole models: the heavy-hitter cache against the stock model, in one run.
 
-Regime: a Llama-3-8B shape with random bf16 weights, greedy, no end-of-sequence token. There are three
+Regime: a Llama-3-8B shape (or --shape's) with random bf16 weights, greedy, no end-of-sequence token. There are three
 parts; a flag gives the sizes of each:
 
 - generate (--prompts): whole calls of `generate`. `prefill_ms` is a call for one token. `decode_ms` is what each
   further token adds, (n tokens - 1 token) / (n - 1), for all systems alike. Systems take turns, after warm-up.
   `peak_GiB` is the peak of a call, including what the system keeps between calls.
 - decode (--contexts, --batches): steps alone, with contexts in place, at the given batch sizes and the largest that
-  fits. H2O's rows are copies of a prefilled one. Stock Llama's full cache holds random keys and values, in a
+  fits. H2O's rows are copies of a prefilled one. The stock model's full cache holds random keys and values, in a
   DynamicCache, which copies all of them to append a token, and in buffers that append in place, the best that a full
   cache could do; transformers offers no such cache without a mask. Both loops are eager, so the host bounds them at
   small batches. `tokens_per_s_x` compares with DynamicCache at its best batch size.
@@ -41,10 +41,10 @@ if __name__ == "__main__":
     cli.begin()
 
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OModelForCausalLM
 from h2optimizer.backends import resolve_backend
 from h2optimizer.decoder import CHUNK, Decoder
 from h2optimizer.generation import KeptCaches
@@ -64,7 +64,7 @@ from utils.bench import (
 )
 from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.cli import InputError, OneLineParser, count, counts, positive, sizes
-from utils.costs import floor_ms, read_weights, row_held
+from utils.costs import floor_ms, head_dim, read_weights, row_held
 from utils.memory import allocated, free_memory, peak_allocated
 from utils.results import to_json
 
@@ -80,7 +80,7 @@ class System:
     """A model, and how its `generate` is called. Each system keeps its own caches, so turns evict no graphs."""
 
     name: str
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     h2o: H2OConfig | None = None
     flags: dict = field(default_factory=dict)
     kept: KeptCaches = field(default_factory=KeptCaches)
@@ -217,7 +217,7 @@ def ratios(result: dict, baseline: dict) -> dict[str, float]:
 
 
 class FullLayer(DynamicLayer):
-    """A full cache's layer that appends in place to buffers [B, Hkv, length + room, D]: stock Llama's best case."""
+    """A full cache's layer that appends in place to buffers [B, Hkv, length + room, D]: the stock model's best case."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
         super().__init__()
@@ -245,13 +245,13 @@ class GrowingLayer(DynamicLayer):
 
 @torch.no_grad()
 def stock_ms(args, stock, context: int, in_place: bool, batch: int) -> Spread:
-    """Milliseconds of an eager step of stock Llama over a full cache of random keys and values.
+    """Milliseconds of an eager step of the stock model over a full cache of random keys and values.
 
     `in_place` appends to buffers; else each step copies the cache to append to it, as DynamicCache does.
     """
     config, steps = stock.config, args.new_tokens
     room = steps if in_place else 0
-    shape = (batch, config.num_key_value_heads, context + room, config.head_dim)
+    shape = (batch, config.num_key_value_heads, context + room, head_dim(config))
     buffers = [
         [torch.empty(shape, dtype=stock.dtype, device=stock.device).normal_() for _ in range(2)]
         for _ in range(config.num_hidden_layers)
@@ -567,7 +567,7 @@ TABLE = {
 
 
 def run(args) -> None:
-    model, stock = make_models(H2OLlamaForCausalLM, args.shape, args.device)
+    model, stock = make_models(H2OModelForCausalLM.from_config, args.shape, args.device)
     report = device_report(args.device) | {
         "weights_GB": round(read_weights(model) / 1e9, 2),
         "bandwidth_TBps": args.bandwidth,

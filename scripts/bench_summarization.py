@@ -1,8 +1,8 @@
-"""Benchmark requests per second: a batcher over heavy-hitter rows against stock Llama, one by one and in batches.
+"""Benchmark requests per second: a batcher over heavy-hitter rows against the stock model, one by one and in batches.
 
 Regime: prompts of random tokens, a Llama-3-8B shape with random bf16 weights, greedy; every request generates all its
-tokens. Stock Llama runs a sample: the first --stock_requests one by one, and the first four batches, sorted by length
-to avoid padding. Ours runs all requests in their order. `all_s` is the time for all requests at a system's rate.
+tokens. The stock model runs a sample: the first --stock_requests one by one, and the first four batches, sorted by
+length to avoid padding. Ours runs all requests in their order. `all_s` is the time for all requests at a system's rate.
 Compiling and recording happen before the clock starts, and are printed as `setup_s`. Rates count all rows together:
 `tokens_per_s` includes the time of prefill; `decode_per_s` excludes it and each text's first token. `prefill_share` is
 the share of the time that the device spends in forwards of more than one token per row. The last line is JSON;
@@ -39,9 +39,9 @@ if __name__ == "__main__":
     cli.begin()
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
+from h2optimizer import H2OConfig, H2OModelForCausalLM, batching
 from h2optimizer.batching import Batcher, Clock, Sequence
 from h2optimizer.decoding import decoding_of
 from h2optimizer.loading import quantization
@@ -62,7 +62,7 @@ from utils.cli import OneLineParser, count, count_or_auto, count_or_zero, counts
 from utils.memory import allocated, free_memory, peak_allocated
 from utils.results import to_json
 
-SAMPLED_BATCHES = 4  # batches that stock Llama runs
+SAMPLED_BATCHES = 4  # batches that the stock model runs
 SHORTEST = 16  # tokens of the shortest prompt in a soak
 ONE_BY_ONE = "stock, one by one"
 
@@ -73,7 +73,7 @@ class PrefillTimer:
     `sizes` counts these forwards by rows and tokens per row.
     """
 
-    def __init__(self, model: LlamaForCausalLM):
+    def __init__(self, model: PreTrainedModel):
         self.clock, self.moments, self.sizes = Clock(model.device), [], Counter()
         self.hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -133,7 +133,7 @@ def again(requests: list[Sequence]) -> list[Sequence]:
 
 @torch.no_grad()
 def stock_generate(stock, requests: list[Sequence]) -> None:
-    """One left-padded batch through stock Llama, run until the longest request ends."""
+    """One left-padded batch through the stock model, run until the longest request ends."""
     columns = max(len(request.prompt) for request in requests)
     pads = [columns - len(request.prompt) for request in requests]
     ids = torch.tensor([[0] * pad + r.prompt for pad, r in zip(pads, requests, strict=True)])
@@ -351,13 +351,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--stock_requests",
         type=count_or_zero,
         default=16,
-        help="requests that stock Llama runs one by one; 0: skip (default: %(default)s)",
+        help="requests that the stock model runs one by one; 0: skip (default: %(default)s)",
     )
     parser.add_argument(
         "--stock_batch",
         type=count_or_zero,
         default=16,
-        help="batch size of stock Llama; 0: skip (default: %(default)s)",
+        help="batch size of the stock model; 0: skip (default: %(default)s)",
     )
     parser.add_argument("--compile", action="store_true", help="also run the batcher with compile=True")
     parser.add_argument(
@@ -404,7 +404,7 @@ TABLE = {
 
 
 def run(args) -> int:
-    model, stock = make_models(H2OLlamaForCausalLM, args.shape, args.device)
+    model, stock = make_models(H2OModelForCausalLM.from_config, args.shape, args.device)
     if args.quantize:
         float8_config(args, model)  # fails now, not after minutes
     report = device_report(args.device) | {name: vars(args)[name] for name in ("new_tokens", "mixed")}

@@ -155,7 +155,7 @@ def settings_of(args: argparse.Namespace, requests: list[Request], weights: str 
     """What the losses depend on, by flag."""
     name = args.model_name
     return {
-        "--model-name": Path(name).resolve().name if Path(name).is_dir() else name,  # a folder may be moved
+        "--model-name": Path(name).resolve().name if Path(name).exists() else name,  # a folder may be moved
         "weights": weights and weights[:HASH],
         "requests": [request_fingerprint(request) for request in requests],
         "--chat": args.chat,

@@ -64,7 +64,7 @@ from h2optimizer.policy_flags import plans_of_policies, policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
 from utils.ablation import FULL
 from utils.ablation_report import FEW, with_interval
-from utils.bench import print_table, stock_llama
+from utils.bench import print_table, stock_model
 from utils.budgets import HeadBudgets, own_texts
 from utils.cli import InputError, OneLineParser, count, output_file
 from utils.figures import figure_file
@@ -184,12 +184,12 @@ def versions_in(folder: Path) -> tuple[str, ...]:
 
 
 class Comparison:
-    """A model, stock Llama over the same weights, the prompts, and the file of results."""
+    """A model, its stock model over the same weights, the prompts, and the file of results."""
 
     def __init__(self, args: argparse.Namespace, model, tokenizer, prompts: list[Prompt], output: ResultsFile):
         self.args, self.model, self.tokenizer, self.prompts, self.output = args, model, tokenizer, prompts, output
-        model.merge_projections()  # moves the weights, which stock Llama then shares
-        self.stock = stock_llama(model)
+        model.merge_projections()  # moves the weights, which the stock model then shares
+        self.stock = stock_model(model)
         self.order = decoding_order(prompts, args.batch_size)
         self.eos = Summarizer(self.stock, tokenizer, 1).eos
         self.refused: dict[tuple[str, int], str] = {}  # by press and window: why

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness tasks on Llama with the heavy-hitter cache, or with the full cache as the baseline.
+"""lm-evaluation-harness tasks with the heavy-hitter cache, or with the full cache as the baseline.
 
     python scripts/eval_harness.py --model-name meta-llama/Meta-Llama-3-8B --tasks hellaswag,gsm8k \\
         --enable_h2o_generation --num_window_length 512 --output-path out/h2o.json
@@ -68,7 +68,7 @@ class H2OLlamaLM(CacheLM):
 
     Args:
         pretrained: a folder, or a name on the hub.
-        full_cache: stock Llama, the baseline.
+        full_cache: the stock model, the baseline.
         device, dtype, share_prefixes: as the flags of run_summarization.py.
         kwargs: fields of H2OConfig (including `backend`), and the arguments of HFLM in PASSED_ON.
     """

@@ -194,7 +194,7 @@ def results(model, job: dict) -> Iterator[dict]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model-name", required=True, help="a Llama checkpoint")
+    parser.add_argument("--model-name", required=True, help="a folder, a name on the hub or a GGUF file")
     parser.add_argument("--device", required=True, help="torch's name of it")
     parser.add_argument("--dtype", required=True, help="torch's name of it")
     return parser.parse_args(argv)
@@ -205,8 +205,11 @@ def run(args: argparse.Namespace) -> int:
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # what libraries print is no result
         library()
-        config = with_old_names(AutoConfig.from_pretrained(args.model_name))
-        model = AutoModelForCausalLM.from_pretrained(args.model_name, config=config, dtype=getattr(torch, args.dtype))
+        path, kwargs = args.model_name, {}
+        if path.endswith(".gguf"):
+            path, kwargs = Path(path).parent, {"gguf_file": Path(path).name}
+        config = with_old_names(AutoConfig.from_pretrained(path, **kwargs))
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, args.dtype), **kwargs)
         model = model.to(args.device).eval()
         for line in sys.stdin:
             for result in results(model, json.loads(line)):

@@ -6,7 +6,7 @@
 
 --input-path is a jsonl in MT-Bench's form (`turns`, a list), of prompts (`prompt`), or of this project's requests
 (`article`, with `max_tokens` and `stop`). Pass - to chat on the standard input. One cache is kept across all turns, and
-makes room for each turn before it is fed. Without --enable_h2o_generation, stock Llama's full cache grows until memory
+makes room for each turn before it is fed. Without --enable_h2o_generation, the full cache grows until memory
 runs out; the script then reports how many tokens had passed.
 
 --report writes a line for every --report_every tokens: perplexity of input tokens ("given") and of generated ones

@@ -44,8 +44,9 @@ from h2optimizer.loading import end_as_chats_do, load_model, quiet_libraries, se
 from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, tokenize, warn_of_long_prompts
 from utils.ablation import pack
-from utils.bench import print_table, stock_llama
+from utils.bench import print_table, stock_model
 from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
+from utils.costs import head_dim
 from utils.requests import Request, read_requests, unheeded
 from utils.results import replace_file, to_json
 
@@ -110,8 +111,8 @@ class Viewer:
 
     def __init__(self, model, tokenizer, prompt: Prompt):
         self.model, self.tokenizer, self.prompt = model, tokenizer, prompt
-        model.merge_projections()  # moves the weights, which stock Llama then shares
-        self.stock = stock_llama(model)
+        model.merge_projections()  # moves the weights, which the stock model then shares
+        self.stock = stock_model(model)
         self.full = self._greedy(self.stock)
 
     def show(self, h2o: H2OConfig) -> Shown:
@@ -198,9 +199,7 @@ def page_of(data: dict) -> str:
 
 def slot_bytes(model) -> int:
     """Of one token's key and value in one KV head."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * head_dim * model.dtype.itemsize
+    return 2 * head_dim(model.config) * model.dtype.itemsize
 
 
 # The program

@@ -1,4 +1,4 @@
-"""A tiny Llama checkpoint with its own tokenizer, and request files, for the tests of the command line.
+"""A tiny checkpoint (a Llama unless told) with its own tokenizer, and request files, for the tests of the command line.
 
 Everything is made here from seeded, made-up words: nothing is downloaded, and no text of a data set is used.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 POSITIONS = 256
 
@@ -47,13 +47,14 @@ def make_checkpoint(folder: Path, **config) -> Path:
     """Two layers of random weights so large that float32 decides the tokens.
 
     Left to itself it says printable ASCII only, and never <s> or </s>, so that a text is the concatenation of its
-    tokens and a test decides where it ends.
+    tokens and a test decides where it ends. `model_type` names another family than Llama.
     """
     vocab = make_tokenizer(folder).get_vocab()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
             **{
+                "model_type": "llama",
                 "vocab_size": len(vocab),
                 "hidden_size": 32,
                 "intermediate_size": 64,
@@ -62,6 +63,7 @@ def make_checkpoint(folder: Path, **config) -> Path:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": POSITIONS,
                 "initializer_range": 0.4,
+                "pad_token_id": None,
                 "bos_token_id": vocab["<s>"],
                 "eos_token_id": vocab["</s>"],
                 **config,

@@ -19,9 +19,10 @@ if importlib.util.find_spec("torchao") is not None:  # what its import says woul
 if importlib.util.find_spec("triton") is None:  # it is made for Linux only
     collect_ignore = ["test_backends.py", "test_kernels.py", "test_slimming.py"]
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
+from h2optimizer.families import FAMILIES
 from oracle import Oracle
 from utils.cache import HHCache
 from utils.heads import HeadWindows
@@ -38,9 +39,13 @@ Llamas = namedtuple("Llamas", "stock h2o")  # one set of weights, as LlamaForCau
 
 
 def make_llamas(dtype=torch.float32, **config) -> Llamas:
-    """Two layers with weights so large that float32 decides the tokens; no end-of-sequence token."""
-    config = LlamaConfig(
+    """Two layers with weights so large that float32 decides the tokens; no end-of-sequence token.
+
+    `model_type` names another family. Its biases and norms are random too.
+    """
+    config = AutoConfig.for_model(
         **{
+            "model_type": "llama",
             "vocab_size": VOCAB,
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -56,8 +61,14 @@ def make_llamas(dtype=torch.float32, **config) -> Llamas:
         }
     )
     torch.manual_seed(0)
-    stock = LlamaForCausalLM._from_config(config, dtype=dtype).eval()  # RoPE's frequencies stay float32
-    h2o = H2OLlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    family = FAMILIES[config.model_type]
+    stock = family.stock_class()._from_config(config, dtype=dtype).eval()  # RoPE's frequencies stay float32
+    if config.model_type != "llama":
+        with torch.no_grad():
+            for name, weight in stock.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    weight += 0.3 * torch.randn_like(weight)
+    h2o = family._from_config(config, dtype=dtype).eval()
     h2o.load_state_dict(stock.state_dict())
     return Llamas(stock, h2o)
 

@@ -29,9 +29,11 @@ def append(query, key, value, cos, sin, keys, values, lengths, rolling, norms=No
     for h, (of_key, of_value, of_norm) in enumerate(zip(*slots, strict=True)):
         at = (lengths[:, h].long() - 1).clamp(min=0)
         there = (lengths[:, h] > 0)[:, None]  # of a row without a token nothing is written
-        rope = [(table[at] if rolling else table)[:, None, None] for table in (cos, sin)]
-        rotated.append(rotate(query.unflatten(1, (heads, -1))[:, h], *rope))
-        turned = (key if rolling else rotate(key, *rope))[:, h, 0]
+        of_query, turned = query.unflatten(1, (heads, -1))[:, h], key[:, h, 0]
+        if cos is not None:
+            rope = [(table[at] if rolling else table)[:, None, None] for table in (cos, sin)]
+            of_query, turned = rotate(of_query, *rope), turned if rolling else rotate(key, *rope)[:, h, 0]
+        rotated.append(of_query)
         of_key[row, at] = torch.where(there, turned, of_key[row, at])
         of_value[row, at] = torch.where(there, value[:, h, 0], of_value[row, at])
         if of_norm is not None:
@@ -84,6 +86,16 @@ def add_and_normalise(residual, branch, weight, eps):
 
 
 @torch.no_grad()
+def normalise_heads(states, query_weight, key_weight, query_width, key_width, eps):
+    for part, weight in zip(states.split([query_width, key_width, states.shape[-1] - query_width - key_width], -1)[:2],
+                            (query_weight, key_weight), strict=True):  # fmt: skip
+        heads = part.unflatten(-1, (-1, len(weight)))
+        scale = torch.rsqrt(heads.float().square().mean(-1, keepdim=True) + eps)
+        heads.copy_(weight * (heads.float() * scale).to(weight.dtype))
+    return states
+
+
+@torch.no_grad()
 def turn(states, cos, sin, in_place):
     turned = rotate(states, cos[:, None], sin[:, None])
     return states.copy_(turned) if in_place else turned
@@ -91,7 +103,11 @@ def turn(states, cos, sin, in_place):
 
 def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
-    doubles = {decode: (append, decode_attention), mlp: (run_silu_and_multiply,), layer: (add_and_normalise,)}
+    doubles = {
+        decode: (append, decode_attention),
+        mlp: (run_silu_and_multiply,),
+        layer: (add_and_normalise, normalise_heads),
+    }
     doubles[float8] = (quantize_rows,)
     for module, functions in doubles.items():
         for double in functions:

@@ -28,7 +28,7 @@ class Slot:
 
 
 class Oracle:
-    """H2O on a copy of a stock `LlamaForCausalLM`, in float64, for a single row of tokens.
+    """H2O on a copy of a stock `LlamaForCausalLM`, or a family like it, in float64, for a single row of tokens.
 
     The arguments are the `H2OConfig` flags of the same names, and `score_seed` for score="random". The step clock is
     the number of forwards since `reset`; slimming is due after a forward of several tokens, and after every
@@ -176,6 +176,9 @@ class Oracle:
         queries = attn.q_proj(hidden).view(n, self.num_query_heads, -1)
         keys = attn.k_proj(hidden).view(n, self.num_kv_heads, -1)
         values = attn.v_proj(hidden).view(n, self.num_kv_heads, -1)
+        if hasattr(attn, "q_norm"):  # Qwen3
+            queries, keys = rms_norm(attn.q_norm, queries), rms_norm(attn.k_norm, keys)
+        rotates = getattr(attn, "use_rope", True)  # SmolLM3
         head_dim = queries.shape[-1]
         output = torch.zeros(n, self.num_query_heads, head_dim, dtype=torch.float64)
         for kv_head, slots in enumerate(self.cache[layer]):
@@ -188,14 +191,15 @@ class Oracle:
                     slot.count *= self.score_decay
             rotated_keys = []
             for index, slot in enumerate(slots):
-                rotated_keys.append(self._rotate(slot.key, index if self.position_rolling else slot.position))
+                position = index if self.position_rolling else slot.position
+                rotated_keys.append(self._rotate(slot.key, position) if rotates else slot.key)
 
             for i in range(n):
                 visible = before + i + 1
                 query_position = before + i if self.position_rolling else self.seen + i
                 for g in range(self.group_size):
                     head = kv_head * self.group_size + g
-                    query = self._rotate(queries[i, head], query_position)
+                    query = self._rotate(queries[i, head], query_position) if rotates else queries[i, head]
                     scores = [float(query.dot(rotated_keys[j])) / math.sqrt(head_dim) for j in range(visible)]
                     probabilities = softmax(scores)
                     mixed = torch.zeros(head_dim, dtype=torch.float64)

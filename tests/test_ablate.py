@@ -23,7 +23,7 @@ from h2optimizer.flags import DEMO_MODEL
 from test_benchmarks import load
 from utils import bench
 from utils.ablation import figures, policy_name, read_cells, unpack
-from utils.bench import Spread, prefill_and_step_ms, stock_llama
+from utils.bench import Spread, prefill_and_step_ms, stock_model
 from utils.budgets import MeasuredBudgets, request_fingerprint
 from utils.requests import InputError, read_requests
 from utils.results import PLAN
@@ -161,7 +161,7 @@ def test_equal_prompts_are_each_their_own_row(gqa, which):
 def test_stock_llama_shares_the_weights(tied):
     """A second copy of the weights in memory; embeddings that come apart; another model."""
     model = make_llamas(tie_word_embeddings=tied).h2o
-    stock = stock_llama(model)
+    stock = stock_model(model)
     ours = {name: weight.data_ptr() for name, weight in model.named_parameters(remove_duplicate=False)}
     assert {name: weight.data_ptr() for name, weight in stock.named_parameters(remove_duplicate=False)} == ours
     assert len(list(stock.parameters())) == len(list(model.parameters())), "a tied head that is a weight of its own"

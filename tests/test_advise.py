@@ -323,7 +323,7 @@ def test_wrong_flags_get_one_line(script, capsys, flags, says):
 
 
 @pytest.mark.parametrize("fields, says", [
-    ({"model_type": "mistral"}, ("mistral", "Llama only")),
+    ({"model_type": "gpt2"}, ("gpt2", "runs llama, mistral")),
     ({"num_attention_heads": 5}, ("--model-name",)),
     ({"num_hidden_layers": 0}, ("--model-name", "num_hidden_layers=0")),
     ({"hidden_act": "none such"}, ("--model-name", "none such")),

@@ -192,7 +192,7 @@ def test_workloads_of_one_run(capsys, monkeypatch):
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
     bench, seen = load("bench_summarization"), []
     monkeypatch.setattr(bench, "float8_config", lambda args, model: float8.config())
-    monkeypatch.setattr(bench.H2OLlamaForCausalLM, "merge_projections", lambda model: None)
+    monkeypatch.setattr(H2OLlamaForCausalLM, "merge_projections", lambda model: None)
     make, prepare = bench.make_models, bench.make_batcher
 
     def make_batcher(args, model, requests, **flags):

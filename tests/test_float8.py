@@ -60,13 +60,30 @@ def test_merged_products_are_torchaos(quantize):
     assert sum(part.untyped_storage().data_ptr() == merged.weight.data_ptr() for part in parts(three)) == 3, "one copy"
 
 
+@torch.no_grad()
+def test_biases_are_merged(quantize):
+    """A bias that is dropped, or another layer's; one layer of two that has none."""
+    two = torch.nn.Sequential(*(Linear(32, 16, dtype=torch.bfloat16) for _ in range(2)))
+    inputs, merged = states(3, 32), MergedLinear()
+    quantize(two)
+    for layer in two:
+        layer.bias.data = 10 * torch.randn(16).bfloat16()
+    own = torch.cat([layer(inputs) for layer in two], dim=-1)
+    merged.merge(*two)
+    torch.testing.assert_close(merged.product(inputs, *two), own, rtol=0.05, atol=0.1)
+    two[0].bias = None
+    assert merged.product(inputs, *two) is None
+    merged.merge(*two)
+    assert merged.weight is None
+
+
 def parts(module):
     return [layer.weight.qdata for layer in module]
 
 
 @torch.no_grad()
 def test_what_is_not_merged(quantize):
-    """A layer that was replaced, moved or has a bias; weights of other formats; a plain layer alone, to no end."""
+    """A layer that was replaced or moved; weights of other formats; a plain layer alone, to no end."""
     two, alone, plain = layers(16, 16), MergedLinear(), layers(16)
     quantize(two)
     merged = MergedLinear()
@@ -79,10 +96,6 @@ def test_what_is_not_merged(quantize):
     assert merged.weight is None and merged.scale is None, "one of the two is plain"
     alone.merge(*plain)
     assert alone.weight is None and torch.equal(alone(inputs, plain[0]), plain[0](inputs))
-    biased = torch.nn.Sequential(Linear(32, 16, dtype=torch.bfloat16))
-    quantize(biased)
-    alone.merge(*biased)
-    assert alone.weight is None and torch.equal(alone(inputs, biased[0]), biased[0](inputs))
     weights_only = layers(16)
     quant_api.quantize_(weights_only, quant_api.Float8WeightOnlyConfig())
     assert float8.stored(weights_only[0].weight) is None and float8.stored(plain[0].weight) is None

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from utils.memory import free_memory
 
-SHAPES = {
+SHAPES = {  # of a Llama, unless it names another model_type
     "8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=131072,
@@ -25,6 +25,16 @@ SHAPES = {
         num_key_value_heads=8, max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     ),
+    "mistral-7b": dict(
+        model_type="mistral", vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
     "tiny": dict(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=131072,
@@ -32,26 +42,33 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make_models(ours: type[LlamaForCausalLM], shape: str, device: str) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """A model of class `ours` and stock Llama over the same random weights: bf16 on a GPU, else float32.
+def config_of(shape: str, **fields) -> PreTrainedConfig:
+    """The configuration of a shape, with other values of some fields."""
+    return AutoConfig.for_model(**{"model_type": "llama"} | SHAPES[shape] | fields)
+
+
+def make_models(
+    ours: Callable[[PreTrainedConfig], PreTrainedModel], shape: str, device: str
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The H2O model that `ours` makes, and a stock one over the same random weights: bf16 on a GPU, else float32.
 
     No token ends a sequence. The projections are merged first, as `generate` does on a GPU. Merging moves the weights;
-    afterwards, stock Llama would hold a second copy.
+    afterwards, the stock model would hold a second copy.
     """
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
+    config = config_of(shape, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
         model = ours(config).eval()
         torch.set_default_dtype(torch.float32)
     model.merge_projections()
-    return model, stock_llama(model)
+    return model, stock_model(model)
 
 
-def stock_llama(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Stock Llama that shares the weights of a model of a derived class, without a copy."""
+def stock_model(model) -> PreTrainedModel:
+    """The stock model of an H2O model's family that shares its weights, without a copy."""
     with torch.device("meta"):  # allocate no weights only to replace them
-        stock = LlamaForCausalLM(copy.deepcopy(model.config))
+        stock = model.stock_class()(copy.deepcopy(model.config))
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.tie_weights()  # otherwise a tied head would be counted, and moved, as a separate weight
     stock.model.rotary_emb, stock.generation_config = model.model.rotary_emb, copy.deepcopy(model.generation_config)

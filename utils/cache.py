@@ -226,7 +226,7 @@ class HHCache(Cache):
       slots are those of a forward of the whole texts, up to the order of sums. The prefix itself never changes.
     - Rows are independent: a row can be replaced right after a slimming (`take_rows`) and decodes as if it were alone.
 
-    `H2OLlamaForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`. The
+    `H2OForCausalLM.forward` drives it: `begin`, then per layer `update`, `add_mass` and `slim`, then `end`. The
     attention passes its backend's slimmer to `update`.
 
     Args:
@@ -359,13 +359,13 @@ class HHCache(Cache):
         tokens; the first one after a prefix the new tokens alone, [B, Hkv, columns, D]. Slots carry no gradient; it
         reaches only the new tokens. `slimmer` (default: torch's) is set at the layer's first forward.
 
-        Raises: RuntimeError outside a forward of H2OLlamaForCausalLM, the only model that slims the cache; ValueError
+        Raises: RuntimeError outside a forward of an H2OForCausalLM, which alone slims the cache; ValueError
             for a model whose shape differs from that of the tokens in the cache.
         """
         if self.step is None:
             raise RuntimeError(
-                "an HHCache is slimmed only by H2OLlamaForCausalLM: call that model (not its .model, and not a plain "
-                "LlamaForCausalLM), or use a DynamicCache"
+                "an HHCache is slimmed only by H2OLlamaForCausalLM and its like: call that model (not its .model, and "
+                "not a plain LlamaForCausalLM), or use a DynamicCache"
             )
         if len(self.layers) <= layer_idx and self.clock:
             raise ValueError(f"this HHCache holds {len(self.layers)} layers, the model has more: reset() it first")

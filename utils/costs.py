@@ -4,10 +4,15 @@
 """
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def held_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
+    """Numbers in a key or value of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def held_weights(model: PreTrainedModel, bits: int | None = None) -> int:
     """Bytes of all weights. With `bits`, weights of the layers' projections take that many bits each, without scales.
 
     Quantisers do not change embedding, head and norms.
@@ -18,30 +23,30 @@ def held_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
     )
 
 
-def unread_embedding(model: LlamaForCausalLM) -> torch.Tensor | None:
+def unread_embedding(model: PreTrainedModel) -> torch.Tensor | None:
     """The embedding, of which a step reads one row per token; None if it is also the head, which is read whole."""
     embedding = model.get_input_embeddings().weight
     return None if embedding is model.get_output_embeddings().weight else embedding
 
 
-def read_weights(model: LlamaForCausalLM, bits: int | None = None) -> int:
+def read_weights(model: PreTrainedModel, bits: int | None = None) -> int:
     """Bytes of the weights that every decode step reads; `bits` as in `held_weights`."""
     unread = unread_embedding(model)
     return held_weights(model, bits) - (0 if unread is None else unread.nbytes)
 
 
-def weight_flops(model: LlamaForCausalLM) -> int:
+def weight_flops(model: PreTrainedModel) -> int:
     """FLOPs of the weight matrices per token in a decode step, without attention's, which are few per byte read."""
     unread = unread_embedding(model)
     return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not unread)
 
 
-def slot_bytes(config: LlamaConfig, itemsize: int, scored: float = 0.0) -> float:
+def slot_bytes(config: PreTrainedConfig, itemsize: int, scored: float = 0.0) -> float:
     """Bytes that a decode step moves per slot of a row: K and V of all layers and, if scored, mass in and out.
 
     `scored` is the share of steps that add mass, float32.
     """
-    return config.num_hidden_layers * config.num_key_value_heads * (2 * config.head_dim * itemsize + scored * 2 * 4)
+    return config.num_hidden_layers * config.num_key_value_heads * (2 * head_dim(config) * itemsize + scored * 2 * 4)
 
 
 def slots_read(prompt: int, steps: int, h2o=None) -> float:
@@ -51,7 +56,7 @@ def slots_read(prompt: int, steps: int, h2o=None) -> float:
     return h2o.schedule.slots_read(prompt, steps)
 
 
-def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:
+def row_read(config: PreTrainedConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:
     """Bytes of a row's cache that an average decode step moves: keys, values and mass, without slimming."""
     scored = 0.0
     if h2o is not None and h2o.needs_mass:
@@ -59,7 +64,7 @@ def row_read(config: LlamaConfig, itemsize: int, prompt: int, steps: int, h2o=No
     return slots_read(prompt, steps, h2o) * slot_bytes(config, itemsize, scored)
 
 
-def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
+def row_held(config: PreTrainedConfig, itemsize: int, tokens: int, h2o=None) -> int:
     """Bytes of memory per row: a full cache of `tokens` tokens, or H2O's slots for any number, plus a step's logits.
 
     H2O's slots also have mass (float32) and position (int32), count and norm (float32) if they rank by these, and one
@@ -79,7 +84,7 @@ def row_held(config: LlamaConfig, itemsize: int, tokens: int, h2o=None) -> int:
     return int(slots) + logits + 4 * int(most)
 
 
-def floor_ms(model: LlamaForCausalLM, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
+def floor_ms(model: PreTrainedModel, batch: int, prompt: int, steps: int, bandwidth: float, h2o=None) -> float:
     """Milliseconds to read weights and slots in an average decode step at `bandwidth` TB/s, without slimming."""
     row = row_read(model.config, model.dtype.itemsize, prompt, steps, h2o)
     return (read_weights(model) + batch * row) / bandwidth / 1e9

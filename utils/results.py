@@ -28,16 +28,16 @@ def fingerprint(requests: list[Request]) -> str:
 
 
 def checkpoint_fingerprint(name: str | Path) -> str | None:
-    """SHA-256 of what determines a checkpoint's texts: the files of a folder, or the hub commit of a name.
+    """SHA-256 of what determines a checkpoint's texts: the files of a folder, a GGUF file, or the hub commit of a name.
 
     Files up to 64 MiB are read whole, larger ones at 4,096 places: that takes seconds and touches every large matrix.
     None if nothing of the checkpoint is on this machine.
     """
     folder, digest = Path(name), hashlib.sha256()
     try:
-        if not folder.is_dir():
+        if not folder.exists():
             return _commit_on_hub(str(name))
-        for file in _files_of(folder):
+        for file in _files_of(folder) if folder.is_dir() else [folder]:
             size = file.stat().st_size
             digest.update(os.fsencode(f"{file.relative_to(folder)} {size}\n"))
             with file.open("rb") as opened:

@@ -51,7 +51,8 @@ def _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h,
 def _append_kernel(query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, stride_qb, stride_qh,
                    stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
                    stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr,
+                   ROTATES: tl.constexpr):  # fmt: skip
     """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length, at, first = _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h, stride_n, slots,
@@ -61,9 +62,12 @@ def _append_kernel(query, key, value, cos, sin, rotated, keys, values, norms, le
         return
     offset = tl.arange(0, BD // 2)
     inside = offset < D // 2
-    turn = (slot if ROLLING else b) * stride_rope
-    c = tl.load(cos + turn + offset, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + turn + offset, mask=inside, other=0.0).to(tl.float32)
+    if ROTATES:
+        turn = (slot if ROLLING else b) * stride_rope
+        c = tl.load(cos + turn + offset, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + turn + offset, mask=inside, other=0.0).to(tl.float32)
+    else:
+        c, s = tl.full([BD // 2], 1.0, tl.float32), tl.zeros([BD // 2], tl.float32)
     for head in range(h * GROUP, (h + 1) * GROUP):
         of_head = query + b * stride_qb + head * stride_qh
         _rotate_head(of_head, rotated + (b * HEADS * GROUP + head) * D, offset, inside, c, s, D // 2)
@@ -286,8 +290,8 @@ def append(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     lengths: torch.Tensor,
@@ -300,6 +304,7 @@ def append(
     Args:
         query, key, value: [B, Hq or Hkv, 1, D], not rotated; D contiguous and even.
         cos, sin: [1 or B, D] at the rows' positions, the same in both halves of D; with `rolling` [slots, D] by slot.
+            None: nothing is rotated.
         keys, values: [B, Hkv, slots, D], or [B, slots of all heads, D] with `offsets`; same dtype and strides. Slot
             lengths[b, h] - 1 of a head is written.
         lengths: int32 [B] or [B, Hkv], the new slot included; 0 where a row has no token to append.
@@ -312,14 +317,17 @@ def append(
     batch, q_heads, _, dim = query.shape
     heads, ragged = key.shape[1], offsets is not None
     rotated = query.new_empty(batch, q_heads, 1, dim)
-    stride_rope = cos.stride(0) if len(cos) > 1 else 0
-    assert keys.stride() == values.stride() and cos.stride() == sin.stride()
-    assert all(states.stride(-1) == 1 for states in (query, key, value, keys, cos))
+    stride_rope = 0
+    if cos is not None:
+        stride_rope = cos.stride(0) if len(cos) > 1 else 0
+        assert cos.stride() == sin.stride() and cos.stride(-1) == 1
+    assert keys.stride() == values.stride()
+    assert all(states.stride(-1) == 1 for states in (query, key, value, keys))
     _append_kernel[batch, heads](
         query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, *query.stride()[:2],
         *key.stride()[:2], *value.stride()[:2], *_of_heads(lengths), *_slot_strides(keys), stride_rope, keys.shape[-2],
         HEADS=heads, GROUP=q_heads // heads, D=dim, BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling,
-        NORMS=norms is not None, RAGGED=ragged, num_warps=1 if dim <= 128 else 2,
+        NORMS=norms is not None, RAGGED=ragged, ROTATES=cos is not None, num_warps=1 if dim <= 128 else 2,
         enable_fp_fusion=False,  # a product and a sum as one would round once where torch rounds twice
     )  # fmt: skip
     return rotated
@@ -466,8 +474,8 @@ def decode_attention(
 
 def run_decode_step(
     projected: list[torch.Tensor],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     mass: torch.Tensor | None,
@@ -485,7 +493,7 @@ def run_decode_step(
 
     Args:
         projected: query, key and value [B, 1, heads * D], or one [B, 1, all of them].
-        cos, sin: [1 or B, 1, D] at the rows' positions, or [1, slots, D] when rolling.
+        cos, sin: [1 or B, 1, D] at the rows' positions, or [1, slots, D] when rolling; None for a layer without RoPE.
         mass, count: added to where they are given.
         norms: written where they are given.
         lengths: [B, Hkv].
@@ -499,7 +507,8 @@ def run_decode_step(
         size = heads * dim
         projected = projected[0].split([projected[0].shape[-1] - 2 * size, size, size], dim=-1)
     query, key, value = (states.view(batch, 1, -1, dim).transpose(1, 2) for states in projected)
-    cos, sin = (table[0] if rolling else table[:, 0] for table in (cos, sin))
+    if cos is not None:
+        cos, sin = (table[0] if rolling else table[:, 0] for table in (cos, sin))
     rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling, norms, offsets)
     added = {} if mass is None else dict(mass=mass, count=count, decay=decay)
     output = decode_attention(

@@ -1,4 +1,5 @@
-"""What a decoder layer computes between its matrix products, one launch each: residual sum with norm, and rotation.
+"""What a decoder layer computes between its matrix products, one launch each: residual sum with norm, norms of heads,
+and rotation.
 
 All are bound by memory, so each reads its inputs once and writes its results where the next reader wants them.
 """
@@ -10,6 +11,7 @@ import triton.language as tl
 from h2optimizer.kernels.common import on_its_device, rotated_halves
 
 NORM_TILE, NORM_WARPS = 4096, 8  # elements and warps of a program
+HEADS_TILE, HEADS_WARPS = 1024, 4  # the same of heads: few rows should still fill the device
 ROTATION_TILE, ROTATION_WARPS = 2048, 4  # elements of half a head
 
 
@@ -48,6 +50,51 @@ def add_and_normalise(
         residual, branch, weight, summed, normed, rows, eps, SIZE=size, ROWS=tile, BLOCK=block, num_warps=NORM_WARPS
     )
     return summed, normed
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _normalise_heads_kernel(states, query_weight, key_weight, rows, stride, eps, QUERIES: tl.constexpr,
+                            HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """ROWS heads of queries or keys, in the order of memory, in place; rounded as `_add_and_normalise_kernel`."""
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    at = states + (row // HEADS * stride + row % HEADS * D)[:, None] + column[None, :]
+    own = tl.load(at, mask=inside, other=0.0)
+    exact = own.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(exact * exact, 1) / D + eps)
+    rounded = (exact * scale[:, None]).to(own.dtype).to(tl.float32)
+    of_query = tl.load(query_weight + column, mask=column < D, other=0.0).to(tl.float32)
+    of_key = tl.load(key_weight + column, mask=column < D, other=0.0).to(tl.float32)
+    factor = tl.where((row % HEADS < QUERIES)[:, None], of_query[None, :], of_key[None, :])
+    tl.store(at, (rounded * factor).to(own.dtype), mask=inside)
+
+
+@on_its_device
+def normalise_heads(
+    states: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    query_width: int,
+    key_width: int,
+    eps: float,
+) -> torch.Tensor:
+    """RMSNorm (arXiv 1910.07467) over each query and key head of a merged product, in place.
+
+    Args:
+        states: [..., query_width + key_width + …], contiguous: the heads of queries, of keys, and what stays as it is.
+        query_weight, key_weight: [D], of the same dtype, float32 or half precision.
+
+    Returns: states.
+    """
+    dim, width = len(query_weight), states.shape[-1]
+    assert states.is_contiguous() and len(key_weight) == dim
+    heads, block = (query_width + key_width) // dim, triton.next_power_of_2(dim)
+    rows, tile = states.numel() // width * heads, max(1, HEADS_TILE // block)
+    _normalise_heads_kernel[(triton.cdiv(rows, tile),)](
+        states, query_weight, key_weight, rows, width, eps, QUERIES=query_width // dim, HEADS=heads, D=dim, ROWS=tile,
+        BLOCK=block, num_warps=HEADS_WARPS,
+    )  # fmt: skip
+    return states
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
