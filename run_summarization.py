@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from h2optimizer import H2OConfig
 from h2optimizer.flags import (
-    DEMO_REQUESTS,
     FLAG_OF_FIELD,
     add_cache_flags,
+    add_input_flag,
     add_loading_flags,
     add_model_flags,
     add_sharing_flag,
@@ -66,7 +66,7 @@ from utils.rouge import ROUGE_TYPES
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (default: the bundled ones)")
+    add_input_flag(parser)
     add(
         "--output-path",
         type=output_file,
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
     output, requests, skipped = None, [], 0
     with processes.together():
         check_loading_flags(args, processes)
-        h2o = h2o_config(args, check_plan=processes.first)
+        h2o = h2o_config(args, check_plan=processes.first, say=processes.say)
         device = own_device(args.device, processes)
         backend = attention_backend(h2o, device)
         if processes.first:  # only one process reads, because a pipe gives its lines once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import QUANTIZERS, plans_of_model
+from h2optimizer.settings import SavedSettings, SettingsError
 from utils.cli import InputError, count_or_all, number_or_share, seed
 from utils.policies import POLICIES, named_policies
 from utils.processes import Processes
@@ -28,14 +29,23 @@ FLAG_OF_FIELD = {
 }
 
 
+def bundled(path: Path, help: str, default: str) -> dict:
+    """`add_argument`'s options for a flag whose default is bundled with a clone: an installed program requires it."""
+    if path.exists():
+        return {"default": str(path), "help": f"{help} (default: {default})"}
+    return {"required": True, "help": f"{help} (required)"}
+
+
+def add_input_flag(parser: argparse.ArgumentParser) -> None:
+    """`--input-path`, a file for `read_requests`."""
+    parser.add_argument("--input-path", type=Path, **bundled(DEMO_REQUESTS, "jsonl of requests", "the bundled ones"))
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `select_device` and `load_model` read."""
     add = parser.add_argument
-    add(
-        "--model-name",
-        default=str(DEMO_MODEL),
-        help="a checkpoint: a folder, a name on the Hugging Face hub, or a GGUF file (default: the bundled model)",
-    )
+    checkpoint = "a checkpoint: a folder, a name on the Hugging Face hub, or a GGUF file"
+    add("--model-name", **bundled(DEMO_MODEL, checkpoint, "the bundled model"))
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -197,13 +207,17 @@ def default_of(name: str) -> str:
     return f"(default: {words[value] if value is None or isinstance(value, bool) else value})"
 
 
-def h2o_config(args: argparse.Namespace, check_plan: bool = True) -> H2OConfig | None:
+def h2o_config(
+    args: argparse.Namespace, check_plan: bool = True, say: Callable[[str], None] | None = None
+) -> H2OConfig | None:
     """H2OConfig with the flags that were given; None for the full-cache baseline. Raises InputError.
 
     A plan of head budgets must be for the checkpoint of `args.model_name`, if args has one.
 
     Args:
         check_plan: whether this process checks that. It reads the checkpoint, so one of several processes is enough.
+        say: other fields are those saved beside the checkpoint, if there are any, and this prints which. None: the
+            defaults.
     """
     flags = {field.name: FLAG_OF_FIELD.get(field.name, field.name) for field in dataclasses.fields(H2OConfig)}
     given = {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
@@ -214,11 +228,34 @@ def h2o_config(args: argparse.Namespace, check_plan: bool = True) -> H2OConfig |
             )
         return None
     try:
-        h2o = H2OConfig(**given)
+        saved = None if say is None else with_saved(args.model_name, given, say)
+        h2o = H2OConfig(**given) if saved is None else saved
     except ValueError as error:
         raise InputError(in_flags(str(error))) from None
     if check_plan and hasattr(args, "model_name"):
         plans_of_model(plans_in([given.get("head_budgets")]), args.model_name)
+    return h2o
+
+
+def with_saved(name: str, given: dict, say: Callable[[str], None]) -> H2OConfig | None:
+    """The settings saved beside a checkpoint, with the fields that were given in their place; None if there are none.
+
+    Raises: InputError for a bad file; ValueError for a bad field among those given.
+    """
+    try:
+        if (saved := SavedSettings.find(name)) is None:
+            return None
+        h2o = saved.config(H2OConfig, given)
+    except SettingsError as error:
+        raise InputError(str(error)) from None
+    usual = {field.name: field.default for field in dataclasses.fields(H2OConfig)}
+    taken = {name: value for name, value in saved.fields.items() if name not in given and value != usual[name]}
+    shown = ", ".join(f"{name}={'a table' if isinstance(value, list) else value}" for name, value in taken.items())
+    replaced = [
+        FLAG_OF_FIELD.get(name, name) for name, value in saved.fields.items() if given.get(name, value) != value
+    ]
+    by_flags = f"; not from there: --{', --'.join(replaced)}" if replaced else ""
+    say(f"cache settings from {saved.path}: {shown or 'all defaults'}{by_flags}")
     return h2o
 
 

@@ -17,8 +17,9 @@ from h2optimizer.columns import Columns
 from h2optimizer.fused import FusedRMSNorm, MergedLinear, rotate, takes_norm
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.prefixes import Prefix, prefill_prefix
+from h2optimizer.settings import SavedSettings, save_settings
 from h2optimizer.slimming import slimmer_of
-from h2optimizer.weights import ChecksItsWeights, refuse_short_sliding_window
+from h2optimizer.weights import FINDING, ChecksItsWeights, refuse_short_sliding_window
 from utils.cache import CACHE_ARGUMENT, HHCache
 from utils.step import to_rows
 
@@ -178,6 +179,26 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             layer.precede(norm)
         self.post_init()
         self._no_split_modules = {self.layer.__name__}  # device maps keep layers whole, which they know by name
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, h2o=None, **kwargs):
+        """As the family's. The default of `h2o` is what `save_pretrained` has written beside the checkpoint, if it has.
+
+        Raises: ValueError for a checkpoint that this class cannot run as it is, or bad settings beside it.
+        """
+        name, finding = pretrained_model_name_or_path, {key: kwargs[key] for key in FINDING if key in kwargs}
+        if h2o is None and name is not None and (saved := SavedSettings.find(name, **finding)) is not None:
+            h2o = saved.config(cls.settings)
+        return super().from_pretrained(name, *model_args, h2o=h2o, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As the family's; the settings of the cache go into a file of their own, h2o_config.json.
+
+        Raises: ValueError for push_to_hub, which would upload before all files are right.
+        """
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            save_settings(self.h2o, save_directory)
 
     @property
     def h2o(self):

@@ -31,7 +31,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 
@@ -47,8 +48,8 @@ from h2optimizer import H2OConfig
 from h2optimizer.decoding import decoding_of
 from h2optimizer.fidelity import SUMS, Fidelity, Retention, compare
 from h2optimizer.flags import (
-    DEMO_REQUESTS,
     FLAG_OF_FIELD,
+    add_input_flag,
     add_model_flags,
     add_sharing_flag,
     attention_backend,
@@ -95,7 +96,7 @@ def value(text: str) -> bool | int | float | str | None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (default: the bundled ones)")
+    add_input_flag(parser)
     add(
         "--output-path",
         type=output_file,

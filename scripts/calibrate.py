@@ -27,7 +27,8 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 
@@ -38,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from h2optimizer.calibration import Calibrator, JointElimination, head_cuts
-from h2optimizer.flags import DEMO_REQUESTS, add_model_flags, in_flags
+from h2optimizer.flags import add_input_flag, add_model_flags, in_flags
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import (
     device_name,
@@ -74,7 +75,7 @@ SHOWN = 128  # the window whose budgets are shown, or a fourth of shorter prompt
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
+    add_input_flag(parser)
     add("--output-path", type=output_file, default=Path("out/head_budgets.json"), help="the plan, JSON (%(default)s)")
     add("--overwrite", action="store_true", help="replace an existing plan of other settings")
     add_model_flags(parser)

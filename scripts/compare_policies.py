@@ -36,7 +36,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 
@@ -49,7 +50,7 @@ from tqdm import tqdm
 from h2optimizer import H2OConfig
 from h2optimizer.batching import Sequence
 from h2optimizer.fidelity import Recorded, compare
-from h2optimizer.flags import DEMO_REQUESTS, add_model_flags
+from h2optimizer.flags import add_input_flag, add_model_flags
 from h2optimizer.loading import (
     end_as_chats_do,
     fingerprint_of,
@@ -86,7 +87,7 @@ MEASURED = ("tokens", "agreed", "kl", "nll", "slots_kept", "kv_bytes")  # of a r
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
+    add_input_flag(parser)
     add(
         "--output-path",
         type=output_file,

@@ -23,7 +23,8 @@ import time
 from itertools import chain
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 
@@ -41,7 +42,7 @@ try:
 
     from h2optimizer.lm_eval_model import CacheLM
 except ImportError as error:
-    if __name__ != "__main__":
+    if __name__ != "__main__" and not __package__:  # neither the program nor the command
         raise
     missing = error.name.split(".")[0] if isinstance(error, ModuleNotFoundError) else None
     problem = f"{missing} is not installed" if missing else f"lm_eval cannot be imported ({error})"
@@ -207,7 +208,7 @@ def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
 
 
 def run(args: argparse.Namespace) -> int:
-    h2o = h2o_config(args)
+    h2o = h2o_config(args, say=cli.say)
     device = select_device(args.device)
     backend = attention_backend(h2o, device)
     output = args.output_path

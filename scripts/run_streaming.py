@@ -28,7 +28,8 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 
@@ -40,7 +41,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from h2optimizer import H2OConfig
-from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags, attention_backend, h2o_config
+from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags, attention_backend, bundled, h2o_config
 from h2optimizer.loading import (
     end_as_chats_do,
     eos_tokens,
@@ -84,8 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--input-path",
-        default=str(DEMO_REQUESTS),
-        help="jsonl of turns, prompts or requests; -: standard input (default: the bundled requests)",
+        **bundled(DEMO_REQUESTS, "jsonl of turns, prompts or requests; -: standard input", "the bundled requests"),
     )
     add_model_flags(parser)
     add(
@@ -533,7 +533,7 @@ def passing(turns: list[Turn], talk: Talk, tokens: int | None) -> Iterator[Turn]
 
 
 def run(args: argparse.Namespace) -> int:
-    h2o = h2o_config(args)
+    h2o = h2o_config(args, say=cli.say)
     device = select_device(args.device)
     attention_backend(h2o, device)
     turns = None if args.input_path == "-" else read_turns(Path(args.input_path))

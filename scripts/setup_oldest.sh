@@ -1,8 +1,8 @@
 # Sourced after setup.sh: `oldest` is an interpreter that has what .venv has, but the oldest transformers, `version`, that
-# requirements.txt allows, with what that needs. It is made anew only when requirements have changed.
+# pyproject.toml allows, with what that needs. It is made anew only when requirements have changed.
 oldest=.venv/oldest/bin/python
 stamp=.venv/oldest/${stamp##*/}
-version=$(sed -n 's/^transformers>=\([0-9.]*\),.*/\1/p' requirements.txt)
+version=$(sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 if [ ! -e "$stamp" ]; then
   .venv/bin/python -m venv --clear --without-pip .venv/oldest
   packages() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }

@@ -27,7 +27,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import cli
 
@@ -38,7 +39,7 @@ import torch
 
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import Fidelity, Retention, compare
-from h2optimizer.flags import DEMO_REQUESTS, add_cache_flags, add_model_flags
+from h2optimizer.flags import add_cache_flags, add_input_flag, add_model_flags
 from h2optimizer.loading import end_as_chats_do, load_model, quiet_libraries, select_device
 from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, tokenize, warn_of_long_prompts
@@ -61,7 +62,7 @@ TABLE = {
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input-path", type=Path, default=DEMO_REQUESTS, help="jsonl of requests (the bundled ones)")
+    add_input_flag(parser)
     add("--output-path", type=output_file, default=Path("out/kept.html"), help="the page (%(default)s)")
     add("--overwrite", action="store_true", help="replace an existing page")
     add("--request", type=count_or_zero, default=0, help="index of the request to show, from 0 (%(default)s)")

@@ -59,7 +59,8 @@ def test_program_goes_through_run(program):
             imported += [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
     else:
         pytest.fail("cli.begin() is not called")
-    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"utils"} and imported[-1] == "utils"
+    packages = {name.split(".")[0] for name in imported}
+    assert packages <= sys.stdlib_module_names | {"utils"} and imported[-1] == "utils"
 
 
 @pytest.fixture(scope="module")

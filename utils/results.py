@@ -16,6 +16,7 @@ from utils.cli import InputError
 from utils.requests import Request
 
 PLAN = "head_budgets.json"  # a plan beside a checkpoint: no part of it, and made for its fingerprint
+SETTINGS = "h2o_config.json"  # the cache's settings beside a checkpoint: no part of it
 
 
 def fingerprint(requests: list[Request]) -> str:
@@ -56,7 +57,11 @@ def _files_of(folder: Path) -> list[Path]:
     """A checkpoint's files: weights, settings, tokenizer, chat template, and shards that an index names elsewhere."""
     # .jinja: the chat template; .txt: merges and vocabularies
     kinds = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".distcp")
-    files = {file for file in folder.iterdir() if file.suffix in kinds and file.is_file() and file.name != PLAN}
+    files = {
+        file
+        for file in folder.iterdir()
+        if file.suffix in kinds and file.is_file() and file.name not in (PLAN, SETTINGS)
+    }
     for index in folder.glob("*.index.json"):
         try:
             shards = json.loads(index.read_bytes())["weight_map"].values()

@@ -1,0 +1,89 @@
+"""The cache's settings beside a checkpoint, in a file of their own: config.json stays the family's."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils.hub import cached_file
+
+from utils.requests import LONGEST_LINE, json_object
+from utils.results import SETTINGS, replace_file, to_json
+
+
+def save_settings(h2o, folder: str | Path) -> None:
+    """Write an H2OConfig, all fields of it, into a checkpoint's folder. Raises OSError."""
+    lines = [f"  {to_json(name)}: {to_json(value, default=str)}" for name, value in dataclasses.asdict(h2o).items()]
+    replace_file(Path(folder, SETTINGS), ["{\n", ",\n".join(lines), "\n}\n"])
+
+
+class SettingsError(ValueError):
+    """A file of settings cannot be used. The message is one line that names it, and the field."""
+
+
+@dataclass(frozen=True)
+class SavedSettings:
+    """The fields of an H2OConfig that a file beside a checkpoint holds."""
+
+    path: Path
+    fields: dict
+
+    @staticmethod
+    def find(name: str | Path, subfolder: str = "", **finding) -> SavedSettings | None:
+        """Those of a checkpoint, given its folder, file or hub name; None if it has none.
+
+        `subfolder` and `finding` are arguments of from_pretrained, those that say where files are.
+
+        Raises: SettingsError if it does not hold a JSON object.
+        """
+        folder = Path(name).parent if Path(name).is_file() else Path(name)
+        path = folder / (subfolder or "") / SETTINGS
+        if not folder.is_dir():
+            path = _on_hub(str(name), subfolder=subfolder or "", **finding)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with path.open("rb") as file:
+                raw = file.read(LONGEST_LINE + 1)
+            if len(raw) > LONGEST_LINE:
+                raise ValueError(f"larger than {LONGEST_LINE >> 20} MiB")
+            return SavedSettings(path, json_object(raw))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise SettingsError(f"{path}: not settings of a cache ({reason}); correct or delete it") from None
+
+    def config(self, kind: type, given: dict | None = None):
+        """An H2OConfig, which is `kind`, of these fields; those `given` replace them.
+
+        Raises: SettingsError for a bad field; the ValueError of H2OConfig for one that was given.
+        """
+        given = given or {}
+        names = [field.name for field in dataclasses.fields(kind)]
+        if unknown := [name for name in self.fields if name not in names]:
+            raise SettingsError(
+                f"{self.path}: {unknown[0]!r:.60} is not a field of H2OConfig; delete it, or name one of "
+                f"{', '.join(names)}"
+            )
+        values = self.fields | given
+        plan = self.fields.get("head_budgets", "even")
+        if isinstance(plan, str) and plan != "even" and "head_budgets" not in given:
+            values["head_budgets"] = str(self.path.parent / plan)  # a file beside this one
+        try:
+            return kind(**values)
+        except ValueError as error:
+            message = str(error)
+            if (field := re.match(r"\w*", message)[0]) in given:
+                raise
+        if given and field == "head_budgets":
+            message += f"; with {' and '.join(given)} given, give head_budgets too: even, or a plan"
+        raise SettingsError(f"{self.path}: {message}")
+
+
+def _on_hub(name: str, **finding) -> Path | None:
+    """The file of a hub name, or None: loading the checkpoint reports what is wrong with the name."""
+    try:
+        return Path(cached_file(name, SETTINGS, **finding))
+    except (OSError, ValueError):
+        return None
