@@ -10,7 +10,7 @@ packages() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 
 echo "the wheel: in an environment of its own"
 mkdir "$scratch/source" # in the tree, an earlier build would add files that are gone
-cp -r h2optimizer utils scripts run_summarization.py setup.py pyproject.toml README.md LICENSE "$scratch/source"
+cp -r h2optimizer utils scripts run_summarization.py pyproject.toml README.md LICENSE "$scratch/source"
 "${pip[@]}" wheel --quiet --no-deps --wheel-dir "$scratch" "$scratch/source"
 .venv/bin/python -m venv --without-pip "$scratch/empty"
 "${pip[@]}" --python "$python" install --quiet --no-deps "$scratch"/*.whl
