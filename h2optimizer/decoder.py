@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
 from h2optimizer.weights import plain_tensors
 from utils.cache import CACHE_ARGUMENT, HHCache
@@ -48,13 +49,10 @@ def is_replayable(model) -> bool:
     if sharded and not model.capture_sharded:
         return False
     for module in model.modules():
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        # transformers leaves its own hooks after a request for outputs or gradient checkpointing; they are idle now
-        foreign = not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
         replaced = vars(module).get("forward")
         if sharded and is_divided(module):
             replaced = None  # the original forward plus a sum over the model's shards
-        if foreign or replaced is not None:
+        if has_foreign_hooks(module) or replaced is not None:
             return False
     return True
 

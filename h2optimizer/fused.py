@@ -151,6 +151,13 @@ def _is_plain(parameter: torch.Tensor) -> bool:
     return type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
 
 
+def has_foreign_hooks(module: torch.nn.Module) -> bool:
+    """Whether a forward has hooks besides those that transformers leaves after a request for outputs or gradient
+    checkpointing, which are idle without one."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+
+
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -289,11 +296,7 @@ class FusedDecoderLayer:
             return False
         if not all(isinstance(norm, FusedRMSNorm) and norm.weight.dtype == states.dtype for norm in norms):
             return False
-        return not any(_is_hooked(module) for module in (*norms, *branches))
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        return not any(has_foreign_hooks(module) or "forward" in vars(module) for module in (*norms, *branches))
 
 
 def _add(residual: torch.Tensor, branch: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:

@@ -227,6 +227,16 @@ def test_layers_see_what_stock_layers_see(launched):
     assert args[0] is first
 
 
+def test_a_request_for_outputs_leaves_the_next_steps_alone(launched):
+    """Hooks that transformers leaves, taken for somebody's: every later step is slower, and nothing says so."""
+    model = merged_llama(attn_implementation="eager")
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), use_cache=False, output_attentions=True, output_hidden_states=True)
+    assert model.model.layers[0].self_attn._forward_hooks
+    step_logits(model)
+    assert launched == LAYER * 2
+
+
 def test_recorded_steps_take_them(captured, launched):
     """Texts of recorded steps that are not those of the model's own loop."""
     model, tokens = merged_llama(), []
