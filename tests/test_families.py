@@ -419,6 +419,15 @@ def test_short_sliding_windows_get_one_line(checkpoint, work, tmp_path):
     said = work(run_summarization, *flags, "--enable_h2o_generation", "--update_interval", 3, code=2)
     words = f"error: --model-name {folder}: its attention slides over 16 tokens, fewer than window_length=14 + update"
     assert said.count("\n") == 1 and said.startswith(words)
+    words = f"error: --model-name {folder}: its attention slides over 16 tokens"
+    flags = [*SMALL, folder, "--output-path", tmp_path / "cells.jsonl", "--window_length", 9, 16]
+    for program in ("ablate", "compare_policies"):
+        assert work(load(program), *flags, code=2).startswith(words)
+    slides["sliding_window"] = 280
+    (folder / "config.json").write_text(json.dumps(config | slides))
+    plan = ["--output-path", tmp_path / "plan.json", "--max_new_tokens", 135, "--texts", 1]
+    said = work(load("calibrate"), *SMALL, folder, *plan, code=2)
+    assert said.startswith(f"error: --model-name {folder}: its attention slides over 280 tokens, and a prompt has")
 
 
 # GGUF
