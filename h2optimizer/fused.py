@@ -35,7 +35,8 @@ class MergedLinear:
             return None
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return None
-        if _needs_gradients(inputs, *(own for layer in layers for own in layer.parameters())):
+        grads = torch.is_grad_enabled()  # asked first: parameters() is slow
+        if grads and _needs_gradients(inputs, *(own for layer in layers for own in layer.parameters())):
             return None  # gradients belong to the layers' own weights, and the kernels that follow have none
         if self.scale is not None:
             return float8.linear(inputs, self.weight, self.scale, self.bias)
