@@ -68,6 +68,8 @@ class MergedLinear:
             return False
         if not (torch.compiler.is_compiling() or self.is_current(*layers)):
             return False
+        if not torch.is_grad_enabled():  # asked first: parameters() is slow
+            return True
         # gradients belong to the layers' own weights, and the kernels that follow have none
         return not _needs_gradients(inputs, *(own for layer in layers for own in layer.parameters()))
 

@@ -33,6 +33,7 @@ from h2optimizer.weights import (
     refuse_adapter,
     refuse_misfits,
     refuse_other_family,
+    refuse_short_sliding_window,
     unpacking,
 )
 from utils.budgets import HeadBudgets
@@ -86,6 +87,17 @@ def load_config(name: str) -> PreTrainedConfig:
     except Exception as error:
         raise unusable(name, error) from None
     return config
+
+
+def check_windows(name: str, settings: Iterable[H2OConfig]) -> None:
+    """Raises InputError for settings with more slots than a checkpoint's sliding attention reaches back."""
+    quiet_libraries()
+    config = load_config(name)
+    try:
+        for h2o in settings:
+            refuse_short_sliding_window(config, h2o)
+    except CheckpointError as error:
+        raise InputError(f"--model-name {name}: {error}") from None
 
 
 def fingerprint_of(name: str) -> str | None:

@@ -19,7 +19,8 @@ def local_rows(layer: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | Non
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     forward = vars(layer).get("forward")
-    if not is_divided(layer) or not all(map(_is_divided_by_outputs, layer.parameters())):
+    own = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    if not is_divided(layer) or not all(map(_is_divided_by_outputs, own)):
         return None
     held = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     if "self" not in held or held["self"].cell_contents is not ALL_PARALLEL_STYLES["colwise"]:

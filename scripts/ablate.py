@@ -56,6 +56,7 @@ from h2optimizer.flags import (
     plans_in,
 )
 from h2optimizer.loading import (
+    check_windows,
     device_name,
     fingerprint_of,
     load_model,
@@ -383,6 +384,7 @@ def run(args: argparse.Namespace) -> int:
     budgets = itertools.chain.from_iterable(grid.get("head_budgets", []) for grid in made)
     plans = plans_of_model(plans_in(budgets), args.model_name)
     cells = [None, *cells_of(args, made, device)]
+    check_windows(args.model_name, cells[1:])
     requests, _ = read_requests(args.input_path, None, args.sample_num)
     for warning in filter(None, [unheeded(requests), *own_texts(plans, requests)]):
         cli.say(warning)

@@ -53,6 +53,7 @@ from h2optimizer.loading import (
 )
 from h2optimizer.summarizing import Prompt, tokenize, warn_of_long_prompts
 from h2optimizer.texts import Stops
+from h2optimizer.weights import sliding_window
 from utils.bench import print_table
 from utils.budgets import HASH, LEAST, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
 from utils.cli import InputError, OneLineParser, count, count_or_zero, counts, output_file
@@ -217,7 +218,13 @@ def measure(args: argparse.Namespace, requests: list[Request], settings: dict, d
         end_as_chats_do(model, tokenizer)
     prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)
     warn_of_long_prompts(prompts, model.config.max_position_embeddings, h2o=None)
-    cuts = cuts_of(args, max(len(prompt.tokens) for prompt in prompts))
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    if (reach := sliding_window(model.config)) is not None and longest + 2 * args.max_new_tokens > reach:
+        raise InputError(
+            f"--model-name {args.model_name}: its attention slides over {reach} tokens, and a prompt has {longest}; "
+            "give shorter requests"
+        )
+    cuts = cuts_of(args, longest)
     widths = [cut.heavy for cut in cuts]
     names = [entry_name(settings, widths, prompt) for prompt in prompts]
 

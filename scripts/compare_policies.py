@@ -52,6 +52,7 @@ from h2optimizer.batching import Sequence
 from h2optimizer.fidelity import Recorded, compare
 from h2optimizer.flags import add_input_flag, add_model_flags
 from h2optimizer.loading import (
+    check_windows,
     end_as_chats_do,
     fingerprint_of,
     is_installed,
@@ -448,6 +449,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--figure: matplotlib is not installed: pip install matplotlib, or leave it out")
     device = select_device(args.device)
     cells = cells_of(args, device)
+    check_windows(args.model_name, [cell.h2o for cell in cells if cell.h2o])
     requests = read(args, plans_of_model(plans_of_policies(args.policies), args.model_name))
     check = partial(check_line, requests=len(requests), rouge=args.rouge)
     output = ResultsFile(args.output_path, settings_of(args, requests), args.overwrite, args.input_path, check)

@@ -35,6 +35,7 @@ from h2optimizer.families import FAMILIES
 from h2optimizer.loading import load_model
 from summaries import alone  # noqa: F401
 from test_benchmarks import load
+from utils.bench import SHAPES, config_of, make_models
 from utils.results import checkpoint_fingerprint
 
 CONFIGS = {
@@ -148,17 +149,19 @@ def test_recorded_steps_are_the_stock_loops(family, doubles, monkeypatch, flags)
         assert not attention.merged.is_current(*projections)
 
 
-@pytest.mark.parametrize("rolling", [False, True])
-def test_triton_kernels(rolling):
+@pytest.mark.parametrize(
+    "kind, config, rolling", [("qwen3", {"head_dim": 16}, False), ("smollm3", {"no_rope_layers": [0]}, True)]
+)
+def test_triton_kernels(kind, config, rolling):
     """The kernels themselves, in Triton's interpreter: norms before rotation, and layers without rotation."""
     pytest.importorskip("triton")
-    shape = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    for kind, config in {"qwen3": {"head_dim": 16}, "smollm3": {"no_rope_layers": [0]}}.items():
-        family = make_llamas(model_type=kind, **shape, **config)
-        flags = {"window_length": 6, "update_interval": 2, "position_rolling": rolling, "capture": False}
-        expected = generate(with_flags(family, **flags), [prompt(7)], 2).logits
-        result = generate(with_flags(family, **flags, backend="triton"), [prompt(7)], 2).logits
-        assert_close(torch.stack(result), torch.stack(expected), 1e-5, kind)
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 32}
+    family, row = make_llamas(model_type=kind, **shape, **config), [token % 32 for token in prompt(6)]
+    flags = {"window_length": 5, "update_interval": 2, "position_rolling": rolling, "capture": False}
+    expected, result = (
+        generate(with_flags(family, **flags, backend=backend), [row], 3).logits for backend in ("sdpa", "triton")
+    )
+    assert_close(torch.stack(result), torch.stack(expected), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -308,6 +311,20 @@ def test_unknown_families(tmp_path):
         H2OModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("shape, parameters", [("mistral-7b", 7_248_023_552), ("qwen3-8b", 8_190_735_360)])
+def test_shapes_of_benchmarks(monkeypatch, shape, parameters):
+    """A shape of another size than the published model's, or run as a Llama."""
+    config = config_of(shape)
+    with torch.device("meta"):
+        model = H2OModelForCausalLM.from_config(config)
+    assert model.num_parameters() == parameters and type(model) is FAMILIES[shape.split("-")[0]]
+    small = SHAPES["tiny"] | {"model_type": config.model_type, "head_dim": 32}
+    monkeypatch.setitem(SHAPES, "small", small)
+    ours, stock = make_models(H2OModelForCausalLM.from_config, "small", "cpu")
+    assert type(stock) is ours.stock_class() and isinstance(ours, type(stock))
+    assert stock.lm_head.weight.data_ptr() == ours.lm_head.weight.data_ptr()
+
+
 SLIDING = {
     "mistral": {"sliding_window": 40},
     "qwen2": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
@@ -419,6 +436,15 @@ def test_short_sliding_windows_get_one_line(checkpoint, work, tmp_path):
     said = work(run_summarization, *flags, "--enable_h2o_generation", "--update_interval", 3, code=2)
     words = f"error: --model-name {folder}: its attention slides over 16 tokens, fewer than window_length=14 + update"
     assert said.count("\n") == 1 and said.startswith(words)
+    words = f"error: --model-name {folder}: its attention slides over 16 tokens"
+    flags = [*SMALL, folder, "--output-path", tmp_path / "cells.jsonl", "--window_length", 9, 16]
+    for program in ("ablate", "compare_policies"):
+        assert work(load(program), *flags, code=2).startswith(words)
+    slides["sliding_window"] = 280
+    (folder / "config.json").write_text(json.dumps(config | slides))
+    plan = ["--output-path", tmp_path / "plan.json", "--max_new_tokens", 135, "--texts", 1]
+    said = work(load("calibrate"), *SMALL, folder, *plan, code=2)
+    assert said.startswith(f"error: --model-name {folder}: its attention slides over 280 tokens, and a prompt has")
 
 
 # GGUF
