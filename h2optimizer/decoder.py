@@ -38,8 +38,6 @@ def decode_logits(model, token: torch.Tensor, position_ids: torch.Tensor, cache:
 
 def is_replayable(model) -> bool:
     """Whether every forward is the same work on one device. A replayed graph runs no Python code."""
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return False
     if torch.is_autocast_enabled(model.device.type):  # a graph would outlive the casts of the weights
         return False
     quantizer = getattr(model, "hf_quantizer", None)
@@ -48,13 +46,14 @@ def is_replayable(model) -> bool:
     sharded = getattr(model, "_device_mesh", None) is not None
     if sharded and not model.capture_sharded:
         return False
-    for module in model.modules():
-        replaced = vars(module).get("forward")
-        if sharded and is_divided(module):
-            replaced = None  # the original forward plus a sum over the model's shards
-        if has_foreign_hooks(module) or replaced is not None:
+    devices = set()
+    for module in model.modules():  # once: `generate` asks before each prefill, while the device is idle
+        devices.update(parameter.device for parameter in module._parameters.values() if parameter is not None)
+        # a divided layer has its original forward plus a sum over the model's shards
+        replaced = "forward" in vars(module) and not (sharded and is_divided(module))
+        if replaced or has_foreign_hooks(module):
             return False
-    return True
+    return len(devices) <= 1
 
 
 class Decoder:
