@@ -48,6 +48,7 @@ class H2OConfig:
     score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
     group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = only the first head of each group
     position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
+    slots: str = "auto"  # storage of keys and values: "auto" = the model's dtype; "int8" = 8 bits, half of bf16's bytes
     prefill_chunk: int | None = None  # prompt tokens between slimmings: memory for window + chunk; None = all, exact
     capture: bool = True  # decode with CUDA graphs if device, backend and generate's options allow it
     compile: bool = False  # torch.compile the captured steps: about 45 s per batch size, then faster steps
@@ -59,6 +60,7 @@ class H2OConfig:
             "score": tuple(POLICIES),
             "score_norm": ("sum", "mean"),
             "group_reduce": ("sum", "first"),
+            "slots": ("auto", "int8"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
@@ -211,7 +213,7 @@ class H2OAttention:
 
         projected = self.project(hidden_states)
         layer = cache.layers[self.layer_idx] if step.decode else None
-        by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.keys.dtype
+        by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.dtype
         if by_kernel and not any(states.requires_grad for states in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
             attn_output = kernel_decode_step(projected, position_embeddings, layer, step, self.scaling)

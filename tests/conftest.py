@@ -285,15 +285,16 @@ def assert_follows_oracle(result, row, oracle, block):
     return tokens
 
 
-def conversation(llamas, caches, flags, blocks):
-    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them."""
+def conversation(llamas, caches, flags, blocks, rounded=1.0):
+    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them, within
+    `rounded` times the usual tolerance."""
     oracle = new_oracle(llamas, **flags)
     for block in blocks:
         expected = oracle.forward(block)
         for cache in caches:
             (logits,) = forward(llamas.h2o, [block], cache)
-            assert_close(logits, expected, what=f"{cache.h2o.backend}, forward {oracle.clock}")
-            assert_row_is_oracles(cache, 0, oracle)
+            assert_close(logits, expected, 2e-5 * rounded, f"{cache.h2o.backend}, forward {oracle.clock}")
+            assert_row_is_oracles(cache, 0, oracle, 5e-5 * rounded)
             assert_invariants(cache)
     return oracle
 

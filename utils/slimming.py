@@ -56,7 +56,9 @@ class Slimming:
 
     @cached_property
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all candidates; with a prefix in a copy, which the kernels do not need."""
+        """Keys and values of all candidates, which the kernels do not need: in a copy with a prefix, or of 8 bits."""
+        if self.block is None:
+            return self.slots.read()
         own = self._source["keys"], self._source["values"]
         if self.prefix is None:
             return own
@@ -105,8 +107,11 @@ class Slimming:
 
     def moved(self, states: bool = True) -> dict[str, torch.Tensor]:
         """What moves with a token but its position, by name; without `states`, neither do its key and value."""
-        rest = {name: of for name, of in self._source.items() if name not in ("keys", "values", "positions")}
-        return ({"keys": self.keys, "values": self.values} if states else {}) | rest
+        own, names = dict(self._source), self.slots.states
+        own.pop("positions", None)
+        if self.prefix is not None:
+            own |= {"keys": self.keys, "values": self.values}
+        return own if states else {name: of for name, of in own.items() if name not in names}
 
 
 class TorchSlimmer:

@@ -10,15 +10,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
+def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr, v_scale=None):
     """Extend a running softmax by more slots (Milakov and Gimelshein, arXiv 1805.02867).
 
     Args: logits [rows, slots] to base 2, -inf where hidden; v [slots, D]; each row's greatest logit, sum of
-    exponentials and weighted sum of v [rows, D] so far, in float32. Returns: the last three, updated.
+    exponentials and weighted sum of v [rows, D] so far, in float32; v_scale [slots], a factor of v. Returns: the three
+    before it, updated.
     """
     higher = tl.maximum(top, tl.max(logits, 1))
     p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    weights = p if v_scale is None else p * v_scale[None, :]
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return higher, total * shrink + tl.sum(p, 1), acc
 
 

@@ -1,0 +1,78 @@
+"""Slots in 8 bits: keys and values as int8, each slot of each head with a float32 scale for either."""
+
+from __future__ import annotations
+
+import torch
+
+from utils.slots import HeadSlots, Slots
+from utils.step import Step
+
+LARGEST = 127  # symmetric: -128 is not used
+SCALES = {"keys": "key_scales", "values": "value_scales"}
+
+
+def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., D] as int8, and scales float32 [...]: the largest magnitude / 127. Rounds to nearest, ties to even."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    scales = (torch.linalg.vector_norm(states, torch.inf, dim=-1, dtype=dtype) / LARGEST).float()
+    numbers = states.to(dtype) / torch.where(scales == 0, 1, scales)[..., None]
+    return numbers.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales
+
+
+def dequantize(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int8 [..., D] times scales [...], rounded once to `dtype`."""
+    return torch.mul(numbers, scales[..., None], out=numbers.new_empty(numbers.shape, dtype=dtype))
+
+
+class Int8Slots(Slots):
+    """Slots that store keys and values in 8 bits.
+
+    Tokens are quantised when they enter the slots, and moved as they are stored, so that nothing is rounded twice. A
+    decode step appends first: its query attends to its own key and value as they are stored. The tokens of a longer
+    forward attend to each other as they come, and to earlier ones as they are stored. Norms are those of the values as
+    they came. Mass, count, norms and positions are as in other slots.
+
+    key_scales, value_scales: float32, as keys and values without D.
+    """
+
+    states = ("keys", "values", *SCALES.values())
+    plain = False
+
+    def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
+        super()._allocate(*(of.new_empty(0, of.shape[-1], dtype=torch.int8) for of in (key_states, value_states)),
+                          slots, ranked)  # fmt: skip
+        self.dtypes = key_states.dtype, value_states.dtype
+        self.key_scales, self.value_scales = torch.zeros_like(self.mass), torch.zeros_like(self.mass)
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.key_scales, self.value_scales
+
+    def read(self, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in the model's dtype, in copies."""
+        loaded = ([self.load(name)[:, :, :width] for name in pair] for pair in SCALES.items())
+        return tuple(dequantize(*of, dtype) for of, dtype in zip(loaded, self.dtypes, strict=True))
+
+    def extended(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if step.decode:  # the step's own token as it will be stored; gradients pass through the rounding
+            key_states, value_states = map(_straight_through, self._cast(key_states, value_states))
+        return super().extended(key_states, value_states, step)
+
+    def _encoded(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        encoded = dict(tokens)
+        for name, scales in SCALES.items():
+            if name in tokens and tokens[name].dtype != torch.int8:
+                encoded[name], encoded[scales] = quantize(tokens[name])
+        return encoded
+
+
+def _straight_through(states: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        rounding = dequantize(*quantize(states), states.dtype) - states
+    return states + rounding
+
+
+class Int8HeadSlots(Int8Slots, HeadSlots):
+    """8-bit slots of heads with capacities of their own."""
