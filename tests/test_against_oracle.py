@@ -84,8 +84,10 @@ def test_every_flag_is_the_oracles(llamas, variant):
     assert oracle.evictions >= 2
 
 
-INT8 = ("H2O", "rotation", "mean of some", "rolling H2O", "mask", "rolling chunks", "value mass of some", "chunks of one",
-        "uneven H2O", "uneven rolling", "uneven chunks")  # fmt: skip
+INT8 = (
+    "H2O", "rotation", "mean of some", "rolling H2O", "mask", "rolling chunks", "value mass of some", "chunks of one",
+    "uneven H2O", "uneven rolling", "uneven chunks",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", INT8)

@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from utils.heads import HeadWindows, LayerRows
+from utils.int8_slots import Int8HeadSlots, Int8Slots
 from utils.padding import Padding, check_past, runs_without
 from utils.prefix import LayerPrefix, Prefix, followed_by, least_own_tokens
 from utils.slimming import Slimming, TorchSlimmer
-from utils.int8_slots import Int8HeadSlots, Int8Slots
 from utils.slots import HeadSlots, Slots, gather_by_mask
 from utils.step import Rows, Step, plan_of, to_rows
 
@@ -38,7 +38,7 @@ class HHLayer(CacheLayerMixin):
 
     `block` holds that forward's keys and values (later also mass and count) until slimming moves them into the slots.
     In the first forward after a prefix, `before` holds the prefix, whose keys and values the block lacks.
-    `keys` and `values` alias the slots, as transformers' cache layers expose them; `lengths` [B] int32 are the rows'.
+    `keys` and `values` alias the slots, as transformers' cache layers expose them; `dtype` is the model's; `lengths` [B] int32 are the rows'.
     """
 
     def __init__(self, h2o, layer_idx: int):
@@ -218,7 +218,8 @@ class HHCache(Cache):
     Invariants, for every layer:
 
     - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: a slot
-      index refers to the same token in all four, and in the scales of 8-bit slots (utils/int8_slots.py). A row fills its slots from 0; mass is zero past its length.
+      index refers to the same token in all four. A row fills its slots from 0; mass is zero past its length. Slots of
+      8 bits also have scales (utils/int8_slots.py).
     - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
     - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.
     - `get_seq_length()` counts the columns seen, as a full cache would store them, not the slots in use.

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision, rotated_halves
+from h2optimizer.kernels.common import (
+    LOG2_E,
+    on_its_device,
+    online_softmax,
+    online_softmax_update,
+    padded,
+    precision,
+    rotated_halves,
+)
 
 MOST_KEPT = 136  # most logits that a thread can keep in registers beside half-precision tiles without spilling
 COMBINED = 2048  # logits that each program of the second kernel turns into mass
@@ -70,10 +78,11 @@ def _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h,
 
 
 @triton.jit
-def _append_kernel(query, key, value, cos, sin, rotated, keys, values, key_scales, value_scales, norms, lengths, offsets,
-                   stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
-                   stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr):  # fmt: skip
+def _append_kernel(query, key, value, cos, sin, rotated, keys, values, key_scales, value_scales, norms, lengths,
+                   offsets, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh,
+                   stride_b, stride_h, stride_n, stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                   D: tl.constexpr, BD: tl.constexpr, ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr,
+                   INT8: tl.constexpr):  # fmt: skip
     """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length, at, first = _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h, stride_n, slots,
@@ -107,6 +116,32 @@ def _append_kernel(query, key, value, cos, sin, rotated, keys, values, key_scale
 def _load_rows(states, stride, slot, end, offset_d, width: tl.constexpr):
     inside = (slot < end)[:, None] & (offset_d < width)[None, :]
     return tl.load(states + slot[:, None] * stride + offset_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _pairs(words, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """The low and high bytes of int16 [BN, n], two int8 each, as tiles of their own.
+
+    A tile of words reaches the tensor cores like one of half precision; no instruction transposes bytes.
+    """
+    if PACKED:  # two words a register, to bfloat16: 128 + the low 7 bits, minus 128, or 256 where the sign bit is set
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 high, number, sign, minus;
+            mov.b32 minus, 0xbf80bf80;
+            lop3.b32 number, $2, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, sign, minus, number;
+            shr.u32 high, $2, 8;
+            lop3.b32 number, high, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 sign, high, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $1, sign, minus, number;
+            }
+            """,
+            "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return ((words << 8) >> 8).to(dtype), (words >> 8).to(dtype)
 
 
 @triton.jit
@@ -153,14 +188,18 @@ def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COU
 
 
 @triton.jit
-def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, sin, output, mass, count, logits, sums, partial, offsets,
-                   shares, stride_qb, stride_qh, stride_lb, stride_lh, stride_b, stride_h, stride_n, stride_rope, batch, slots,
-                   scale_log2, decay, HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr,
-                   BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-                   TILES: tl.constexpr, MORE_TILES: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
-                   ROPE: tl.constexpr, RAGGED: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, sin, output, mass, count, logits, sums,
+                   partial, offsets, shares, stride_qb, stride_qh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
+                   stride_rope, batch, slots, scale_log2, decay, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                   COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+                   BN: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, MORE_TILES: tl.constexpr,
+                   MASS: tl.constexpr, COUNT: tl.constexpr, ROPE: tl.constexpr, RAGGED: tl.constexpr,
+                   INT8: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                    OVERLAP: tl.constexpr):  # fmt: skip
-    """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names."""
+    """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names.
+
+    With INT8, keys and values come as int16, two numbers each, with strides to match; keys to be rotated come as int8.
+    """
     if OVERLAP:
         gdc_launch_dependents()  # the next kernel may take its place and wait there
     if RAGGED:
@@ -180,11 +219,19 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
     begin = share * per_share
     end = tl.minimum(length, begin + per_share)
 
-    offset_g, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BN)
+    EACH: tl.constexpr = 2 if INT8 else 1  # numbers of an element of keys and values
+    offset_g, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD // EACH), tl.arange(0, BN)
     real = offset_g < GROUP
+    inside = real[:, None] & (EACH * offset_d < D)[None, :]
     query += b.to(tl.int64) * stride_qb + (h * GROUP + offset_g) * stride_qh
-    q = tl.load(query[:, None] + offset_d[None, :], mask=real[:, None] & (offset_d < D)[None, :], other=0.0)
-    key += at
+    at_query = query[:, None] + EACH * offset_d[None, :]
+    q = tl.load(at_query, mask=inside, other=0.0)
+    at_key, stride_key = at, stride_n
+    if INT8:
+        if ROPE:  # whose keys come as single numbers
+            at_key, stride_key = 2 * at, 2 * stride_n
+        q_odd = tl.load(at_query + 1, mask=inside, other=0.0)
+    key += at_key
     value += at
     if INT8:
         key_scales += first
@@ -195,7 +242,9 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
 
     top = tl.full([GP], -float("inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, BD], tl.float32)
+    acc = tl.zeros([GP, BD // EACH], tl.float32)
+    if INT8:
+        acc_odd = acc
     if TILES > 0:
         kept = tl.full([TILES, G, BN], -float("inf"), tl.float32)
     if MORE_TILES > 0:
@@ -203,17 +252,29 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
     for i in range(begin, end, BN):
         slot = i + offset_n
         if ROPE:
-            s = _rotated_logits(query, real, key, cos, sin, stride_n, stride_rope, slot, end, D, BD // 2, PRECISION)
+            s = _rotated_logits(query, real, key, cos, sin, stride_key, stride_rope, slot, end, D, BD // 2, PRECISION)
+        elif INT8:
+            even, odd = _pairs(_load_rows(key, stride_n, slot, end, offset_d, D // 2), q.dtype, PACKED)
+            s = tl.dot(q, tl.trans(even), input_precision=PRECISION)
+            s = tl.dot(q_odd, tl.trans(odd), s, input_precision=PRECISION)
         else:
-            k = _load_rows(key, stride_n, slot, end, offset_d, D).to(q.dtype)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(_load_rows(key, stride_n, slot, end, offset_d, D)), input_precision=PRECISION)
         if INT8:
-            s *= tl.load(key_scales + slot, mask=slot < end, other=0.0)[None, :]
-        s = tl.where((slot < end)[None, :], s * scale_log2, -float("inf"))
-        v, v_scale = _load_rows(value, stride_n, slot, end, offset_d, D).to(q.dtype), None
-        if INT8:  # 128 of them, taken back below: float16 has no room for a probability times a scale
-            v_scale = tl.load(value_scales + slot, mask=slot < end, other=0.0) * 128.0
-        top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION, v_scale)
+            s *= (tl.load(key_scales + slot, mask=slot < end, other=0.0) * scale_log2)[None, :]
+        else:
+            s *= scale_log2
+        s = tl.where((slot < end)[None, :], s, -float("inf"))
+        if INT8:
+            top, total, p, shrink = online_softmax(s, top, total)
+            # 128 scales, taken back below: float16 has no room for a probability times a scale
+            p *= tl.load(value_scales + slot, mask=slot < end, other=0.0)[None, :] * 128.0
+            even, odd = _pairs(_load_rows(value, stride_n, slot, end, offset_d, D // 2), q.dtype, PACKED)
+            p = p.to(q.dtype)
+            acc = tl.dot(p, even, acc * shrink, input_precision=PRECISION)
+            acc_odd = tl.dot(p, odd, acc_odd * shrink, input_precision=PRECISION)
+        else:
+            v = _load_rows(value, stride_n, slot, end, offset_d, D)
+            top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION)
         if MASS and (RAGGED or TILES == 0):
             shown = real[:, None] & (slot < end)[None, :]
             if TILES > 0:
@@ -226,17 +287,17 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
             if MORE_TILES > 0:
                 more = tl.where((tl.arange(0, MORE_TILES) + TILES == tile)[:, None, None], s[None, :, :], more)
 
-    if INT8:
-        acc *= 1.0 / 128.0
     finishes: tl.constexpr = TILES > 0 or not MASS  # a program that has a head to itself
     if RAGGED and finishes:
         alone = split == 1
     else:
         alone = SPLIT == 1 and finishes
     if alone:
-        inside = real[:, None] & (offset_d < D)[None, :]
-        at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + offset_d[None, :]
+        at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + EACH * offset_d[None, :]
         divisor = tl.where(total == 0.0, 1.0, total)  # a row without a token sees nothing: zero, not NaN
+        if INT8:
+            divisor *= 128.0
+            tl.store(at_output + 1, (acc_odd / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
         tl.store(at_output, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
         if TILES > 0:
             lse = tl.sum(tl.reshape(tl.where(real, top + tl.log2(total), 0.0), [GP // G, G]), 0)
@@ -249,7 +310,11 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
         of_group = part * GROUP + offset_g
         tl.store(sums + of_group * 2, top, mask=real)
         tl.store(sums + of_group * 2 + 1, total, mask=real)
-        tl.store(partial + of_group[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
+        at_partial = partial + of_group[:, None] * BD + EACH * offset_d[None, :]
+        if INT8:
+            acc *= 1.0 / 128.0
+            tl.store(at_partial + 1, acc_odd * (1.0 / 128.0), mask=real[:, None])
+        tl.store(at_partial, acc, mask=real[:, None])
 
 
 @triton.jit
@@ -449,7 +514,7 @@ def decode_attention(
     heads = len(capacities) if ragged else keys.shape[1]
     slots = keys.shape[-2]  # of a head, or of all heads of a row
     group = q_heads // heads
-    width = padded(dim) if rope is None else 2 * padded(dim // 2)
+    width = padded(dim) if rope is None and not scales else 2 * padded(dim // 2)
     group_width, programs = triton.next_power_of_2(group), batch * heads
     block = max(16, COMBINED // group_width)
     halves = query.element_size() == 2
@@ -464,7 +529,8 @@ def decode_attention(
     of_a_thread = triton.cdiv(longest * group_width, 32 * 4)  # logits, when four warps keep them
     keeping = (ragged or split == 1) and mass is not None and of_a_thread <= MOST_KEPT and halves
     alone = len(plan.blocks) == 0 if ragged else split == 1 and (mass is None or keeping)
-    small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps: more programs at once
+    # two warps: more programs at once; but tiles of 8 bits are converted, for which four hide more
+    small = keeping and 2 * of_a_thread <= MOST_KEPT and not scales
     tile = 32 if small or rope is not None else 64  # tiles of cosines and sines take shared memory too
     tile = max(16, min(tile, 16384 // (width * query.element_size())))
     tiles = triton.cdiv(longest, tile)
@@ -484,15 +550,17 @@ def decode_attention(
             logits = torch.empty(mass.numel() * group, dtype=torch.float32, device=query.device)
     added = (output if mass is None else mass, output if count is None else count)
     cos, sin = (output, output) if rope is None else rope
+    if scales:
+        keys, values = keys if rope is not None else keys.view(torch.int16), values.view(torch.int16)
     shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=width,
                  G=group_width, SPLIT=split, COUNT=count is not None, RAGGED=ragged)  # fmt: skip
     _decode_kernel[(batch * lines,) if ragged else (programs, split)](
-        query, keys, values, *(scales or (None, None)), lengths, cos, sin, output, *added, logits, sums, partial, offsets,
-        plan.shares if ragged else None, query.stride(0), query.stride(1), *_of_heads(lengths), *_slot_strides(keys),
+        query, keys, values, *(scales or (None, None)), lengths, cos, sin, output, *added, logits, sums, partial,
+        offsets, plan.shares if ragged else None, *query.stride()[:2], *_of_heads(lengths), *_slot_strides(values),
         cos.stride(0), batch, slots, scaling * LOG2_E.value, float(decay),
         **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, INT8=bool(scales), PRECISION=precision(query.dtype),
-        OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
+        ROPE=rope is not None, INT8=bool(scales), PACKED=query.is_cuda and query.dtype == torch.bfloat16,
+        PRECISION=precision(query.dtype), OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
     )  # fmt: skip
     if not alone:
         blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
