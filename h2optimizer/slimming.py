@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from h2optimizer.backends import KERNEL_BACKENDS
@@ -16,7 +18,7 @@ def slimmer_of(backend: str) -> TorchSlimmer:
 
 
 class KernelSlimmer(TorchSlimmer):
-    """Slimming in two launches. Torch picks the slots if a row is too wide for the kernel that ranks."""
+    """Slimming in one launch, or in two. Torch picks the slots if a row is too wide for the kernels that rank."""
 
     by_kernel = True
 
@@ -36,25 +38,24 @@ class KernelSlimmer(TorchSlimmer):
         from h2optimizer.kernels import slimming as kernels
 
         slots, plan, kept, ranks = slimming.slots, slimming.plan, slimming.kept, _ranks(slimming)
-        if not (ranks or plan.even):
+        if not ranks and (slimming.fills_holes or not plan.even):
             super().slim(slimming)
+            return
+        if slimming.fills_holes:
+            _fill_holes(slimming)
             return
         if ranks:
             _select(slimming, move=True)
         else:
             keep = super().pick(slimming)
             kernels.hand_over(keep, kept)
-        keys, values = slimming.stored("keys"), slimming.stored("values")
-        prefix = None if slimming.prefix is None else slimming.prefix[:2]
-        kernels.compact(
-            slots.keys, slots.values, keys, values, plan.mirror, kept, plan.window, _heads(slimming), prefix
-        )
+        _compact(slimming)
         if not ranks:  # otherwise `_select` has moved the rest already
             slots.compact(slimming.moved(states=False) | {"positions": slimming.positions}, keep, plan, gather)
 
 
 def _ranks(slimming: Slimming) -> bool:
-    """Whether the kernel that picks takes so many slots."""
+    """Whether the kernels that pick take so many slots."""
     return max(slimming.plan.slots, slimming.plan.capacity) <= KernelSlimmer().most_slots
 
 
@@ -68,22 +69,52 @@ def _heads(slimming: Slimming):
     return Heads(slots.offsets, plan.split_there, classes_of(slots.capacities, slots.device), slimming.block is None)
 
 
+def _rank(slimming: Slimming) -> tuple[str, torch.Tensor | None, int]:
+    """What the kernels rank by: the name of a rank, scores where they have none of their own, and the salt."""
+    policy = slimming.policy
+    salt = random_salt(slimming.layer_idx, slimming.seed) if policy.seeded else 0
+    if policy.rank is None:
+        return "order", slimming.scores().contiguous(), salt
+    return "mean" if policy.rank == "mass" and slimming.slots.count is not None else policy.rank, None, salt
+
+
 def _select(slimming: Slimming, move: bool) -> None:
     """Write the slots to keep to `kept`; with `move`, also move positions, mass, count and norms to the front."""
     from h2optimizer.kernels import slimming as kernels
 
-    slots, plan, policy = slimming.slots, slimming.plan, slimming.policy
-    rank, scores, salt = policy.rank, None, 0
-    if rank is None:
-        rank, scores = "order", slimming.scores().contiguous()
-    elif rank == "mass" and slots.count is not None:
-        rank = "mean"
-    if policy.seeded:
-        salt = random_salt(slimming.layer_idx, slimming.seed)
+    slots, plan, (rank, scores, salt) = slimming.slots, slimming.plan, _rank(slimming)
     mass, norms = (getattr(slots, name) if name in slots.ranked else None for name in ("mass", "norms"))
     sources = [slimming.stored(name) for name in ("mass", "count", "norms")]
     source_mass, source_count, source_norms = (None if source is None else source.contiguous() for source in sources)
     kernels.select(
         slots.positions, mass, slots.count, source_mass, source_count, plan.slots, plan.mirror, slimming.kept,
         int(plan.heavy[0]), int(plan.recent[0]), rank, salt, move, scores, norms, source_norms, _heads(slimming),
+    )  # fmt: skip
+
+
+def _compact(slimming: Slimming) -> None:
+    """Move keys and values of the slots that `kept` names to the front."""
+    from h2optimizer.kernels import slimming as kernels
+
+    slots, plan = slimming.slots, slimming.plan
+    moves = partial(kernels.compact, mirror=plan.mirror, kept=slimming.kept, window=plan.window, heads=_heads(slimming))
+    if slimming.block is None:
+        for pair in slots.moving:
+            moves(*pair, *pair)
+        return
+    to, prefix = slots.empty_states(), None if slimming.prefix is None else slimming.prefix[:2]
+    moves(*to, slimming.stored("keys"), slimming.stored("values"), prefix=prefix)
+    slots.overwrite(*to)
+
+
+def _fill_holes(slimming: Slimming) -> None:
+    """Slim the slots where they lie, in one launch."""
+    from h2optimizer.kernels import slimming as kernels
+
+    stored, plan, (rank, scores, salt) = slimming.slots.stored(), slimming.plan, _rank(slimming)
+    keys, values, positions = (stored.pop(name) for name in ("keys", "values", "positions"))
+    ranked = (stored.get(name) for name in ("mass", "count", "norms"))
+    kernels.fill_holes(
+        keys, values, positions, tuple(stored.values()), plan.mirror, slimming.kept, int(plan.heavy[0]),
+        int(plan.recent[0]), rank, *ranked, salt, scores, _heads(slimming),
     )  # fmt: skip

@@ -25,6 +25,7 @@ from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from oracle import Oracle
 from utils.cache import HHCache
 from utils.heads import HeadWindows
+from utils.slots import gather
 from utils.step import Rows, Step
 
 pytest.register_assert_rewrite("gpu_models", "recorded_steps")  # their asserts say what was compared, too
@@ -212,10 +213,23 @@ def assert_row_is_oracles(cache: HHCache, row: int, oracle: Oracle, tolerance=5e
 
 
 def by_head(cache: HHCache, layer_idx: int, name: str) -> torch.Tensor:
-    """A tensor of a layer's slots as [B, Hkv, slots(, D)], padded where heads have capacities of their own."""
+    """A tensor of a layer's slots in the order of their tokens, those to come included: [B, Hkv, slots(, D)], padded
+    where heads have capacities of their own."""
     layer = cache.layers[layer_idx]
-    slots = layer.slots.load(name)
+    slots = gather(layer.slots.load(name), layer.slots.load("positions").argsort(dim=-1, stable=True))
     return slots.view(-1, layer.slots.heads, *slots.shape[2:])
+
+
+def assert_same_bits(cache: HHCache, expected: HHCache):
+    """Both hold the same bits, in slots of any order. Keys and values past a row's length may differ."""
+    for layer_idx, layer in enumerate(expected.layers):
+        assert cache.layers[layer_idx].slots.stored().keys() == layer.slots.stored().keys()
+        for name in layer.slots.stored():
+            ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
+            if ours.ndim == 4:
+                filled = torch.arange(ours.shape[2], device=layer.device) < layer.lengths[..., None]
+                ours, theirs = ours[filled], theirs[filled]
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), f"{name}, layer {layer_idx}"
 
 
 def uneven(llamas: Llamas, window: int) -> tuple:
@@ -247,7 +261,10 @@ def assert_invariants(cache: HHCache, recent: int | None = None):
             for head, (window, length) in enumerate(zip(table, layer.lengths[b].tolist(), strict=True)):
                 assert 0 <= length <= min(window + h2o.update_interval, cache.lengths[b])
                 held = positions[b, head, :length]
-                assert (held.diff() > 0).all(), "slots are not in the order of their tokens"
+                assert (held.diff() > 0).all(), "a token is in two slots"
+                if h2o.position_rolling:
+                    first = layer.slots.load("positions").view(positions.shape)[b, head, :length]
+                    assert torch.equal(first, held), "slots are not in the order of their tokens"
                 of_head = h2o.recent if recent is None else recent
                 newest = list(range(seen - min(of_head, length), seen))
                 assert held[length - len(newest) :].tolist() == newest, "a recent token is gone"

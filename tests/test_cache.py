@@ -16,6 +16,8 @@ from conftest import (
     assert_close,
     assert_invariants,
     assert_row_is_oracles,
+    assert_same_bits,
+    by_head,
     forward,
     generate,
     new_cache,
@@ -119,6 +121,7 @@ class PlainRow:
             return
         for layer, heads in enumerate(self.slots):
             for head, slots in enumerate(heads):
+                slots.sort(key=lambda slot: slot[1])
                 older = len(slots) - recent
 
                 def score(j, slots=slots, layer=layer, head=head):
@@ -149,13 +152,18 @@ def drive(cache, rows, new, clock, random):
         for b, row in enumerate(rows):
             for head, i in itertools.product(range(2), range(new[b])):
                 fresh[b, head, i] = torch.tensor([b, row.seen + i, layer * 2 + head])
+        if len(cache.layers) > layer:
+            held = cache.layers[layer].slots.positions.tolist()
+            for b, row in enumerate(rows):  # slots may lie in any order
+                for head, slots in enumerate(row.slots[layer]):
+                    slots.sort(key=lambda slot, there=held[b][head]: there.index(slot[1]))
         keys, values = cache.update(fresh + 1, -fresh - 1, layer)
         mass = torch.zeros(keys.shape[:3])
         for b, row in enumerate(rows):
             first = max(0, new[b] - h2o.score_queries) if clock == 0 and h2o.score_queries else 0
             for head, slots in enumerate(row.slots[layer]):
                 slots += [[b, row.seen + i, 0.0, 0.0] for i in range(new[b])]
-                for j, slot in enumerate(slots):
+                for j, slot in sorted(enumerate(slots), key=lambda numbered: numbered[1][1]):
                     assert keys[b, head, j].tolist() == [slot[0] + 1, slot[1] + 1, layer * 2 + head + 1]
                     assert values[b, head, j].tolist() == [-slot[0] - 1, -slot[1] - 1, -layer * 2 - head - 1]
                     if scored and new[b]:
@@ -180,17 +188,18 @@ def assert_holds(cache, rows):
     assert cache.evictions == [row.evictions for row in rows]
     for (layer_idx, layer), b in itertools.product(enumerate(cache.layers), range(len(rows))):
         for head, slots in enumerate(rows[b].slots[layer_idx]):
-            tag = layer_idx * 2 + head
-            length = len(slots)
-            assert layer.slots.positions[b, head, :length].tolist() == [slot[1] for slot in slots]
+            slots, tag, length = sorted(slots, key=lambda slot: slot[1]), layer_idx * 2 + head, len(slots)
+            held = {name: by_head(cache, layer_idx, name)[b, head] for name in layer.slots.stored()}
+            assert layer.slots.positions[b, head, :length].sort().values.tolist() == [slot[1] for slot in slots]
             shown = cache.positions(layer_idx)[b, head].tolist()
             assert shown == [slot[1] for slot in slots] + [-1] * (max(cache.lengths) - length)
             owners = [[slot[0], slot[1], tag] for slot in slots]
-            assert (layer.keys[b, head, :length] - 1).tolist() == owners
-            assert (-layer.values[b, head, :length] - 1).tolist() == owners
-            assert layer.slots.mass[b, head, :length].tolist() == [slot[2] for slot in slots]
+            assert (held["keys"][:length] - 1).tolist() == owners
+            assert (-held["values"][:length] - 1).tolist() == owners
+            mass = by_head(cache, layer_idx, "mass")[b, head, :length]
+            assert mass.tolist() == [slot[2] for slot in slots]
             if layer.slots.count is not None and cache.h2o.needs_mass:
-                assert layer.slots.count[b, head, :length].tolist() == [slot[3] for slot in slots]
+                assert held["count"][:length].tolist() == [slot[3] for slot in slots]
                 assert not layer.slots.count[b, head, length:].any()
 
 
@@ -227,10 +236,7 @@ def test_any_script_leaves_what_plain_lists_hold(script):
     caches = [new_cache(**flags, slimming=slimming) for slimming in ("H", "mask")]
     for cache in caches:
         carry_out(cache, actions, batch_size, seed)
-    by_gather, by_mask = map(slot_tensors, caches)
-    assert by_gather.keys() == by_mask.keys()
-    for where, tensor in by_gather.items():
-        assert torch.equal(tensor, by_mask[where]), f"update_slimming and update_slimmingH differ in {where}"
+    assert_same_bits(*caches)  # update_slimming's and update_slimmingH's
 
 
 @pytest.mark.parametrize("head_dim", [1, 3, 6, 16])

@@ -38,7 +38,8 @@ class HHLayer(CacheLayerMixin):
 
     `block` holds that forward's keys and values (later also mass and count) until slimming moves them into the slots.
     In the first forward after a prefix, `before` holds the prefix, whose keys and values the block lacks.
-    `keys` and `values` alias the slots, as transformers' cache layers expose them; `dtype` is the model's; `lengths` [B] int32 are the rows'.
+    `keys` and `values` alias the slots, as transformers' cache layers expose them, and `dtype` is that of the model;
+    `lengths` [B] int32 are the rows'.
     """
 
     def __init__(self, h2o, layer_idx: int):
@@ -180,8 +181,9 @@ class HHLayer(CacheLayerMixin):
         width = capacity if block is None else block["keys"].shape[2] + (0 if before is None else before.keys.shape[2])
         plan = plan_of(self.rows, self.device, width, capacity, windows)
         slimming = Slimming(
-            self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, self.kept, before
-        )
+            self.slots, block, plan, self.h2o.policy, self.layer_idx, self.h2o.score_seed, self.kept, before,
+            in_order=self.h2o.position_rolling,
+        )  # fmt: skip
         if static:
             plan.ragged = True
         elif not plan.drops:
@@ -220,7 +222,8 @@ class HHCache(Cache):
     - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: a slot
       index refers to the same token in all four. A row fills its slots from 0; mass is zero past its length. Slots of
       8 bits also have scales (utils/int8_slots.py).
-    - Kept slots stay in ascending order of original position; the `recent` newest tokens always survive.
+    - The `recent` newest tokens always survive. Slots may lie in any order, which changes nothing but the order of
+      sums: positions tell which are newer. Under position_rolling they stay in the order of their tokens.
     - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.
     - `get_seq_length()` counts the columns seen, as a full cache would store them, not the slots in use.
     - Padding in any column is dropped on entry, so batching does not change a row's slots. The tokens that `generate`
@@ -388,7 +391,7 @@ class HHCache(Cache):
 
     @torch.no_grad()
     def update_slimmingH(self, layer_idx: int) -> None:
-        """Slim a layer by gathering the kept slots into place, without reallocating them."""
+        """Slim a layer in place: after a decode step, few slots move."""
         static = self.step is not None and self.step.static
         self.layers[layer_idx].slim(self.windows, by_mask=False, static=static)
 
@@ -556,11 +559,12 @@ class HHCache(Cache):
         return sum(layer.slots.nbytes for layer in self.layers if layer.is_initialized)
 
     def positions(self, layer: int) -> torch.Tensor:
-        """Original positions of a layer's slots, int32 [B, Hkv, longest row], -1 past a row's length."""
+        """Original positions of what a layer holds, ascending: int32 [B, Hkv, longest row], -1 past a row's length."""
         of, longest = self.layers[layer], max(self.lengths)
         positions = of.slots.load("positions").view(len(of.lengths), of.slots.heads, -1)[:, :, :longest]
-        slot = torch.arange(positions.shape[-1], device=positions.device)
-        positions = positions.masked_fill(slot >= of.lengths[..., None], -1)
+        past = torch.arange(positions.shape[-1], device=positions.device) >= of.lengths[..., None]
+        # sorted, a row's own come first
+        positions = positions.masked_fill(past, torch.iinfo(torch.int32).max).sort(dim=-1).values.masked_fill(past, -1)
         return torch.nn.functional.pad(positions, (0, longest - positions.shape[-1]), value=-1)
 
     def set_padding(self, real: torch.Tensor) -> None:

@@ -56,7 +56,7 @@ class Int8Slots(Slots):
     def extended(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if step.decode:  # the step's own token as it will be stored; gradients pass through the rounding
+        if step.decode:  # the step's own token as it is stored; gradients pass through the rounding
             key_states, value_states = map(_straight_through, self._cast(key_states, value_states))
         return super().extended(key_states, value_states, step)
 
@@ -66,6 +66,20 @@ class Int8Slots(Slots):
             if name in tokens and tokens[name].dtype != torch.int8:
                 encoded[name], encoded[scales] = quantize(tokens[name])
         return encoded
+
+    @property
+    def moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(self.keys, self.values), tuple(scales[..., None] for scales in self.scales)]
+
+    def empty_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros in the model's dtype, as large as the slots."""
+        return tuple(
+            torch.zeros_like(of, dtype=dtype) for of, dtype in zip((self.keys, self.values), self.dtypes, strict=True)
+        )
+
+    def overwrite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for name, tokens in self._encoded({"keys": keys, "values": values}).items():
+            getattr(self, name).copy_(tokens)
 
 
 def _straight_through(states: torch.Tensor) -> torch.Tensor:

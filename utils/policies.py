@@ -34,7 +34,8 @@ class Candidates(Protocol):
 class Policy:
     """How slots older than the recent ones are ranked.
 
-    `score` returns float32 [B, Hkv, slots]. The greatest are kept; ties keep the older slot.
+    `score` returns float32 [B, Hkv, slots]. The greatest are kept; ties keep the older token. Slots may lie in any
+    order.
     """
 
     label: str  # in tables and figures
@@ -67,9 +68,8 @@ def value_mass(slots: Candidates) -> torch.Tensor:
 
 
 def oldest(slots: Candidates) -> torch.Tensor:
-    """Negated slot index: slots are in token order."""
-    shape = slots.positions.shape
-    return -torch.arange(shape[-1], dtype=torch.float32, device=slots.positions.device).expand(shape)
+    """Negated position. Those that float32 rounds to one number are ties, which keep the older token."""
+    return -slots.positions.float()
 
 
 def random(slots: Candidates) -> torch.Tensor:

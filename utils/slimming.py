@@ -24,7 +24,8 @@ class Slimming:
         plan: shared by all layers on the device.
         policy: ranks the candidates.
         layer_idx, seed: inputs of random ranks.
-        kept: int32 [B, Hkv, window_length + 1], `Rows.kept`, if the slimmer uses kernels.
+        kept: int32 [B, Hkv, capacity], `Rows.kept`, if the slimmer uses kernels.
+        in_order: whether slots have to stay in the order of their tokens.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Slimming:
         seed: int,
         kept: torch.Tensor | None = None,
         prefix: LayerPrefix | None = None,
+        in_order: bool = False,
     ):
         self.prefix = prefix
+        self.fills_holes = block is None and not in_order  # few slots move, for most of them stay
         self.slots, self.plan, self.policy, self.layer_idx, self.seed = slots, plan, policy, layer_idx, seed
         self.kept, self.block, self.heads = kept, block, slots.heads
 
@@ -122,14 +125,18 @@ class TorchSlimmer:
 
     def pick(self, slimming: Slimming) -> torch.Tensor:
         """The slots to keep, ascending: int64 or int32 [B, Hkv, window]. Moves nothing."""
-        masks = slimming.plan.masks
-        plan = slimming.plan
+        plan, positions = slimming.plan, slimming.positions
+        empty, recent = plan.masks.empty, positions >= plan.masks.first_recent
         windows = None if plan.even else plan.limits[0]
-        return select_slots(slimming.scores(), masks.empty, masks.recent, plan.window, windows)
+        return select_slots(slimming.scores(), empty, recent & ~empty, plan.window, windows, positions)
 
     def slim(self, slimming: Slimming) -> None:
-        """Move the slots to keep to the front."""
-        slimming.slots.compact(slimming.tensors(), self.pick(slimming), slimming.plan, gather)
+        """Move the slots to keep into the window."""
+        keep = self.pick(slimming)
+        if slimming.fills_holes:
+            slimming.slots.fill_holes(keep, slimming.plan)
+        else:
+            slimming.slots.compact(slimming.tensors(), keep, slimming.plan, gather)
 
 
 def select_slots(
@@ -138,22 +145,30 @@ def select_slots(
     recent: torch.Tensor,
     window: int,
     windows: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The slots to keep: all recent ones and, of the older ones, those with the greatest score, `window` together.
 
     Args:
         score: [B, Hkv, slots], finite, float.
-        empty, recent: bool [B, 1, slots]; recent slots are kept whatever their score, empty ones only where a row is
-            shorter than the window, to fill it up.
+        empty, recent: bool [B, 1 or Hkv, slots]; recent slots are kept whatever their score, empty ones only where a
+            row is shorter than the window, to fill it up.
         window: slots to keep; all `slots` when there are no more.
         windows: int [B, 1, 1], the rows' own windows where they differ; `window` is the largest. A shorter row ends
             with the last slot, repeated.
+        positions: int [B, Hkv, slots], which tell the older of two slots, and are greatest in empty ones. None if slots
+            are in the order of their tokens.
 
     Returns: int64 [B, Hkv, min(window, slots)], ascending. Of equal scores the older slot is kept. A row that is not
     longer than the window keeps every slot where it is.
     """
     score = score.masked_fill(recent, torch.inf).masked_fill(empty, -torch.inf)
-    best = score.sort(dim=-1, descending=True, stable=True).indices[..., :window]
+    if positions is None:
+        best = score.sort(dim=-1, descending=True, stable=True).indices[..., :window]
+    else:
+        by_age = positions.argsort(dim=-1)
+        best = score.gather(-1, by_age).sort(dim=-1, descending=True, stable=True).indices[..., :window]
+        best = by_age.gather(-1, best)
     if windows is not None:
         rank = torch.arange(best.shape[-1], device=best.device)
         best = best.masked_fill(rank >= windows, score.shape[-1] - 1)

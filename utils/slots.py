@@ -167,6 +167,30 @@ class Slots:
         """Move the slots `keep` [B, Hkv, window], ascending, of a source to the front, and clear those after them."""
         for name, old in source.items():
             self.fill({name: take(old, keep)}, plan)
+        self._end_rows(plan)
+
+    def fill_holes(self, keep: torch.Tensor, plan: SlimmingPlan) -> None:
+        """Keep the slots `keep` [B, Hkv, window]: those of them behind the window move into the holes before it.
+
+        Holes and what fills them are both taken in ascending order.
+        """
+        window, _ = plan.limits
+        slots, most = plan.slots, plan.slots - plan.window  # a row has at most so many holes
+        slot = torch.arange(slots, device=self.device)
+        kept = torch.zeros(*keep.shape[:2], slots, dtype=torch.bool, device=self.device).scatter(2, keep.long(), True)
+        inside = slot < window
+        holes, fillers = (torch.where(mask, slot, slot + slots) for mask in (inside & ~kept, kept & ~inside))
+        to, of = (candidates.sort(dim=-1).values[..., :most] for candidates in (holes, fillers))
+        of, to = torch.where(to < slots, of, to) % slots, to % slots  # where no hole is left, a slot that stays
+        for name in self.stored():
+            whole = self.load(name)
+            moved = gather(whole, of)
+            whole.scatter_(2, to if moved.ndim == 3 else to[..., None].expand_as(moved), moved)
+            self.store(name, whole)
+        self._end_rows(plan)
+
+    def _end_rows(self, plan: SlimmingPlan) -> None:
+        """Clear the slots past each row's end, and continue its positions there."""
         for name in ("mass", "count", "norms"):
             if getattr(self, name) is not None:
                 slots = self.load(name)
@@ -178,6 +202,20 @@ class Slots:
         positions = self.load("positions")
         torch.where(plan.masks.filled, positions, plan.masks.upcoming, out=positions)
         self.store("positions", positions)
+
+    # For kernels that move slots
+
+    @property
+    def moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of tensors with a last dimension that move as keys and values do."""
+        return [(self.keys, self.values)]
+
+    def empty_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where to write keys and values of a block for `overwrite`: here the slots themselves."""
+        return self.keys, self.values
+
+    def overwrite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store what was written to `empty_states`."""
 
     # Rows
 

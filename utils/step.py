@@ -180,8 +180,8 @@ class Rows:
         return self._mirrors[device]
 
     def kept(self, slots) -> torch.Tensor:
-        """int32 [B, KV heads, window + 1], at a fixed address: passed from one slimming kernel to the next."""
-        return self.passed_on(slots.device, (len(self.lengths), slots.heads, self.windows.largest + 1))
+        """int32 [B, KV heads, capacity], at a fixed address: what the phases of a slimming by kernels pass on."""
+        return self.passed_on(slots.device, (len(self.lengths), slots.heads, slots.capacity))
 
     def passed_on(self, device: torch.device, shape: tuple[int, ...]) -> torch.Tensor:
         """int32 of this shape, the same for all layers."""
@@ -324,7 +324,7 @@ class SlotMasks(NamedTuple):
     """Masks (bool) and positions (int32) of the slots in a slimming of `slots` columns to the window."""
 
     empty: torch.Tensor  # [B, 1, slots]
-    recent: torch.Tensor  # [B, 1, slots]
+    first_recent: torch.Tensor  # [B, 1, 1], the position of the first recent token; those before it are older
     appended: torch.Tensor  # [B, 1, slots], positions of the tokens since the last slimming
     filled: torch.Tensor  # [B, 1, capacity], afterwards
     upcoming: torch.Tensor  # [B, 1, capacity], positions continued past the row's end, so that appends need not write
@@ -374,7 +374,7 @@ class SlimmingPlan:
         kept = lengths.clamp(max=window)
         return SlotMasks(
             empty=age <= 0,
-            recent=(age > 0) & (age <= recent),
+            first_recent=(seen - recent).to(torch.int32),
             appended=(seen - lengths + slot).to(torch.int32),
             filled=slot[: self.capacity] < kept,
             upcoming=(seen - kept + slot[: self.capacity]).to(torch.int32),

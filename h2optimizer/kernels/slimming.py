@@ -1,9 +1,12 @@
-"""Slimming in two launches: `select` picks the slots to keep, `compact` moves their keys and values.
+"""Slimming in one launch, if slots may lie in any order, or in two.
 
-Neither waits for the device or reads a length on the host, and after a decode step their arguments and grids never
-change, so both are graph-safe. `select` passes `kept` int32 [B, Hkv, window_length + 1] to `compact`: the slots to
-keep, ascending, and in the last column the number of them that stay in place. `mirror` int32 [2, B] holds each row's
-length and tokens seen.
+`fill_holes` picks the slots to keep and moves only those that lie behind the window. `select` picks them as well, and
+`compact` moves their keys and values to the front, in order: from a block of new tokens, or in place.
+
+None of them waits for the device or reads a length on the host, and after a decode step their arguments and grids never
+change, so all are graph-safe. `mirror` int32 [2, B] holds each row's length and tokens seen. `kept` int32
+[B, Hkv, capacity] passes slots on: from `select` to `compact` those to keep, ascending, and in the last column the
+number of them that stay in place. `fill_holes` uses it between two of its phases.
 """
 
 import functools
@@ -19,6 +22,9 @@ RANKS = ("mass", "mean", "random", "oldest", "order")
 MAX_SLOTS = 32768  # most slots that `select` can rank: one tile in registers
 LEAST_TILE = 1024  # slots; heads with fewer are taken together with those that fill it
 PROGRAMS = 512  # `compact` splits heads to reach this many, about four per multiprocessor of a large GPU
+SLOTS_AT_ONCE = 16  # that `fill_holes` moves together
+FEW = tl.constexpr(16)  # slots to drop that are found one after the other, and not by bisection
+LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # int64
 LEAST_BYTES = 32  # least bytes of a slot that one program moves: a memory sector
 TILE_BYTES = 8192  # bytes of a tile with 4 warps; with few programs, four times that with 8 warps
 
@@ -64,18 +70,18 @@ def select(
     source_norms: torch.Tensor | None = None,
     heads: Heads | None = None,
 ) -> None:
-    """Write to `kept` each row's `recent` newest slots and, of the older ones, the `heavy` best-ranked.
+    """Write to `kept` each row's `recent` newest tokens and, of the older ones, the `heavy` best-ranked.
 
     A row no longer than heavy + recent keeps its slots in place. With `move`, the positions, mass and count of kept
     slots move to the front. Behind them, mass and count become zero and positions become those of the next tokens.
 
     Args:
-        positions: int32 [B, Hkv, capacity]; past a row's end, the positions of the tokens to come.
+        positions: int32 [B, Hkv, capacity], in any order; past a row's end, the positions of the tokens to come.
         mass, count: float32 [B, Hkv, capacity]; None if neither `rank` nor the caller's policy uses them.
         source_mass, source_count: float32 [B, Hkv, width], contiguous; may be `mass` and `count` themselves.
         width: slots of the source; at most MAX_SLOTS, like the capacity.
         rank: "mass", "mean" (mass / count), "random" (hash of position, head and `salt`), "oldest", or "order". Ties
-            keep the older slot; NaN ranks above everything.
+            keep the older token; NaN ranks above everything.
         salt: any integer; only its low 32 bits are used.
         scores: float32 [B, Hkv, width], contiguous, that rank "order" goes by, the greatest kept. None otherwise.
         norms, source_norms: as mass: rank "mass" or "mean" is multiplied by them. None where nothing ranks by them.
@@ -84,23 +90,85 @@ def select(
 
     Raises: ValueError for an unknown rank, or scores without rank "order", or that rank without scores.
     """
-    if rank not in RANKS or (rank == "order") != (scores is not None):
-        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
+    _check(rank, scores)
+    ragged = heads is not None
+    in_place = ragged and heads.in_place
     batch, capacity = len(positions), positions.shape[-1]
-    if heads is None:
-        heads, ragged = Heads(None, None, ((capacity, range(positions.shape[1])),), False), False
-    else:
-        ragged = True
-    count_heads = len(heads.offsets) - 1 if ragged else positions.shape[1]
-    for longest, which in heads.classes:
-        tile = triton.next_power_of_2(longest if heads.in_place else max(width, longest))
+    count_heads, classes = _classes(positions, heads)
+    for longest, which in classes:
+        tile = triton.next_power_of_2(longest if in_place else max(width, longest))
         _select[(batch * len(which),)](
             positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept,
-            heads.offsets, heads.split, which if ragged else None, batch, count_heads, len(which), width, capacity,
-            kept.shape[-1], heavy, recent, (salt + 2**31) % 2**32 - 2**31,
+            heads.offsets if ragged else None, heads.split if ragged else None, which if ragged else None,
+            batch, count_heads, len(which), width, capacity, kept.shape[-1], heavy, recent, _as_int32(salt),
             RANK=rank, MASS=mass is not None, COUNT=count is not None, NORMS=norms is not None, MOVE=move, TILE=tile,
-            IN_PLACE=heads.in_place, RAGGED=ragged, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+            IN_PLACE=in_place, RAGGED=ragged, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
         )  # fmt: skip
+
+
+@on_its_device
+def fill_holes(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    carried: tuple[torch.Tensor, ...],
+    mirror: torch.Tensor,
+    kept: torch.Tensor,
+    heavy: int,
+    recent: int,
+    rank: str,
+    mass: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    norms: torch.Tensor | None = None,
+    salt: int = 0,
+    scores: torch.Tensor | None = None,
+    heads: Heads | None = None,
+) -> None:
+    """Drop all but each row's `recent` newest tokens and, of the older ones, the `heavy` best-ranked.
+
+    Kept slots behind the first heavy + recent move to those of dropped tokens before, both in ascending order. A row no
+    longer than heavy + recent stays as it is.
+
+    Args:
+        keys, values: [B, Hkv, capacity, D], contiguous, any dtype; 16-byte accesses where D is a multiple of 8.
+        positions: int32 [B, Hkv, capacity], as in `select`, and so are rank, salt and heads.
+        carried: what else moves with a token, float32 [B, Hkv, capacity]; zero past a row's end.
+        mass, count, norms: those of `carried` that `rank` needs.
+        scores: float32 [B, Hkv, capacity], contiguous, for rank "order".
+
+    Raises: ValueError as `select` does.
+    """
+    _check(rank, scores)
+    ragged = heads is not None
+    batch, capacity, head_dim = len(keys), keys.shape[-2], keys.shape[-1]
+    count_heads, classes = _classes(positions, heads)
+    for longest, which in classes:
+        tile = triton.next_power_of_2(longest)
+        _fill_holes[(batch * len(which),)](
+            keys, values, positions, carried, mass, count, norms, scores, mirror, kept,
+            heads.offsets if ragged else None, heads.split if ragged else None, which if ragged else None,
+            batch, count_heads, len(which), capacity if scores is None else scores.shape[-1], capacity, kept.shape[-1],
+            heavy, recent, _as_int32(salt),
+            RANK=rank, NORMS=norms is not None, D=head_dim, CHUNK=triton.next_power_of_2(head_dim), TILE=tile,
+            SLOTS=SLOTS_AT_ONCE, RAGGED=ragged, num_warps=min(16, max(1, tile // 512)), num_stages=1,
+            maxnreg=64 if tile <= 8192 else 128,
+        )  # fmt: skip
+
+
+def _check(rank: str, scores: torch.Tensor | None) -> None:
+    if rank not in RANKS or (rank == "order") != (scores is not None):
+        raise ValueError(f"rank={rank!r}: choose one of {', '.join(RANKS)}, and give scores with the last of them")
+
+
+def _classes(positions: torch.Tensor, heads: Heads | None) -> tuple[int, tuple]:
+    """How many KV heads there are, and those to take at once with the longest's capacity."""
+    if heads is None:
+        return positions.shape[1], ((positions.shape[2], range(positions.shape[1])),)
+    return len(heads.offsets) - 1, heads.classes
+
+
+def _as_int32(salt: int) -> int:
+    return (salt + 2**31) % 2**32 - 2**31
 
 
 def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
@@ -187,9 +255,7 @@ def _select(
     RANK: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr, NORMS: tl.constexpr, MOVE: tl.constexpr,
     TILE: tl.constexpr, IN_PLACE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    if RAGGED:
-        row = row // chosen * heads + tl.load(which + row % chosen)
+    row = _row(which, chosen, heads, RAGGED)
     batch_row, head = row // heads, row % heads
     length, seen, heavy, recent, first, capacity, at_kept, kept_stride = _of_head(
         mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride, RAGGED
@@ -203,32 +269,12 @@ def _select(
     # Tokens past the capacity are all new, so their positions follow from their slots.
     position = tl.load(positions + first + slot, mask=slot < capacity, other=0)
     position = tl.where(slot < capacity, position, seen - length + slot)
-    if MASS:
-        slot_mass = tl.load(source_mass + source + slot, mask=filled, other=0.0)
-    if COUNT:
-        slot_count = tl.load(source_count + source + slot, mask=filled, other=0.0)
-    if NORMS:
-        slot_norm = tl.load(source_norms + source + slot, mask=filled, other=0.0)
 
     keep = filled
     if length > window:
-        older = slot < length - recent
-        if RANK == "oldest":
-            best = slot < heavy
-        else:
-            if RANK == "random":
-                order = _hash(position, head, salt)
-            elif RANK == "order":
-                order = _order(tl.load(scores + row * width + slot, mask=filled, other=0.0))
-            else:
-                score = slot_mass
-                if RANK == "mean":
-                    score = tl.div_rn(score, tl.maximum(slot_count, 1.1754943508222875e-38))
-                order = _order(score * slot_norm if NORMS else score)
-            best = _greatest(tl.where(older, order, -0x80000000), heavy)
-            if RAGGED:
-                best = best & (heavy > 0)
-        keep = best | (filled & (slot >= length - recent))
+        order = _order_by(source_mass, source_count, source_norms, scores, source + slot, row * width + slot, filled,
+                          position, head, salt, RANK, NORMS)  # fmt: skip
+        keep = filled & ~_dropped(order, position, filled & (position < seen - recent), length - window)
 
     kept_slots = tl.minimum(length, window)
     to = tl.cumsum(keep.to(tl.int32), axis=0) - 1
@@ -236,6 +282,12 @@ def _select(
     tl.store(kept + slot, slot, mask=(slot >= kept_slots) & (slot < window))  # empty slots of a short row
     tl.store(kept + kept_stride - 1, tl.sum((keep & (to == slot)).to(tl.int32)))
     if MOVE:
+        if MASS:
+            slot_mass = tl.load(source_mass + source + slot, mask=keep)
+        if COUNT:
+            slot_count = tl.load(source_count + source + slot, mask=keep)
+        if NORMS:
+            slot_norm = tl.load(source_norms + source + slot, mask=keep)
         tail = (slot >= kept_slots) & (slot < capacity)
         tl.debug_barrier()  # every thread has read its part of the row, which may now be overwritten
         _put(positions + first, position, to, keep, slot, seen - kept_slots + slot, tail)
@@ -245,6 +297,88 @@ def _select(
             _put(count + first, slot_count, to, keep, slot, 0.0, tail)
         if NORMS:
             _put(norms + first, slot_norm, to, keep, slot, 0.0, tail)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "heads", "chosen", "width", "capacity", "kept_stride", "heavy", "recent", "salt"]
+)
+def _fill_holes(
+    keys, values, positions, carried, mass, count, norms, scores, mirror, kept, offsets, split, which, batch, heads,
+    chosen, width, capacity, kept_stride, heavy, recent, salt,
+    RANK: tl.constexpr, NORMS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    SLOTS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    row = _row(which, chosen, heads, RAGGED)
+    batch_row, head = row // heads, row % heads
+    length, seen, heavy, recent, first, capacity, at_kept, kept_stride = _of_head(
+        mirror, offsets, split, batch_row, head, row, batch, heads, heavy, recent, capacity, kept_stride, RAGGED
+    )
+    window = heavy + recent
+    if length > window:
+        slot = tl.arange(0, TILE)
+        filled, behind = slot < length, slot >= window
+        position = tl.load(positions + first + slot, mask=filled, other=0)
+        order = _order_by(mass, count, norms, scores, first + slot, row.to(tl.int64) * width + slot, filled, position,
+                          head, salt, RANK, NORMS)  # fmt: skip
+        dropped = _dropped(order, position, filled & (position < seen - recent), length - window)
+        # List the holes from the front of `kept` on, and what fills them from its window-th entry on.
+        hole, filler = dropped & ~behind, filled & behind & ~dropped  # as many of each
+        holes = tl.sum(hole.to(tl.int32))
+        rank = tl.cumsum((hole | filler).to(tl.int32), axis=0) - 1
+        kept += at_kept
+        tl.store(kept + tl.where(hole, rank, rank - holes + window), slot, mask=hole | filler)
+        tl.debug_barrier()  # the lists are written, and the row is read: its slots may now be overwritten
+        few, d = tl.arange(0, SLOTS), tl.arange(0, CHUNK)
+        keys += first * D
+        values += first * D
+        for begin in range(0, holes, SLOTS):
+            there = begin + few < holes
+            to = tl.load(kept + begin + few, mask=there)
+            of = tl.load(kept + begin + few + window, mask=there)
+            whole = there[:, None] & (d < D)[None, :]
+            key = tl.load(keys + of[:, None] * D + d[None, :], mask=whole)
+            value = tl.load(values + of[:, None] * D + d[None, :], mask=whole)
+            tl.store(keys + to[:, None] * D + d[None, :], key, mask=whole)
+            tl.store(values + to[:, None] * D + d[None, :], value, mask=whole)
+            tl.store(positions + first + to, tl.load(positions + first + of, mask=there), mask=there)
+            for i in tl.static_range(len(carried)):
+                tl.store(carried[i] + first + to, tl.load(carried[i] + first + of, mask=there), mask=there)
+        tl.debug_barrier()  # all that moves is read
+        for begin in range(window, capacity, SLOTS):
+            past = begin + few
+            tl.store(positions + first + past, seen - window + past, mask=past < capacity)
+            for i in tl.static_range(len(carried)):
+                tl.store(carried[i] + first + past, 0.0, mask=past < capacity)
+
+
+@triton.jit
+def _row(which, chosen, heads, RAGGED: tl.constexpr):
+    """This program's row: a KV head of a row of the batch."""
+    row = tl.program_id(0)
+    if RAGGED:
+        row = row // chosen * heads + tl.load(which + row % chosen)
+    return row
+
+
+@triton.jit
+def _order_by(mass, count, norms, scores, at, at_score, filled, position, head, salt, RANK: tl.constexpr,
+              NORMS: tl.constexpr):  # fmt: skip
+    """int32 that rank the slots, the greatest the best."""
+    if RANK == "oldest":
+        order = tl.zeros_like(position)  # all tie, and the older ones win
+    elif RANK == "random":
+        order = _hash(position, head, salt)
+    elif RANK == "order":
+        order = _order(tl.load(scores + at_score, mask=filled, other=0.0))
+    else:
+        score = tl.load(mass + at, mask=filled, other=0.0)
+        if RANK == "mean":
+            queries = tl.load(count + at, mask=filled, other=0.0)
+            score = tl.div_rn(score, tl.maximum(queries, 1.1754943508222875e-38))
+        if NORMS:
+            score *= tl.load(norms + at, mask=filled, other=0.0)
+        order = _order(score)
+    return order
 
 
 @triton.jit
@@ -266,22 +400,27 @@ def _hash(position, head, salt):
 
 
 @triton.jit
-def _greatest(order, n):
-    """Mask of the n >= 1 greatest of at least n int32 above -2**31; ties go to those that come first."""
-    # Find, bit by bit from the sign down, the greatest threshold that at least n values reach: the n-th greatest. Any
-    # threshold that exactly n values reach also works, and unless the n-th has ties, half the bits suffice to find one.
-    reach = tl.sum((order >= 0).to(tl.int32))
-    threshold = tl.where(reach >= n, 0, -0x80000000)
-    reach = tl.where(reach >= n, reach, 0x7FFFFFFF)
-    bit = 1 << 30
-    while (bit > 0) & (reach != n):
-        reach_trial = tl.sum((order >= threshold + bit).to(tl.int32))
-        threshold = tl.where(reach_trial >= n, threshold + bit, threshold)
-        reach = tl.where(reach_trial >= n, reach_trial, reach)
-        bit = bit >> 1
-    above, tied = order > threshold, order == threshold
-    still_free = n - tl.sum(above.to(tl.int32))
-    return above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= still_free))
+def _dropped(order, position, older, n):
+    """Mask of the n >= 1 older slots, of at least n, with the least order; of equal orders the newest."""
+    # No two keys are equal, as positions are not, so exactly n keys are no greater than the n-th least.
+    key = tl.where(older, (order.to(tl.int64) << 32) - position, GREATEST)
+    bound = tl.full((), LEAST, tl.int64)
+    if n <= FEW:
+        for _ in range(n):
+            bound = tl.min(tl.where(key > bound, key, GREATEST), axis=0)
+    else:
+        # Find, bit by bit from the sign down, a number that exactly n keys are below.
+        below = tl.sum((key < 0).to(tl.int32))
+        bound = tl.where(below <= n, 0, bound)
+        below = tl.where(below <= n, below, 0)
+        bit = tl.full((), 1 << 62, tl.int64)
+        while (bit > 0) & (below != n):
+            trial = tl.sum((key < bound + bit).to(tl.int32))
+            bound = tl.where(trial <= n, bound + bit, bound)
+            below = tl.where(trial <= n, trial, below)
+            bit = bit >> 1
+        bound -= 1
+    return key <= bound
 
 
 @triton.jit
