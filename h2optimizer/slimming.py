@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from h2optimizer.backends import KERNEL_BACKENDS
@@ -97,14 +95,15 @@ def _compact(slimming: Slimming) -> None:
     from h2optimizer.kernels import slimming as kernels
 
     slots, plan = slimming.slots, slimming.plan
-    moves = partial(kernels.compact, mirror=plan.mirror, kept=slimming.kept, window=plan.window, heads=_heads(slimming))
+    rest = plan.mirror, slimming.kept, plan.window, _heads(slimming)
     if slimming.block is None:
         for pair in slots.moving:
-            moves(*pair, *pair)
+            kernels.compact(*pair, *pair, *rest)
         return
-    to, prefix = slots.empty_states(), None if slimming.prefix is None else slimming.prefix[:2]
-    moves(*to, slimming.stored("keys"), slimming.stored("values"), prefix=prefix)
-    slots.overwrite(*to)
+    keys, values = slots.empty_states()
+    prefix = None if slimming.prefix is None else slimming.prefix[:2]
+    kernels.compact(keys, values, slimming.stored("keys"), slimming.stored("values"), *rest, prefix)
+    slots.overwrite(keys, values)
 
 
 def _fill_holes(slimming: Slimming) -> None:

@@ -110,11 +110,12 @@ class Slimming:
 
     def moved(self, states: bool = True) -> dict[str, torch.Tensor]:
         """What moves with a token but its position, by name; without `states`, neither do its key and value."""
-        own, names = dict(self._source), self.slots.states
-        own.pop("positions", None)
-        if self.prefix is not None:
-            own |= {"keys": self.keys, "values": self.values}
-        return own if states else {name: of for name, of in own.items() if name not in names}
+        rest = {name: of for name, of in self._source.items() if name not in (*self.slots.states, "positions")}
+        if not states:
+            return rest
+        if self.block is None:
+            return {name: self._source[name] for name in self.slots.states} | rest
+        return {"keys": self.keys, "values": self.values} | rest
 
 
 class TorchSlimmer:
