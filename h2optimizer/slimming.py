@@ -96,14 +96,17 @@ def _compact(slimming: Slimming) -> None:
 
     slots, plan = slimming.slots, slimming.plan
     rest = plan.mirror, slimming.kept, plan.window, _heads(slimming)
-    if slimming.block is None:
-        for pair in slots.moving:
-            kernels.compact(*pair, *pair, *rest)
-        return
-    keys, values = slots.empty_states()
     prefix = None if slimming.prefix is None else slimming.prefix[:2]
-    kernels.compact(keys, values, slimming.stored("keys"), slimming.stored("values"), *rest, prefix)
-    slots.overwrite(keys, values)
+    source = slimming.stored("keys"), slimming.stored("values")
+    if source[0].dtype != slots.keys.dtype:  # of a prompt: moved first, then stored in another form
+        to = slots.empty_states()
+        kernels.compact(*to, *source, *rest, prefix)
+        slots.overwrite(*to)
+        return
+    for pair in slots.pairs:
+        to = [slots.vectors(name, getattr(slots, name)) for name in pair]
+        source = to if slimming.block is None else [slots.vectors(name, slimming.stored(name)) for name in pair]
+        kernels.compact(*to, *source, *rest, prefix)
 
 
 def _fill_holes(slimming: Slimming) -> None:

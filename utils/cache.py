@@ -114,9 +114,7 @@ class HHLayer(CacheLayerMixin):
             step.prefix.check_states(self.layer_idx, key_states, value_states)
             self.before = step.prefix.layers[self.layer_idx]
         keys, values = self.slots.extended(key_states, value_states, step)
-        self.block = {"keys": keys.detach(), "values": values.detach()}
-        if self.slots.norms is not None:
-            self.block["norms"] = self.slots.extended_norms(value_states.detach(), step)
+        self.block = self.slots.block_of((keys, values), key_states, value_states, step)
         return keys, values
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:

@@ -27,7 +27,7 @@ def dequantize(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) 
 class Int8Slots(Slots):
     """Slots that store keys and values in 8 bits.
 
-    Tokens are quantised when they enter the slots, and moved as they are stored, so that nothing is rounded twice. A
+    Tokens are quantised when they enter the slots, and moved as they are stored, so nothing is rounded twice. A
     decode step appends first: its query attends to its own key and value as they are stored. The tokens of a longer
     forward attend to each other as they come, and to earlier ones as they are stored. Norms are those of the values as
     they came. Mass, count, norms and positions are as in other slots.
@@ -35,7 +35,7 @@ class Int8Slots(Slots):
     key_scales, value_scales: float32, as keys and values without D.
     """
 
-    states = ("keys", "values", *SCALES.values())
+    pairs = (tuple(SCALES), tuple(SCALES.values()))
     plain = False
 
     def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
@@ -48,10 +48,11 @@ class Int8Slots(Slots):
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key_scales, self.value_scales
 
-    def read(self, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in the model's dtype, in copies."""
-        loaded = ([self.load(name)[:, :, :width] for name in pair] for pair in SCALES.items())
-        return tuple(dequantize(*of, dtype) for of, dtype in zip(loaded, self.dtypes, strict=True))
+    def decoded(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if stored["keys"].dtype != torch.int8:  # a block that has not been stored yet
+            return super().decoded(stored)
+        pairs = zip(SCALES.items(), self.dtypes, strict=True)
+        return tuple(dequantize(stored[name], stored[scales], dtype) for (name, scales), dtype in pairs)
 
     def extended(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
@@ -60,16 +61,18 @@ class Int8Slots(Slots):
             key_states, value_states = map(_straight_through, self._cast(key_states, value_states))
         return super().extended(key_states, value_states, step)
 
+    def block_of(self, extended, key_states, value_states, step: Step) -> dict[str, torch.Tensor]:
+        if step.fresh:  # a prompt is rounded when few of its tokens are left
+            return super().block_of(extended, key_states, value_states, step)
+        new = self._appended(key_states.detach(), value_states.detach())
+        return {name: self._joined(name, of, step) for name, of in new.items()}
+
     def _encoded(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         encoded = dict(tokens)
         for name, scales in SCALES.items():
             if name in tokens and tokens[name].dtype != torch.int8:
                 encoded[name], encoded[scales] = quantize(tokens[name])
         return encoded
-
-    @property
-    def moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(self.keys, self.values), tuple(scales[..., None] for scales in self.scales)]
 
     def empty_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros in the model's dtype, as large as the slots."""

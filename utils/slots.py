@@ -25,7 +25,7 @@ class Slots:
         ranked: those of "mass", "count" and "norms" that slots are ranked by.
     """
 
-    states = ("keys", "values")  # the tensors that hold them
+    pairs = (("keys", "values"),)  # the tensors that hold keys, and values
     plain = True  # whether keys and values are [B, Hkv, capacity, D] in the model's dtype
     scales: tuple[torch.Tensor, ...] = ()  # of keys and of values, if these are quantised
     offsets: torch.Tensor | None = None  # where each head begins, if heads have capacities of their own
@@ -72,6 +72,11 @@ class Slots:
         )
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """The names in `pairs`."""
+        return tuple(name for pair in self.pairs for name in pair)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all slots, filled or not."""
         return sum(tensor.nbytes for tensor in (*self._cleared(), self.positions))
@@ -100,8 +105,11 @@ class Slots:
 
     def read(self, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `width` slots, or of all: [B, Hkv, width, D], views where heads are alike."""
-        keys, values = self.load("keys"), self.load("values")
-        return (keys, values) if width is None else (keys[:, :, :width], values[:, :, :width])
+        return self.decoded({name: self.load(name)[:, :, :width] for name in self.states})
+
+    def decoded(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in the model's dtype, of those that slots hold or a block, by name."""
+        return stored["keys"], stored["values"]
 
     @torch.no_grad()
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
@@ -141,10 +149,26 @@ class Slots:
         keys, values = self.read()
         return _join(keys, key_states, step), _join(values, value_states, step)
 
-    def extended_norms(self, value_states: torch.Tensor, step: Step) -> torch.Tensor:
-        """The norms of what `extended` returns, float32 without D: those stored, then those of the new values."""
-        new = norms_of(self._cast(value_states, value_states)[1])
-        return new if step.fresh else _join(self.load("norms")[..., None], new[..., None], step)[..., 0]
+    def block_of(
+        self,
+        extended: tuple[torch.Tensor, torch.Tensor],
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        step: Step,
+    ) -> dict[str, torch.Tensor]:
+        """What slimming moves of a forward of several tokens, by name: what `extended` has returned, and norms."""
+        block = {name: states.detach() for name, states in zip(("keys", "values"), extended, strict=True)}
+        if self.norms is not None:
+            block["norms"] = self._joined("norms", norms_of(self._cast(key_states, value_states)[1].detach()), step)
+        return block
+
+    def _joined(self, name: str, new: torch.Tensor, step: Step) -> torch.Tensor:
+        """Each row's filled slots of a tensor, as they are stored, followed by its new ones."""
+        if step.fresh:
+            return new
+        if new.ndim == 4:
+            return _join(self.load(name), new, step)
+        return _join(self.load(name)[..., None], new[..., None], step)[..., 0]
 
     def _cast(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States in the dtypes that the slots were made for, which autocast may have changed."""
@@ -205,10 +229,10 @@ class Slots:
 
     # For kernels that move slots
 
-    @property
-    def moving(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of tensors with a last dimension that move as keys and values do."""
-        return [(self.keys, self.values)]
+    @staticmethod
+    def vectors(name: str, of: torch.Tensor) -> torch.Tensor:
+        """A tensor of `states` with a last dimension, as keys and values have."""
+        return of if name in ("keys", "values") else of[..., None]
 
     def empty_states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where to write keys and values of a block for `overwrite`: here the slots themselves."""
