@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from conftest import assert_close, by_head, forward, make_llamas, new_cache, of_llamas, prompt, uneven
+from conftest import assert_close, by_head, forward, make_llamas, new_cache, of_llamas, prompt, uneven, with_flags
 from h2optimizer import H2OConfig
 from h2optimizer.attention import decodes_by_kernel
 from h2optimizer.flags import add_cache_flags, h2o_config
+from utils.cache import HHCache
 from utils.cli import InputError, OneLineParser
 from utils.costs import row_held
 from utils.int8_slots import dequantize, quantize
@@ -120,6 +121,26 @@ def test_a_turn_reads_the_norms_that_tokens_came_with(gqa):
     assert_close(before, by_head(caches[0], 0, "norms")[:, :, :9], 1e-6)
     forward(gqa.h2o, [prompt(3)], caches[1])
     assert torch.equal(by_head(caches[1], 0, "norms")[:, :, :9], before)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"score": "value_mass"}, {"head_budgets": uneven, "position_rolling": True}], ids=str
+)
+def test_a_prefix_leaves_what_the_whole_prompt_leaves(llamas, flags):
+    """A prefix that is rounded before its own tokens or those that follow have seen it: all that they see differs."""
+    flags = of_llamas({"window_length": 8, "update_interval": 3, **flags, "slots": "int8"}, llamas)
+    model, shared, rows = with_flags(llamas, **flags), prompt(17), [prompt(9, 1), prompt(3, 2)]
+    prefix = model.prefill_prefix(shared)
+    caches = [HHCache(model.h2o, prefix=prefix), HHCache(model.h2o)]
+    blocks = [rows, *([[token]] * 2 for token in prompt(4)), [prompt(4, 3), prompt(2, 4)]]
+    for block in blocks:
+        whole = [[*shared, *row] for row in block] if block is rows else block
+        ours, expected = (forward(model, of, cache) for of, cache in zip((block, whole), caches, strict=True))
+        for b, row in enumerate(block):
+            assert_close(ours[b], expected[b][-len(row) :], 4e-3)  # a number between two may fall to either side
+    for layer_idx, layer in enumerate(caches[0].layers):
+        assert caches[0].positions(layer_idx).equal(caches[1].positions(layer_idx))
+        assert layer.keys.dtype == torch.int8 and prefix.layers[layer_idx].keys.dtype == model.dtype
 
 
 def test_flash_attn_leaves_decode_steps_to_the_kernel(gqa):

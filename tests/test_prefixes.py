@@ -48,8 +48,6 @@ FLAGS = {
     "uneven": {"head_budgets": uneven},
     "uneven value mean": {"head_budgets": uneven, "score": "value_mass", "score_norm": "mean"},
     "uneven rolling": {"head_budgets": uneven, "position_rolling": True, "update_interval": 1},
-    "int8": {"slots": "int8", "score": "value_mass"},
-    "int8 uneven": {"slots": "int8", "head_budgets": uneven, "position_rolling": True},
     "uneven sinks": {"head_budgets": uneven, "score": "sink"},
 }
 BOTH_SIDES = [8, 64]  # windows: one that drops slots of the prompts, and one that holds them all
