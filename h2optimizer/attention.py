@@ -279,7 +279,7 @@ def _kernel_decode(inputs: Inputs) -> Attended:
 
 def decodes_by_kernel(layer: HHLayer, step: Step) -> bool:
     """Whether `kernel_decode_step` replaces `HHCache.update` and a backend in this forward."""
-    by_flash_attn = layer.h2o.backend == "flash_attn" and layer.slots.offsets is None
+    by_flash_attn = layer.h2o.backend == "flash_attn" and layer.slots.plain
     needed = step.scored or step.partial or layer.h2o.position_rolling or not by_flash_attn
     return step.decode and layer.by_kernel and needed
 
@@ -303,7 +303,7 @@ def kernel_decode_step(
     return run(
         projected, *(rope or (None, None)), slots.keys, slots.values, slots.mass if step.scored else None,
         slots.count if step.scored else None, slots.norms, lengths, slots.offsets, slots.capacities, scaling,
-        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling and rope is not None,
+        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling and rope is not None, *slots.scales,
     )  # fmt: skip
 
 

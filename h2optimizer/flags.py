@@ -177,6 +177,12 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, windo
         help=f"take prefill mass from the prompt's last k tokens only, or from all {default_of('score_queries')}",
     )
     add(
+        "--slots",
+        choices=("auto", "int8"),
+        help="what keys and values are stored as; auto: the model's dtype; int8: 8 bits with a scale for each slot and "
+        f"head, which take half the memory of 16 bits {default_of('slots')}",
+    )
+    add(
         "--prefill_chunk",
         type=count_or_all,
         help=f"slim after every so many prompt tokens; all: after the whole prompt {default_of('prefill_chunk')}",

@@ -38,6 +38,7 @@ class H2OConfig:
     score_queries: int | None = None  # prefill mass from the last k queries only (SnapKV-like); None = all
     group_reduce: str = "sum"  # mass over the query heads of a KV head; "first" = only the first head of each group
     position_rolling: bool = False  # rotate keys by slot index when used, so positions stay below the capacity
+    slots: str = "auto"  # storage of keys and values: "auto" = the model's dtype; "int8" = 8 bits, half of bf16's bytes
     prefill_chunk: int | None = None  # prompt tokens between slimmings: memory for window + chunk; None = all, exact
     capture: bool = True  # decode with CUDA graphs if device, backend and generate's options allow it
     compile: bool = False  # torch.compile the captured steps: about 45 s per batch size, then faster steps
@@ -49,6 +50,7 @@ class H2OConfig:
             "score": tuple(POLICIES),
             "score_norm": ("sum", "mean"),
             "group_reduce": ("sum", "first"),
+            "slots": ("auto", "int8"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")

@@ -60,7 +60,7 @@ class H2OAttention:
             position_embeddings = None
         projected = self.project(hidden_states, norm)
         layer = cache.layers[self.layer_idx] if step.decode else None
-        by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.keys.dtype
+        by_kernel = layer is not None and decodes_by_kernel(layer, step) and projected[0].dtype == layer.dtype
         if by_kernel and not any(states.requires_grad for states in projected):
             # H2O: one product, then rotation, append, attention and mass in two or three launches
             attn_output = kernel_decode_step(projected, position_embeddings, layer, step, self.scaling)

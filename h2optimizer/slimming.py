@@ -47,11 +47,7 @@ class KernelSlimmer(TorchSlimmer):
         else:
             keep = super().pick(slimming)
             kernels.hand_over(keep, kept)
-        keys, values = slimming.stored("keys"), slimming.stored("values")
-        prefix = None if slimming.prefix is None else slimming.prefix[:2]
-        kernels.compact(
-            slots.keys, slots.values, keys, values, plan.mirror, kept, plan.window, _heads(slimming), prefix
-        )
+        _compact(slimming)
         if not ranks:  # otherwise `_select` has moved the rest already
             slots.compact(slimming.moved(states=False) | {"positions": slimming.positions}, keep, plan, gather)
 
@@ -92,6 +88,25 @@ def _select(slimming: Slimming, move: bool) -> None:
         slots.positions, mass, slots.count, source_mass, source_count, plan.slots, plan.mirror, slimming.kept,
         int(plan.heavy[0]), int(plan.recent[0]), rank, salt, move, scores, norms, source_norms, _heads(slimming),
     )  # fmt: skip
+
+
+def _compact(slimming: Slimming) -> None:
+    """Move keys and values of the slots that `kept` names to the front."""
+    from h2optimizer.kernels import slimming as kernels
+
+    slots, plan = slimming.slots, slimming.plan
+    rest = plan.mirror, slimming.kept, plan.window, _heads(slimming)
+    prefix = None if slimming.prefix is None else slimming.prefix[:2]
+    source = slimming.stored("keys"), slimming.stored("values")
+    if source[0].dtype != slots.keys.dtype:  # of a prompt: moved first, then stored in another form
+        to = slots.empty_states()
+        kernels.compact(*to, *source, *rest, prefix)
+        slots.overwrite(*to)
+        return
+    for pair in slots.pairs:
+        to = [slots.vectors(name, getattr(slots, name)) for name in pair]
+        source = to if slimming.block is None else [slots.vectors(name, slimming.stored(name)) for name in pair]
+        kernels.compact(*to, *source, *rest, prefix)
 
 
 def _fill_holes(slimming: Slimming) -> None:

@@ -358,7 +358,7 @@ def run(args) -> None:
     report = {"verdict": verdict, "reason": reason, "model": args.model_name or args.shape}
     report |= {"dtype": str(model.dtype).removeprefix("torch."), "gpu": args.gpu}
     report |= {flag: getattr(args, flag) for flag in flags} | {"bandwidth_TBps": card.bandwidth}
-    report |= {name: getattr(args.h2o, name) for name in ("window_length", "update_interval", "score")}
+    report |= {name: getattr(args.h2o, name) for name in ("window_length", "update_interval", "score", "slots")}
     report["head_budgets"] = plan and of_plan(plan, args.h2o)
     report |= {"memory_GiB": card.memory, "tflops": None if card.tflops == float("inf") else card.tflops}
     report["positions"] = model.config.max_position_embeddings

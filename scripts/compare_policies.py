@@ -2,7 +2,7 @@
 
     python scripts/compare_policies.py --model-name M --chat --input-path requests.jsonl --sample_num 100 \\
         --window_length 64 128 256 --policies mass value_mass:3/4,head_budgets=plan.json \\
-        --kvpress ~/kvpress
+        --slots auto int8 --kvpress ~/kvpress
 
 The full cache writes a greedy text for each request. All others are fed that text, and each next token's distribution
 is compared with the full cache's, for the text's tokens after the first: KL divergence (nats a token) and top-1
@@ -113,6 +113,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="each as score[:heavy][,flag=value...]: a --score, the value of --num_heavy_hitter_tokens, and other "
         "flags of the cache, such as mass mass:7/8 value_mass:3/4,head_budgets=plan.json (mass)",
     )
+    add(
+        "--slots",
+        nargs="+",
+        choices=("auto", "int8"),
+        help="run every policy with keys and values stored as each of these; auto is the model's dtype (auto)",
+    )
     add("--kvpress", type=Path, metavar="FOLDER", help="kvpress' environment (see the top of this script)")
     add("--presses", nargs="+", choices=PRESSES, metavar="PRESS", help=f"some of {', '.join(PRESSES)} (all)")
     add("--figure", type=figure_file, help="draw KL against bytes held: a PNG, SVG or PDF file; needs matplotlib")
@@ -158,7 +164,8 @@ def config_of(policy: str, window: int, interval: int, device: torch.device) -> 
 def cells_of(args: argparse.Namespace, device: torch.device) -> list[Cell]:
     """The full cache and all that is compared with it, without repetitions. Raises InputError."""
     cells = [Cell(FULL)]
-    for text, window, interval in itertools.product(args.policies, args.window_length, args.update_interval):
+    policies = [text for policy in args.policies for text in with_slots(policy, args.slots)]
+    for text, window, interval in itertools.product(policies, args.window_length, args.update_interval):
         cells.append(Cell(text, window, config_of(text, window, interval, device)))
     if args.presses and args.kvpress is None:
         raise InputError("--presses: needs kvpress' environment; pass --kvpress")
@@ -169,6 +176,13 @@ def cells_of(args: argparse.Namespace, device: torch.device) -> list[Cell]:
     if len(cells) == 1:
         raise InputError("--policies: none given; name some, or pass --kvpress")
     return list({cell.name: cell for cell in cells}.values())
+
+
+def with_slots(policy: str, slots: list[str] | None) -> list[str]:
+    """A policy once for each of --slots. Raises InputError if it names its own."""
+    if slots and ",slots=" in policy:
+        raise InputError(f"--policies {policy}: names its own slots; leave that or --slots out")
+    return [policy if of == "auto" else f"{policy},slots={of}" for of in slots or ["auto"]]
 
 
 def versions_in(folder: Path) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Draw the figures of an ablation and write its report, from a jsonl of scripts/ablate.py: PNG, SVG and Markdown.
 
 - quality: ROUGE-2, top-1 agreement and KL divergence against the KV budget, with 95 % intervals over requests.
+- bytes: KL divergence against the bytes held for a request, which 8-bit slots halve.
 - frontier: ROUGE-2 against decode tokens/s, with the spread of timed calls; a ring marks cells that no other beats.
 - retention_CELL: which tokens each layer still holds while a request is decoded, for one cell (--cells).
 - mass_lost: how much of the full cache's attention falls on evicted tokens, step by step, for the same request.
@@ -42,6 +43,7 @@ from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
 from utils.ablation_report import FEW, report
 from utils.cli import InputError, OneLineParser, output_folder
 from utils.figures import METADATA, SMALL, STYLE, WIDTH, line_look, plural, put_title, wrap
+from utils.policy_figure import PROMPT_AND_TEXT, draw_policies
 from utils.results import replace_file
 
 HEAVY_RGB, RECENT_RGB = np.array([0.02, 0.12, 0.30]), np.array([0.96, 0.72, 0.36])
@@ -185,6 +187,17 @@ def draw_quality(sweep: Sweep) -> Figure:
         grid[0, -1].set_ylim(-0.001, 1.5 * grid[0, -1].get_ylim()[1])
     legend(fig, sweep)
     return fig
+
+
+def draw_bytes(sweep: Sweep) -> Figure:
+    """As scripts/compare_policies.py draws it."""
+    held = {"window holds": PROMPT_AND_TEXT, "requests": sweep.requests}
+    rows = [
+        {"policy": row["policy"], "window": row["window_length"], "N": row["update_interval"], **held}
+        | {"kl": row["kl"], "kv_bytes": row["kv_bytes"]}
+        for row in [sweep.full, *sweep.rows]
+    ]
+    return draw_policies(rows, Path(str(sweep.setup.get("model", ""))).name or "unnamed model")
 
 
 def spot(row: dict) -> tuple[float, float]:
@@ -417,6 +430,8 @@ READING = {
     "quality": "Each panel shows the mean over requests with its 95 % interval; the band is the full cache. The closer "
     "a line stays to the band towards small budgets, the better. Requests differ more than caches do, so judge small "
     "differences by the paired ones in the table.",
+    "bytes": "Further down is better, further left is smaller. Of two caches that hold the same bytes, the lower one "
+    "keeps more of the full cache's predictions. The numbers are windows, in slots.",
     "frontier": "Up is better, right is faster. A bar reaches from the slowest to the fastest timed call; cells whose "
     "bars overlap may not differ in speed. A ring marks a cell that no other equals or beats in both, by medians and "
     "means. Cells inside the full cache's band may not differ in quality.",
@@ -432,6 +447,10 @@ def draw(sweep: Sweep, rows: list[dict], all_retentions: bool) -> tuple[dict[str
     """Each figure with its title and how to read it, by the name of its files; and notes on what is not drawn."""
     drawn = {
         "quality": (draw_quality(sweep), "Quality against KV budget", READING["quality"]),
+    }
+    if "kl" in sweep.full and all(row["kv_bytes"] for row in [sweep.full, *sweep.rows]):
+        drawn["bytes"] = draw_bytes(sweep), "Quality per byte", READING["bytes"]
+    drawn |= {
         "frontier": (draw_frontier(sweep), "Quality against speed", READING["frontier"]),
     }
     if not rows:

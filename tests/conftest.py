@@ -232,12 +232,12 @@ def by_head(cache: HHCache, layer_idx: int, name: str) -> torch.Tensor:
 
 
 def assert_same_bits(cache: HHCache, expected: HHCache):
-    """Both hold the same bits, in slots of any order. Keys and values past a row's length may differ."""
+    """Both hold the same bits, in slots of any order. Keys, values and their scales may differ past a row's length."""
     for layer_idx, layer in enumerate(expected.layers):
         assert cache.layers[layer_idx].slots.stored().keys() == layer.slots.stored().keys()
         for name in layer.slots.stored():
             ours, theirs = (by_head(of, layer_idx, name) for of in (cache, expected))
-            if ours.ndim == 4:
+            if name in layer.slots.states:
                 filled = torch.arange(ours.shape[2], device=layer.device) < layer.lengths[..., None]
                 ours, theirs = ours[filled], theirs[filled]
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), f"{name}, layer {layer_idx}"
@@ -313,15 +313,16 @@ def assert_follows_oracle(result, row, oracle, block):
     return tokens
 
 
-def conversation(llamas, caches, flags, blocks):
-    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them."""
+def conversation(llamas, caches, flags, blocks, rounded=1.0):
+    """The same forwards on every cache and on the oracle: logits, and what is kept, agree after each of them, within
+    `rounded` times the usual tolerance."""
     oracle = new_oracle(llamas, **flags)
     for block in blocks:
         expected = oracle.forward(block)
         for cache in caches:
             (logits,) = forward(llamas.h2o, [block], cache)
-            assert_close(logits, expected, what=f"{cache.h2o.backend}, forward {oracle.clock}")
-            assert_row_is_oracles(cache, 0, oracle)
+            assert_close(logits, expected, 2e-5 * rounded, f"{cache.h2o.backend}, forward {oracle.clock}")
+            assert_row_is_oracles(cache, 0, oracle, 5e-5 * rounded)
             assert_invariants(cache)
     return oracle
 

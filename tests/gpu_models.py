@@ -151,6 +151,8 @@ SYNC_FLAGS = {
     "random": {"update_interval": 4, "score": "random"},
     "local": {"update_interval": 4, "num_heavy_hitters": 0},
     "uneven": {"update_interval": 4, "head_budgets": uneven, "score": "value_mass"},
+    "int8": {"update_interval": 4, "slots": "int8"},
+    "int8 uneven rolling": {"update_interval": 1, "slots": "int8", "head_budgets": uneven, "position_rolling": True},
     "uneven rolling": {"update_interval": 4, "head_budgets": uneven, "position_rolling": True, "score_norm": "mean"},
 }
 

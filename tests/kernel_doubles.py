@@ -11,6 +11,7 @@ from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
 from h2optimizer.kernels import decode, float8, layer, mlp, products
 from h2optimizer.slimming import KernelSlimmer
+from utils.int8_slots import dequantize, quantize
 from utils.slimming import TorchSlimmer
 
 
@@ -23,10 +24,11 @@ def of_heads(states, heads, offsets):
     return [states[:, begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
 
 
-def append(query, key, value, cos, sin, keys, values, lengths, rolling, norms=None, offsets=None):
+def append(query, key, value, cos, sin, keys, values, lengths, rolling, norms=None, offsets=None,
+           scales=()):  # fmt: skip
     heads, row, rotated = key.shape[1], torch.arange(len(key)), []
-    slots = [of_heads(states, heads, offsets) for states in (keys, values, norms)]
-    for h, (of_key, of_value, of_norm) in enumerate(zip(*slots, strict=True)):
+    slots = [of_heads(states, heads, offsets) for states in (keys, values, norms, *(scales or (None, None)))]
+    for h, (of_key, of_value, of_norm, *of_scales) in enumerate(zip(*slots, strict=True)):
         at = (lengths[:, h].long() - 1).clamp(min=0)
         there = (lengths[:, h] > 0)[:, None]  # of a row without a token nothing is written
         of_query, turned = query.unflatten(1, (heads, -1))[:, h], key[:, h, 0]
@@ -34,8 +36,11 @@ def append(query, key, value, cos, sin, keys, values, lengths, rolling, norms=No
             rope = [(table[at] if rolling else table)[:, None, None] for table in (cos, sin)]
             of_query, turned = rotate(of_query, *rope), turned if rolling else rotate(key, *rope)[:, h, 0]
         rotated.append(of_query)
-        of_key[row, at] = torch.where(there, turned, of_key[row, at])
-        of_value[row, at] = torch.where(there, value[:, h, 0], of_value[row, at])
+        for to, new, to_scale in zip((of_key, of_value), (turned, value[:, h, 0]), of_scales, strict=True):
+            if scales:
+                new, scale = quantize(new)
+                to_scale[row, at] = torch.where(there[:, 0], scale, to_scale[row, at])
+            to[row, at] = torch.where(there, new, to[row, at])
         if of_norm is not None:
             of_norm[row, at] = torch.where(there[:, 0], value[:, h, 0].float().norm(dim=-1), of_norm[row, at])
     return torch.cat(rotated, dim=1)
@@ -43,9 +48,11 @@ def append(query, key, value, cos, sin, keys, values, lengths, rolling, norms=No
 
 def decode_attention(
     query, keys, values, lengths, scaling, *, mass=None, count=None, decay=1.0, first_head=False, rope=None,
-    offsets=None, capacities=(),
+    offsets=None, capacities=(), scales=(),
 ):  # fmt: skip
     heads, outputs = lengths.shape[1], []
+    if scales:
+        keys, values = (dequantize(*of, query.dtype) for of in zip((keys, values), scales, strict=True))
     slots = [of_heads(states, heads, offsets) for states in (keys, values, mass, count)]
     for h, (key, value, received, counted) in enumerate(zip(*slots, strict=True)):
         if rope is not None:  # tables end with the longest row

@@ -25,6 +25,8 @@ class Slot:
     value: torch.Tensor  # [head_dim] float64
     mass: float = 0.0  # attention probability received
     count: float = 0.0  # queries that could see this slot while adding mass; decays as mass does
+    norm: float = 0.0  # L2 norm of the value as it came
+    stored: bool = False  # whether key and value are what 8-bit slots hold
 
 
 class Oracle:
@@ -52,6 +54,7 @@ class Oracle:
         score_seed=0,
         prefill_chunk=None,
         head_budgets="even",
+        slots="auto",
     ):
         self.model = copy.deepcopy(model).double().eval()
         self.inv_freq = model.model.rotary_emb.inv_freq.double()
@@ -75,6 +78,8 @@ class Oracle:
         self.group_reduce = group_reduce
         self.position_rolling = position_rolling
         self.prefill_chunk = prefill_chunk
+        assert slots in ("auto", "int8")
+        self.int8 = slots == "int8"
         self.reset()
 
     def reset(self):
@@ -122,6 +127,7 @@ class Oracle:
     def _forward(self, tokens, begin, end):
         """One chunk of a forward: tokens[begin:end]."""
         slimming_due = len(tokens) > 1 or self.clock % self.update_interval == 0
+        decodes = self.clock > 0 and len(tokens) == 1
         first_adding_query = begin  # queries before this one add no mass
         if not (self.score_every_step or slimming_due):
             first_adding_query = end
@@ -134,10 +140,13 @@ class Oracle:
         hidden = self.model.model.embed_tokens(torch.tensor(tokens))
         for layer, block in enumerate(self.model.model.layers):
             normed = rms_norm(block.input_layernorm, hidden)
-            hidden = hidden + self._attention(layer, block.self_attn, normed, first_adding_query - begin, first_chunk)
+            hidden = hidden + self._attention(
+                layer, block.self_attn, normed, first_adding_query - begin, first_chunk, decodes
+            )
             hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
         logits = self.model.lm_head(rms_norm(self.model.model.norm, hidden))
         self.seen += len(tokens)
+        self._store()  # tokens of a longer forward have seen each other as they came
         if slimming_due:
             self._slim(0)
         return logits
@@ -170,7 +179,19 @@ class Oracle:
             raise ValueError(f"{space_needed} slots do not fit into the recent part of {self.recent}")
         self._slim(space_needed)
 
-    def _attention(self, layer, attn, hidden, first_adding_query, decays):
+    def _store(self):
+        """Rounds the keys and values of new tokens to 8 bits, if that is how slots hold them."""
+        for slot in [slot for heads in self.cache for slots in heads for slot in slots]:
+            if not self.int8 or slot.stored:
+                continue
+            if self.position_rolling:
+                slot.key = in_8_bits(slot.key)
+            else:  # the cache holds it rotated
+                assert self.rope_scaling == 1.0
+                slot.key = self._rotate(in_8_bits(self._rotate(slot.key, slot.position)), -slot.position)
+            slot.value, slot.stored = in_8_bits(slot.value), True
+
+    def _attention(self, layer, attn, hidden, first_adding_query, decays, decodes):
         """Appends a slot per row of `hidden` [tokens, hidden_size] and attends causally; returns the same shape."""
         n = hidden.shape[0]
         queries = attn.q_proj(hidden).view(n, self.num_query_heads, -1)
@@ -184,7 +205,10 @@ class Oracle:
         for kv_head, slots in enumerate(self.cache[layer]):
             before = len(slots)
             for i in range(n):
-                slots.append(Slot(self.seen + i, keys[i, kv_head], values[i, kv_head]))
+                norm = math.sqrt(sum(float(x) ** 2 for x in values[i, kv_head]))
+                slots.append(Slot(self.seen + i, keys[i, kv_head], values[i, kv_head], norm=norm))
+            if decodes:
+                self._store()  # its own query sees it as it is stored
             if first_adding_query < n and decays:
                 for slot in slots:  # once a forward, however many queries it has; new slots hold 0
                     slot.mass *= self.score_decay
@@ -247,7 +271,7 @@ class Oracle:
         if self.score_norm == "mean":
             mass = mass / slot.count if slot.count > 0 else 0.0
         if self.score == "value_mass":
-            return mass * math.sqrt(sum(float(x) ** 2 for x in slot.value))
+            return mass * slot.norm
         return mass
 
 
@@ -262,6 +286,14 @@ def softmax(scores):
     exps = [math.exp(score - greatest) for score in scores]
     total = sum(exps)
     return [e / total for e in exps]
+
+
+def in_8_bits(vector):
+    """A vector's numbers as whole multiples, of at most 127, of a 127th of the largest magnitude."""
+    scale = max(abs(float(x)) for x in vector) / 127
+    if scale == 0:
+        return vector
+    return torch.tensor([round(float(x) / scale) * scale for x in vector], dtype=torch.float64)
 
 
 def pseudo_random(position, layer, kv_head, seed):

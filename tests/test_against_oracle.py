@@ -84,6 +84,27 @@ def test_every_flag_is_the_oracles(llamas, variant):
     assert oracle.evictions >= 2
 
 
+INT8 = (
+    "H2O", "rotation", "mean of some", "rolling H2O", "mask", "rolling chunks", "value mass of some", "chunks of one",
+    "uneven H2O", "uneven rolling", "uneven chunks",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", INT8)
+def test_8_bit_slots_are_the_oracles(llamas, variant):
+    """Scales that move apart from their slots, a step that sees its own token unrounded, a turn that rounds its tokens
+    before they see each other, norms of rounded values, keys rounded before their rotation, or mass that is rounded.
+
+    A number halfway between two of 255 falls to either side in float32, which shows in the fourth digit.
+    """
+    flags = of_llamas({"window_length": 8, "update_interval": 3, **VARIANTS[variant], "slots": "int8"}, llamas)
+    decode = [[token] for token in prompt(20, 1)]
+    blocks = [prompt(13), *decode[:8], prompt(5, 2), *decode[8:15]]
+    caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]
+    oracle = conversation(llamas, caches, flags, blocks, rounded=200)
+    assert oracle.evictions >= 2
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 20])
 def test_prompts_around_the_window(llamas, length):
     """A prompt of one token, or shorter than, as long as and longer than the window, that slims too early or not."""

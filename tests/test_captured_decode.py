@@ -37,6 +37,8 @@ FLAGS = {
     "local": {"num_heavy_hitters": 0},
     "value mass": {"score": "value_mass", "num_heavy_hitters": "3/4"},
     "uneven": {"head_budgets": uneven, "score": "value_mass", "score_norm": "mean"},
+    "int8": {"slots": "int8", "score": "value_mass"},
+    "int8 uneven": {"slots": "int8", "head_budgets": uneven, "position_rolling": True},
     "uneven rolling": {"head_budgets": uneven, "position_rolling": True, "update_interval": 1},
 }
 

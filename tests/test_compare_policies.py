@@ -23,6 +23,7 @@ from h2optimizer.flags import DEMO_MODEL
 from test_benchmarks import load
 from utils.budgets import MeasuredBudgets, request_fingerprint
 from utils.cache import CACHE_ARGUMENT
+from utils.cli import InputError
 from utils.figures import spread
 from utils.policy_figure import draw_policies, label_of
 from utils.requests import read_requests
@@ -186,6 +187,16 @@ def test_share_of_texts_that_hold_the_answer(compared, lab, tmp_path):
     assert "found %" in of.table[0] and "ROUGE-2" not in of.table[0]
     other = write_requests(other, [*requests[1:], requests[0] | {"summary_gt": "two words"}])
     assert "found %" not in compared(*flags, "--input-path", str(other)).table[0]
+
+
+def test_8_bit_slots_beside_the_models_dtype(script):
+    """Policies that run once only, or a policy's own slots that are overruled."""
+    assert script.with_slots("mass:3/4", ["auto", "int8"]) == ["mass:3/4", "mass:3/4,slots=int8"]
+    assert script.with_slots("mass,slots=int8", None) == ["mass,slots=int8"]
+    with pytest.raises(InputError, match="names its own slots"):
+        script.with_slots("mass,slots=int8", ["auto"])
+    cells = script.cells_of(script.parse_args(["--slots", "auto", "int8"]), torch.device("cpu"))
+    assert [(cell.label, cell.h2o.slots) for cell in cells[1:]][::3] == [("mass", "auto"), ("mass,slots=int8", "int8")]
 
 
 def test_figure(compared, kvpress, script, monkeypatch, tmp_path):

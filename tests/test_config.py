@@ -16,6 +16,7 @@ REFUSED = {
     "no such score": ({"score": "attention"}, "mass, sink, streaming_llm, random"),
     "no such norm": ({"score_norm": "max"}, "sum, mean"),
     "no such reduction": ({"group_reduce": "last"}, "sum, first"),
+    "no such slots": ({"slots": "fp8"}, "auto, int8"),
     "window of one": ({"window_length": 1}, "at least 2"),
     "a fraction of a window": ({"window_length": 0.2}, "whole number"),
     "true is no number": ({"update_interval": True}, "whole number"),

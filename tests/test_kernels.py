@@ -18,6 +18,7 @@ from kernel_cases import cases, on_each_device
 
 pytest.importorskip("triton")
 from h2optimizer.kernels import decode, prefill
+from utils.int8_slots import quantize
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HEADS = {
@@ -328,11 +329,15 @@ def make_tables(rows, dim, dtype, device):
 
 
 def check_decode(
-    lengths, slots, heads, dim, dtype, device, *, decay=0.5, first_head=False, rope=False, layout=as_slots
+    lengths, slots, heads, dim, dtype, device, *, decay=0.5, first_head=False, rope=False, layout=as_slots, int8=False
 ):
     """Output, mass and count of a decode step, and that nothing else is written."""
     step, (kv_heads, _), lengths_on = decode_step(lengths), HEADS[heads], torch.tensor(lengths, dtype=torch.int32)
     query, key, value = make_states(step, heads, dim, dtype, device, layout, slots)
+    stored, scales = [key, value], ()
+    if int8:  # what is stored, in float64
+        stored, scales = zip(*(quantize(states) for states in stored), strict=True)
+        key, value = (of.double() * by.double()[..., None] for of, by in zip(stored, scales, strict=True))
     tables, seen_key = None, key
     if rope:  # the reference rotates first, with the kernel's rounding: once, after float32
         tables = make_tables(max(lengths), dim, dtype, device)
@@ -343,17 +348,18 @@ def check_decode(
     filled = (torch.arange(slots) < lengths_on[:, None])[:, None].expand(before.shape[1:])
     before[:, ~filled] = UNTOUCHED
     mass, count = before.clone().to(device)
-    given = [states.nan_to_num() for states in (key, value)]
+    given = [states.nan_to_num() for states in stored]
     output = decode.decode_attention(
-        query, key, value, lengths_on.to(device), SCALING, mass=mass, count=count, decay=decay, first_head=first_head,
-        rope=tables,
+        query, *stored, lengths_on.to(device), SCALING, mass=mass, count=count, decay=decay, first_head=first_head,
+        rope=tables, scales=scales,
     )  # fmt: skip
-    assert_output(output, expected, (query, key, value), step, tables)
-    rounded = 4 * torch.finfo(dtype).eps if rope and dtype != FP32 and device == "cuda" else 1e-5  # FMA rounds else
+    assert_output(output, expected, (query, key.to(dtype), value.to(dtype)), step, tables)
+    rounds_else = rope and dtype != FP32 and (device == "cuda" or int8)  # by FMA, or before the scale
+    rounded = 4 * torch.finfo(dtype).eps if rounds_else else 1e-5
     assert_close(mass.cpu()[filled], (before[0] * decay + received)[filled], rounded, "mass")
     assert_close(count.cpu()[filled], (before[1] * decay + 1)[filled], 1e-6, "count")
     assert (mass.cpu()[~filled] == UNTOUCHED).all() and (count.cpu()[~filled] == UNTOUCHED).all(), "past a row's length"
-    assert torch.equal(key.nan_to_num(), given[0]) and torch.equal(value.nan_to_num(), given[1])
+    assert all(torch.equal(states.nan_to_num(), before) for states, before in zip(stored, given, strict=True))
 
 
 # Shares, whether logits go to memory, slots, and what follows: slots of a tile, shares, and the tiles whose logits are
@@ -457,6 +463,32 @@ def test_keys_rotated_when_used(planned, device, dim, heads, dtype, shares):
     """A rotation by another slot's angle or with halves exchanged, or tables that are read past their last row."""
     planned(shares, 3 * HEADS[heads][0])
     check_decode([70, 129, 3], 140, heads, dim, dtype, device, rope=True)
+
+
+@cases(
+    "dim, heads, dtype, rope, shares, slots",
+    [
+        (64, "gqa4", FP16, False, 1, 1100),
+        (128, "gqa3", FP16, False, 1, 130),
+        (80, "gqa8", FP32, False, 2, 150),
+        (16, "mqa", FP32, False, 1, 70),
+        (16, "mha", FP16, False, 2, 150),
+        (64, "gqa3", FP16, True, 1, 130),
+        (96, "mqa", FP32, True, 2, 150),
+    ],
+    [
+        *itertools.product([64, 128], HEADS, [BF16], [False], [1, 8], [700]),
+        *itertools.product([16, 80, 96], ["gqa3", "gqa4"], [FP32, FP16, BF16], [False], [1, 2], [150]),
+        *itertools.product([64, 80, 128], ["gqa4"], [FP32, FP16, BF16], [True], [1, 8], [700]),
+        *itertools.product([128], ["gqa4"], [BF16], [False], [1], [1040, 2100]),
+    ],
+)
+def test_keys_and_values_of_8_bits(planned, device, dim, heads, dtype, rope, shares, slots):
+    """Low and high bytes exchanged or without their sign, a scale of another slot, of the key for the value, or none, a
+    scale of NaN past a row's length that comes in, or small probabilities that float16 has no room for."""
+    planned(shares, 3 * HEADS[heads][0])
+    lengths = [slots, 3, 65] if device == "cuda" or slots < 600 else [slots]
+    check_decode(lengths, slots, heads, dim, dtype, device, rope=rope, int8=True)
 
 
 @cases("decay", [(1.0,), (0.0,), (0.9,)], [(1.0,), (0.0,), (0.9,)])
@@ -628,6 +660,41 @@ def test_appended_and_rotated(device, heads, dim, dtype, how):
     part from it), a key that is rotated twice or never, or anything written beside the slot."""
     check_append([7, 1, 20], 20, heads, dim, dtype, device, rolling=how == "rolling", one_row=how == "one row",
                  layout=None)  # fmt: skip
+
+
+@cases("heads, dim, dtype", [("gqa3", 80, FP32), ("mqa", 16, FP16)],
+       itertools.product(["gqa3", "mqa"], [16, 80, 128, 256], [FP32, FP16, BF16]))  # fmt: skip
+@pytest.mark.parametrize("rolling", [False, True])
+def test_appended_in_8_bits(device, heads, dim, dtype, rolling):
+    """A scale of the unrotated key where the rotated one is stored, of half a head, or at another slot; rounding down;
+    a vector of zeros that divides by zero, or a NaN that is lost."""
+    (kv_heads, group), slots = HEADS[heads], 9
+    lengths = torch.tensor([7, 0, 1, 9], dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(dim)
+    query, key, value = (
+        torch.randn(4, h, 1, dim, generator=generator).to(device, dtype) for h in (kv_heads * group, kv_heads, kv_heads)
+    )
+    value[2, 0], value[3, 0, 0, 5] = 0, torch.nan
+    cos, sin = make_tables(slots, dim, dtype, device) if rolling else make_tables(4, dim, dtype, device)
+    keys, values = torch.full((2, 4, kv_heads, slots, dim), 11, dtype=torch.int8, device=device)
+    scales, norms = torch.full((2, 4, kv_heads, slots), UNTOUCHED, device=device), torch.zeros(4, kv_heads, slots)
+    norms = norms.to(device)
+    plain = [torch.zeros(4, kv_heads, slots, dim, dtype=dtype, device=device) for _ in range(2)]
+    decode.append(query, key, value, cos, sin, *plain, lengths, rolling)
+    decode.append(query, key, value, cos, sin, keys, values, lengths, rolling, norms, scales=tuple(scales))
+    for b, length in enumerate(lengths.tolist()):
+        for numbers, by, exact in zip((keys, values), scales, plain, strict=True):
+            others = torch.arange(slots, device=device) != length - 1
+            assert (numbers[b][:, others] == 11).all() and (by[b][:, others] == UNTOUCHED).all(), "beside the slot"
+            if not length:
+                continue
+            expected, wanted = quantize(exact[b, :, length - 1])
+            assert_close(by[b, :, length - 1].nan_to_num(), wanted.nan_to_num(), 1e-6, "scale")
+            assert torch.equal(by[b, :, length - 1].isnan(), wanted.isnan())
+            sound = ~wanted.isnan()
+            apart = (numbers[b, :, length - 1].int() - expected.int())[sound].abs()
+            assert (apart <= (device == "cuda")).all(), "numbers"
+    assert_close(norms[0, :, 6], value[0, :, 0].float().norm(dim=-1), 1e-6, "norms")
 
 
 @cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])

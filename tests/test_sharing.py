@@ -34,6 +34,7 @@ FLAGS = {
     "decay": {"score_decay": 0.5},
     "sinks": {"score": "streaming_llm"},
     "random": {"score": "random"},
+    "int8": {"slots": "int8"},
     "uneven heads": {"head_budgets": ((5, 11), (8, 8))},
     "full cache": None,
 }

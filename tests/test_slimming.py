@@ -474,6 +474,24 @@ def test_kernels_leave_the_cache_that_torch_leaves(device, flags, monkeypatch):
             assert torch.equal(bits(slot_tensors(cache)[where]), bits(tensor)), (which, where)
 
 
+@pytest.mark.parametrize("tokens", [0, 7], ids=["", "prefix"])
+@pytest.mark.parametrize("which", ["rotation", "value mass", "uneven", "rolling", "uneven rolling"])
+def test_kernels_leave_the_8_bit_slots_that_torch_leaves(device, which, tokens):
+    """A number without its scale, or with another slot's; a block that is moved as if it had 8 bits, or a prefix; or
+    numbers that are rounded again whenever they move."""
+    flags = {"window_length": 8, "update_interval": 2, **FLAGS[which], "slots": "int8", "score_decay": 1.0}
+    ways = [("H", "sdpa"), ("H", "triton"), *([] if "head_budgets" in flags else [("mask", "sdpa")])]
+    caches = [new_cache(slimming=slimming_, backend=backend, **flags) for slimming_, backend in ways]
+    for actions in (SCRIPT[:1], SCRIPT[1:]):
+        for cache in caches:
+            if tokens and actions == SCRIPT[:1]:
+                cache.follow(random_prefix(cache.h2o, tokens, device))
+            run_script(cache, device, actions)
+            assert_same_bits(cache, caches[0])
+            assert cache.layers[0].keys.dtype == torch.int8 and cache.positions(0).equal(caches[0].positions(0))
+    assert min(caches[0].evictions) >= 2
+
+
 @pytest.mark.parametrize("slimming_", ["H", "mask"])
 @pytest.mark.parametrize("norm", ["sum", "mean"])
 def test_a_policy_without_a_rank_of_the_kernels(device, norm, slimming_, monkeypatch):

@@ -14,12 +14,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from utils.heads import HeadWindows, LayerRows
+from utils.int8_slots import Int8HeadSlots, Int8Slots
 from utils.padding import Padding, check_past, runs_without
 from utils.prefix import LayerPrefix, Prefix, followed_by, least_own_tokens
 from utils.slimming import Slimming, TorchSlimmer
-from utils.slots import HeadSlots, Slots, gather_by_mask, norms_of
+from utils.slots import HeadSlots, Slots, gather_by_mask
 from utils.step import Rows, Step, plan_of, to_rows
 
+STORAGE = {"auto": (Slots, HeadSlots), "int8": (Int8Slots, Int8HeadSlots)}  # H2OConfig.slots
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What transformers' models call their cache, as argument and as output: `cache` from 5.24 on.
 CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
@@ -36,7 +38,8 @@ class HHLayer(CacheLayerMixin):
 
     `block` holds that forward's keys and values (later also mass and count) until slimming moves them into the slots.
     In the first forward after a prefix, `before` holds the prefix, whose keys and values the block lacks.
-    `keys` and `values` alias the slots, as transformers' cache layers expose them; `lengths` [B] int32 are the rows'.
+    `keys` and `values` alias the slots, as transformers' cache layers expose them, and `dtype` is that of the model;
+    `lengths` [B] int32 are the rows'.
     """
 
     def __init__(self, h2o, layer_idx: int):
@@ -52,19 +55,21 @@ class HHLayer(CacheLayerMixin):
         h2o, policy = self.h2o, self.h2o.policy
         needs = {"mass": policy.by_mass, "count": policy.by_mass and h2o.score_norm == "mean", "norms": policy.by_value}
         ranked = tuple(name for name, needed in needs.items() if needed)
+        alike, of_heads = STORAGE[h2o.slots]
         if rows.windows.even:
-            slots = Slots(key_states, value_states, h2o.capacity, ranked)
+            slots = alike(key_states, value_states, h2o.capacity, ranked)
         else:
             windows = rows.windows.of_heads(self.layer_idx, key_states.shape[1])
-            slots = HeadSlots(key_states, value_states, [window + h2o.update_interval for window in windows], ranked)
+            slots = of_heads(key_states, value_states, [window + h2o.update_interval for window in windows], ranked)
         self.own(slots)
         self.join(rows)
 
     def own(self, slots: Slots) -> None:
         """Use these slots from now on."""
         self.slots, self.keys, self.values = slots, slots.keys, slots.values
-        self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.by_kernel = self.slimmer.by_kernel and kernels_take(self.keys) and self.keys.dtype == self.values.dtype
+        self.device, (self.dtype, dtype_of_values) = slots.device, slots.dtypes
+        takes = kernels_take(slots.no_states(1)[0]) and self.dtype == dtype_of_values
+        self.by_kernel = self.slimmer.by_kernel and takes
         if slots.offsets is not None:  # torch does not slim these without waiting for the device
             self.by_kernel &= slots.capacity <= self.slimmer.most_slots
         self.is_initialized = True
@@ -109,7 +114,7 @@ class HHLayer(CacheLayerMixin):
             step.prefix.check_states(self.layer_idx, key_states, value_states)
             self.before = step.prefix.layers[self.layer_idx]
         keys, values = self.slots.extended(key_states, value_states, step)
-        self.block = {"keys": keys.detach(), "values": values.detach()}
+        self.block = self.slots.block_of((keys, values), key_states, value_states, step)
         return keys, values
 
     def add_mass(self, mass: torch.Tensor, step: Step) -> None:
@@ -154,7 +159,9 @@ class HHLayer(CacheLayerMixin):
             else followed_by(getattr(before, name), block[name])
             for name in ("keys", "values")
         )
-        norms = None if self.slots.norms is None else norms_of(values)
+        norms = block.get("norms")
+        if before is not None and norms is not None:
+            norms = followed_by(before.norms, norms)
         return LayerPrefix(keys, values, block.get("mass"), block.get("count"), norms)
 
     def slim(self, windows: HeadWindows, by_mask: bool, static: bool = False) -> None:
@@ -166,9 +173,8 @@ class HHLayer(CacheLayerMixin):
         before, self.before = self.before, None
         if block is not None:
             block = {name: to_rows(old, len(self.rows.mirror(self.device)[0])) for name, old in block.items()}
-            if self.slots.norms is not None:
-                norms = norms_of(block["values"])
-                block["norms"] = norms if before is None else followed_by(before.norms, norms)
+            if before is not None and self.slots.norms is not None:
+                block["norms"] = followed_by(before.norms, block["norms"])
         capacity = self.slots.capacity
         width = capacity if block is None else block["keys"].shape[2] + (0 if before is None else before.keys.shape[2])
         plan = plan_of(self.rows, self.device, width, capacity, windows)
@@ -212,7 +218,8 @@ class HHCache(Cache):
     Invariants, for every layer:
 
     - keys, values [B, Hkv, capacity, D], mass [B, Hkv, capacity] float32, positions [B, Hkv, capacity] int32: a slot
-      index refers to the same token in all four. A row fills its slots from 0; mass is zero past its length.
+      index refers to the same token in all four. A row fills its slots from 0; mass is zero past its length. Slots of
+      8 bits also have scales (utils/int8_slots.py).
     - The `recent` newest tokens always survive. Slots may lie in any order, which changes nothing but the order of
       sums: positions tell which are newer. Under position_rolling they stay in the order of their tokens.
     - lengths[b] <= window_length after slimming, <= capacity between forwards; the same for all layers and heads.

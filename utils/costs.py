@@ -41,12 +41,13 @@ def weight_flops(model: PreTrainedModel) -> int:
     return 2 * sum(p.numel() for p in model.parameters() if p.ndim == 2 and p is not unread)
 
 
-def slot_bytes(config: PreTrainedConfig, itemsize: int, scored: float = 0.0) -> float:
+def slot_bytes(config: PreTrainedConfig, itemsize: int, scored: float = 0.0, h2o=None) -> float:
     """Bytes that a decode step moves per slot of a row: K and V of all layers and, if scored, mass in and out.
 
-    `scored` is the share of steps that add mass, float32.
+    `scored` is the share of steps that add mass, float32. Slots of 8 bits also have scales, float32.
     """
-    return config.num_hidden_layers * config.num_key_value_heads * (2 * head_dim(config) * itemsize + scored * 2 * 4)
+    vector = head_dim(config) + 4 if h2o is not None and h2o.slots == "int8" else head_dim(config) * itemsize
+    return config.num_hidden_layers * config.num_key_value_heads * (2 * vector + scored * 2 * 4)
 
 
 def slots_read(prompt: int, steps: int, h2o=None) -> float:
@@ -61,7 +62,7 @@ def row_read(config: PreTrainedConfig, itemsize: int, prompt: int, steps: int, h
     scored = 0.0
     if h2o is not None and h2o.needs_mass:
         scored = 1.0 if h2o.score_every_step else 1 / h2o.update_interval
-    return slots_read(prompt, steps, h2o) * slot_bytes(config, itemsize, scored)
+    return slots_read(prompt, steps, h2o) * slot_bytes(config, itemsize, scored, h2o)
 
 
 def row_held(config: PreTrainedConfig, itemsize: int, tokens: int, h2o=None) -> int:
@@ -80,7 +81,7 @@ def row_held(config: PreTrainedConfig, itemsize: int, tokens: int, h2o=None) -> 
         else windows.table.sum(axis=1).max() + heads * h2o.update_interval
     )
     beside = 8 + 4 * (h2o.needs_mass and h2o.score_norm == "mean") + 4 * h2o.policy.by_value
-    slots = h2o.capacity * (slot_bytes(config, itemsize) + config.num_hidden_layers * heads * beside)
+    slots = h2o.capacity * (slot_bytes(config, itemsize, h2o=h2o) + config.num_hidden_layers * heads * beside)
     return int(slots) + logits + 4 * int(most)
 
 

@@ -33,6 +33,13 @@ def label_of(policy: str, interval: int | None, several: bool) -> str:
     return ", ".join(flags + ([f"N = {interval}"] if several and interval else []))
 
 
+def storage_of(policy: str) -> tuple[str, str]:
+    """A policy without how its slots are stored, and that: "slots=int8", or nothing."""
+    parts = [part.strip() for part in policy.split(",")]
+    of_slots = [part for part in parts if part.startswith("slots=")]
+    return ",".join(part for part in parts if part not in of_slots), ",".join(of_slots)
+
+
 def draw_policies(rows: list[dict], model: str):
     """KL to the full cache, on a log scale, against the MiB held for a request: a line for each policy and N.
 
@@ -47,7 +54,7 @@ def draw_policies(rows: list[dict], model: str):
 
     lines = lines_of(rows)
     intervals = sorted({interval for _, interval in lines if interval})
-    policies = list(dict.fromkeys(policy for policy, _ in lines))
+    policies = list(dict.fromkeys(storage_of(policy)[0] for policy, _ in lines))
     labels = [wrap(label_of(*line, len(intervals) > 1), LABELS, FONT) for line in lines]
     apart = 1.35 * FONT * max(label.count("\n") + 1 for label in labels)  # points
     fig = Figure(figsize=(WIDTH, max(4.6, 1.2 + len(labels) * apart / 72)))
@@ -58,7 +65,9 @@ def draw_policies(rows: list[dict], model: str):
     for (policy, interval), of in lines.items():
         mean, low, high = ([max(row["kl"][key], LEAST_KL) for row in of] for key in ("mean", "low", "high"))
         below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
-        look = line_look(policies.index(policy), intervals.index(interval) if interval else 0, len(intervals))
+        name, stored = storage_of(policy)
+        look = line_look(policies.index(name), intervals.index(interval) if interval else 0, len(intervals))
+        look |= {"markerfacecolor": "white", "linewidth": 0.9} if stored else {}
         ax.errorbar(list(map(mebibytes, of)), mean, [below, above], elinewidth=0.9, capsize=2, **look)
     ax.set(xscale="log", yscale="log", ylabel="KL to the full cache, nats a token")
     full = [row for row in rows if row["window"] is None]
@@ -88,9 +97,14 @@ def ticks_between(least: float, most: float) -> list[float]:
 
 
 def name_windows(ax, drawn: list[dict]) -> None:
-    """Each window's number: below the lowest of its markers, or above the highest of presses, which hold more bytes."""
-    for window, holds in sorted({(row["window"], row["window holds"]) for row in drawn}):
-        alike = [row for row in drawn if (row["window"], row["window holds"]) == (window, holds)]
+    """Each window's number: below the lowest of its markers, or above the highest of presses, which hold more bytes.
+
+    Slots that are stored in another way hold other bytes, so their markers have numbers of their own.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in drawn:
+        groups.setdefault((row["window"], row["window holds"], storage_of(row["policy"])[1]), []).append(row)
+    for (window, holds, _), alike in sorted(groups.items(), key=lambda group: group[0]):
         above = holds == PROMPT_ALONE
         at = max(alike, key=lambda row: row["kl"]["high"]) if above else min(alike, key=lambda row: row["kl"]["low"])
         spot = mebibytes(at), max(at["kl"]["high" if above else "low"], LEAST_KL)

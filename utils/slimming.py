@@ -59,8 +59,8 @@ class Slimming:
 
     @cached_property
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all candidates; with a prefix in a copy, which the kernels do not need."""
-        own = self._source["keys"], self._source["values"]
+        """Keys and values of all candidates, which the kernels do not need: in a copy with a prefix, or of 8 bits."""
+        own = self.slots.decoded(self._source)
         if self.prefix is None:
             return own
         return tuple(followed_by(*pair) for pair in zip(self.prefix[:2], own, strict=True))
@@ -108,8 +108,11 @@ class Slimming:
 
     def moved(self, states: bool = True) -> dict[str, torch.Tensor]:
         """What moves with a token but its position, by name; without `states`, neither do its key and value."""
-        rest = {name: of for name, of in self._source.items() if name not in ("keys", "values", "positions")}
-        return ({"keys": self.keys, "values": self.values} if states else {}) | rest
+        left_out = ("positions",) if states else (*self.slots.states, "positions")
+        moved = {name: of for name, of in self._source.items() if name not in left_out}
+        if states and self.prefix is not None:
+            moved |= {"keys": self.keys, "values": self.values}
+        return moved
 
 
 class TorchSlimmer:

@@ -25,6 +25,9 @@ class Slots:
         ranked: those of "mass", "count" and "norms" that slots are ranked by.
     """
 
+    pairs = (("keys", "values"),)  # the tensors that hold keys, and values
+    plain = True  # whether keys and values are [B, Hkv, capacity, D] in the model's dtype
+    scales: tuple[torch.Tensor, ...] = ()  # of keys and of values, if these are quantised
     offsets: torch.Tensor | None = None  # where each head begins, if heads have capacities of their own
     capacities: tuple[int, ...] = ()  # and these
 
@@ -41,6 +44,7 @@ class Slots:
     def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
         """Everything but positions. Keys come first: a window far beyond memory fails at once."""
         self.device, self.ranked = key_states.device, ranked
+        self.dtypes = key_states.dtype, value_states.dtype
         self.keys = key_states.new_zeros(*slots, key_states.shape[-1])
         self.values = value_states.new_zeros(*slots, value_states.shape[-1])
         self.mass = torch.zeros(slots, dtype=torch.float32, device=self.device)
@@ -49,15 +53,18 @@ class Slots:
 
     def empty_like(self, batch_size: int) -> Slots:
         """New empty slots of the same kind for `batch_size` rows."""
-        return Slots(*self._states(batch_size), self.capacity, self.ranked)
+        return type(self)(*self.no_states(batch_size), self.capacities or self.capacity, self.ranked)
 
-    def _states(self, batch_size: int) -> list[torch.Tensor]:
-        """No keys and values, of the slots' shapes and dtypes: [batch_size, Hkv, 0, D]."""
-        return [of.new_empty(batch_size, self.heads, 0, of.shape[-1]) for of in (self.keys, self.values)]
+    def no_states(self, batch_size: int) -> list[torch.Tensor]:
+        """No keys and values, of the shapes and dtypes that the model has: [batch_size, Hkv, 0, D]."""
+        return [
+            of.new_empty(batch_size, self.heads, 0, of.shape[-1], dtype=dtype)
+            for of, dtype in zip((self.keys, self.values), self.dtypes, strict=True)
+        ]
 
     def suit(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether states match the dtypes, device, heads and head_dims of these slots."""
-        pairs = zip(self._states(1), (key_states, value_states), strict=True)
+        pairs = zip(self.no_states(1), (key_states, value_states), strict=True)
         return all(
             (mine.dtype, mine.device, mine.shape[1], mine.shape[3])
             == (states.dtype, states.device, states.shape[1], states.shape[3])
@@ -65,14 +72,23 @@ class Slots:
         )
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """The names in `pairs`."""
+        return tuple(name for pair in self.pairs for name in pair)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all slots, filled or not."""
-        tensors = (self.keys, self.values, self.positions, self.mass, self.count, self.norms)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self._cleared(), self.positions))
+
+    def _cleared(self) -> list[torch.Tensor]:
+        """All tensors but positions: zero where nothing has been stored."""
+        held = (getattr(self, name) for name in (*self.states, "mass", "count", "norms"))
+        return [tensor for tensor in held if tensor is not None]
 
     def stored(self) -> dict[str, torch.Tensor]:
         """What moves with a token, by name, as it is stored; mass, count and norms only if slots are ranked by them."""
-        return {name: getattr(self, name) for name in ("keys", "values", "positions", *self.ranked)}
+        return {name: getattr(self, name) for name in (*self.states, "positions", *self.ranked)}
 
     def load(self, name: str) -> torch.Tensor:
         """A tensor as [B, Hkv, capacity(, D)]: itself, which `store` then need not write."""
@@ -89,13 +105,17 @@ class Slots:
 
     def read(self, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `width` slots, or of all: [B, Hkv, width, D], views where heads are alike."""
-        keys, values = self.load("keys"), self.load("values")
-        return (keys, values) if width is None else (keys[:, :, :width], values[:, :, :width])
+        return self.decoded({name: self.load(name)[:, :, :width] for name in self.states})
+
+    def decoded(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in the model's dtype, of those that slots hold or a block, by name."""
+        return stored["keys"], stored["values"]
 
     @torch.no_grad()
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
         """Write a decode step's keys and values [B, Hkv, 1, D] behind each row that brings a token."""
-        for slots, new in self._appended(key_states, value_states):
+        for name, new in self._appended(key_states, value_states).items():
+            slots = getattr(self, name)
             if step.partial:
                 bring = [b for b, n in enumerate(step.new) if n]
                 rows = torch.tensor(bring, dtype=torch.long, device=slots.device)
@@ -106,11 +126,15 @@ class Slots:
                 at = step.starts(slots.device)
                 slots[torch.arange(len(at), device=slots.device), :, at] = new[:, :, 0]
 
-    def _appended(self, key_states, value_states) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Stored tensors, and what a token brings to each."""
+    def _appended(self, key_states, value_states) -> dict[str, torch.Tensor]:
+        """What a token brings to each stored tensor, by name."""
         keys, values = self._cast(key_states, value_states)
-        pairs = [(self.keys, keys), (self.values, values)]
-        return pairs if self.norms is None else [*pairs, (self.norms, norms_of(values))]
+        norms = {} if self.norms is None else {"norms": norms_of(values)}
+        return self._encoded({"keys": keys, "values": values} | norms)
+
+    def _encoded(self, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of tokens, by name, in the form in which they are stored."""
+        return tokens
 
     def extended(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
@@ -125,15 +149,36 @@ class Slots:
         keys, values = self.read()
         return _join(keys, key_states, step), _join(values, value_states, step)
 
+    def block_of(
+        self,
+        extended: tuple[torch.Tensor, torch.Tensor],
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        step: Step,
+    ) -> dict[str, torch.Tensor]:
+        """What slimming moves of a forward of several tokens, by name: what `extended` has returned, and norms."""
+        block = {name: states.detach() for name, states in zip(("keys", "values"), extended, strict=True)}
+        if self.norms is not None:
+            block["norms"] = self._joined("norms", norms_of(self._cast(key_states, value_states)[1].detach()), step)
+        return block
+
+    def _joined(self, name: str, new: torch.Tensor, step: Step) -> torch.Tensor:
+        """Each row's filled slots of a tensor, as they are stored, followed by its new ones."""
+        if step.fresh:
+            return new
+        if new.ndim == 4:
+            return _join(self.load(name), new, step)
+        return _join(self.load(name)[..., None], new[..., None], step)[..., 0]
+
     def _cast(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States in the slots' dtypes, which autocast may have changed."""
-        return key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        """States in the dtypes that the slots were made for, which autocast may have changed."""
+        return tuple(states.to(dtype) for states, dtype in zip((key_states, value_states), self.dtypes, strict=True))
 
     # Slimming
 
     def fill(self, block: dict[str, torch.Tensor], plan: SlimmingPlan) -> None:
         """Write a block, [B, Hkv, n(, D)] by name, to the first n slots, but nothing past a row's end."""
-        for name, kept in block.items():
+        for name, kept in self._encoded(block).items():
             whole = self.load(name)
             slots = whole[:, :, : kept.shape[2]]
             if plan.ragged:
@@ -182,6 +227,20 @@ class Slots:
         torch.where(plan.masks.filled, positions, plan.masks.upcoming, out=positions)
         self.store("positions", positions)
 
+    # For kernels that move slots
+
+    @staticmethod
+    def vectors(name: str, of: torch.Tensor) -> torch.Tensor:
+        """A tensor of `states` with a last dimension, as keys and values have."""
+        return of if name in ("keys", "values") else of[..., None]
+
+    def empty_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where to write keys and values of a block for `overwrite`: here the slots themselves."""
+        return self.keys, self.values
+
+    def overwrite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store what was written to `empty_states`."""
+
     # Rows
 
     def reorder(self, order: torch.Tensor) -> None:
@@ -202,9 +261,8 @@ class Slots:
             slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
     def clear(self) -> None:
-        for slots in (self.keys, self.values, self.mass, self.count, self.norms):
-            if slots is not None:
-                slots.zero_()
+        for slots in self._cleared():
+            slots.zero_()
         positions = self.load("positions")
         positions.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
         self.store("positions", positions)
@@ -223,6 +281,8 @@ class HeadSlots(Slots):
         ranked: as in `Slots`.
     """
 
+    plain = False
+
     @torch.inference_mode(False)
     def __init__(self, key_states: torch.Tensor, value_states: torch.Tensor, capacities: list[int], ranked=()):
         device, self.capacities, self.capacity = key_states.device, tuple(capacities), max(capacities)
@@ -239,9 +299,6 @@ class HeadSlots(Slots):
         self._to_heads = (torch.tensor(begins[:-1])[:, None] + slot.minimum(last)).flatten().to(device)
         self.positions = positions.to(device).expand(batch, -1).contiguous()
 
-    def empty_like(self, batch_size: int) -> HeadSlots:
-        return HeadSlots(*self._states(batch_size), self.capacities, self.ranked)
-
     def load(self, name: str) -> torch.Tensor:
         slots = getattr(self, name)[:, self._to_heads]
         return slots.view(-1, 1, self.capacity, *slots.shape[2:])
@@ -255,8 +312,8 @@ class HeadSlots(Slots):
         begins = self.offsets[:-1].long().repeat(len(self.keys))
         row = torch.arange(len(self.keys), device=self.device).repeat_interleave(self.heads)
         at = row * self.positions.shape[1] + begins + step.starts(self.device)
-        for slots, new in self._appended(key_states, value_states):
-            buffer, new = slots.flatten(0, 1), new[:, 0, 0]
+        for name, new in self._appended(key_states, value_states).items():
+            buffer, new = getattr(self, name).flatten(0, 1), new[:, 0, 0]
             if step.partial:
                 bring = torch.tensor([r for r, n in enumerate(step.new) if n], dtype=torch.long, device=self.device)
                 buffer[at[bring]] = new[bring]

@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from h2optimizer.kernels.common import (
     LOG2_E,
     on_its_device,
+    online_softmax,
     online_softmax_update,
     overlaps,
     padded,
@@ -30,13 +31,35 @@ COMBINED = 2048  # logits that each program of the second kernel turns into mass
 
 
 @triton.jit
-def _rotate_head(head, target, offset, inside, cos, sin, HALF: tl.constexpr):
-    """RoPE on one head."""
+def _load_halves(head, offset, inside, HALF: tl.constexpr):
     low = tl.load(head + offset, mask=inside, other=0.0)
-    high = tl.load(head + HALF + offset, mask=inside, other=0.0)
-    turned_low, turned_high = rotated_halves(low, high, cos, sin)
-    tl.store(target + offset, turned_low, mask=inside)
-    tl.store(target + HALF + offset, turned_high, mask=inside)
+    return low, tl.load(head + HALF + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_halves(head, low, high, offset, inside, HALF: tl.constexpr):
+    tl.store(head + offset, low, mask=inside)
+    tl.store(head + HALF + offset, high, mask=inside)
+
+
+@triton.jit
+def _append_halves(slots, scales, at, slot, low, high, offset, inside, HALF: tl.constexpr, INT8: tl.constexpr):
+    """Store a key or value in its slot; as int8, with its scale, as `utils.int8_slots.quantize` does."""
+    if INT8:
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        scale = tl.div_rn(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0), 127.0)
+        scale += 0.0 * tl.sum(low + high, 0)  # a maximum passes over NaN
+        tl.store(scales + slot, scale)
+        divisor = tl.where(scale == 0.0, 1.0, scale)
+        low, high = _rounded(tl.div_rn(low, divisor)), _rounded(tl.div_rn(high, divisor))
+    _store_halves(slots + at, low, high, offset, inside, HALF)
+
+
+@triton.jit
+def _rounded(number):
+    """The nearest int8, of ties the even one: a sum this large has no bits for a fraction."""
+    number = (number + 12582912.0) - 12582912.0  # 1.5 * 2**23
+    return tl.minimum(tl.maximum(number, -127.0), 127.0).to(tl.int8)
 
 
 @triton.jit
@@ -56,11 +79,11 @@ def _find_head(lengths, offsets, b, h, stride_lb, stride_lh, stride_b, stride_h,
 
 
 @triton.jit
-def _append_kernel(query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, stride_qb, stride_qh,
-                   stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
-                   stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                   ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr,
-                   ROTATES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _append_kernel(query, key, value, cos, sin, rotated, keys, values, key_scales, value_scales, norms, lengths,
+                   offsets, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_lb, stride_lh,
+                   stride_b, stride_h, stride_n, stride_rope, slots, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                   D: tl.constexpr, BD: tl.constexpr, ROLLING: tl.constexpr, NORMS: tl.constexpr, RAGGED: tl.constexpr,
+                   ROTATES: tl.constexpr, INT8: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One row's KV head: its query heads are rotated, its key (rotated, but for ROLLING) and value appended."""
     if OVERLAP:
         gdc_launch_dependents()
@@ -80,21 +103,20 @@ def _append_kernel(query, key, value, cos, sin, rotated, keys, values, norms, le
     else:
         c, s = tl.full([BD // 2], 1.0, tl.float32), tl.zeros([BD // 2], tl.float32)
     for head in range(h * GROUP, (h + 1) * GROUP):
-        of_head = query + b * stride_qb + head * stride_qh
-        _rotate_head(of_head, rotated + (b * HEADS * GROUP + head) * D, offset, inside, c, s, D // 2)
-    key += b * stride_kb + h * stride_kh
-    value += b * stride_vb + h * stride_vh
+        low, high = _load_halves(query + b * stride_qb + head * stride_qh, offset, inside, D // 2)
+        low, high = rotated_halves(low, high, c, s)
+        _store_halves(rotated + (b * HEADS * GROUP + head) * D, low, high, offset, inside, D // 2)
     at += slot * stride_n
-    whole = tl.arange(0, BD)
-    if ROLLING:
-        tl.store(keys + at + whole, tl.load(key + whole, mask=whole < D), mask=whole < D)
-    else:
-        _rotate_head(key, keys + at, offset, inside, c, s, D // 2)
-    v = tl.load(value + whole, mask=whole < D, other=0.0)
-    tl.store(values + at + whole, v, mask=whole < D)
+    first += slot
+    low, high = _load_halves(key + b * stride_kb + h * stride_kh, offset, inside, D // 2)
+    if not ROLLING:
+        low, high = rotated_halves(low, high, c, s)
+    _append_halves(keys, key_scales, at, first, low, high, offset, inside, D // 2, INT8)
+    low, high = _load_halves(value + b * stride_vb + h * stride_vh, offset, inside, D // 2)
+    _append_halves(values, value_scales, at, first, low, high, offset, inside, D // 2, INT8)
     if NORMS:
-        v = v.to(tl.float32)
-        tl.store(norms + first + slot, tl.sqrt(tl.sum(v * v)))
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        tl.store(norms + first, tl.sqrt(tl.sum(low * low + high * high)))
 
 
 @triton.jit
@@ -104,16 +126,46 @@ def _load_rows(states, stride, slot, end, offset_d, width: tl.constexpr):
 
 
 @triton.jit
+def _pairs(words, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """The low and high bytes of int16 [BN, n], two int8 each, as tiles of their own.
+
+    A tile of words reaches the tensor cores like one of half precision; no instruction transposes bytes.
+    """
+    if PACKED:  # two words a register, to bfloat16: 128 + the low 7 bits, minus 128, or 256 where the sign bit is set
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 high, number, sign, minus;
+            mov.b32 minus, 0xbf80bf80;
+            lop3.b32 number, $2, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, sign, minus, number;
+            shr.u32 high, $2, 8;
+            lop3.b32 number, high, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 sign, high, 0x00800080, 0x43004300, 0xea;
+            fma.rn.bf16x2 $1, sign, minus, number;
+            }
+            """,
+            "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return ((words << 8) >> 8).to(dtype), (words >> 8).to(dtype)
+
+
+@triton.jit
 def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end, D: tl.constexpr, BH: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
-    """q·k [heads, BN] in float32, with keys rotated here by slot index, both halves of a head at once."""
+    """q·k [heads, BN] in float32, with keys rotated here by slot index, both halves of a head at once.
+
+    Keys in 8 bits are rotated without their scales.
+    """
     half = tl.arange(0, BH)
     low = _load_rows(key, stride, slot, end, half, D // 2)
     high = _load_rows(key + D // 2, stride, slot, end, half, D // 2)
     c = _load_rows(cos, stride_rope, slot, end, half, D // 2).to(tl.float32)
     s = _load_rows(sin, stride_rope, slot, end, half, D // 2).to(tl.float32)
-    turned_low = (low.to(tl.float32) * c - high.to(tl.float32) * s).to(low.dtype)
-    turned_high = (high.to(tl.float32) * c + low.to(tl.float32) * s).to(low.dtype)
+    dtype = query.dtype.element_ty
+    turned_low = (low.to(tl.float32) * c - high.to(tl.float32) * s).to(dtype)
+    turned_high = (high.to(tl.float32) * c + low.to(tl.float32) * s).to(dtype)
     inside = inside[:, None] & (half < D // 2)[None, :]
     q_low = tl.load(query[:, None] + half[None, :], mask=inside, other=0.0)
     q_high = tl.load(query[:, None] + D // 2 + half[None, :], mask=inside, other=0.0)
@@ -143,14 +195,18 @@ def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COU
 
 
 @triton.jit
-def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, logits, sums, partial, offsets, shares,
-                   stride_qb, stride_qh, stride_lb, stride_lh, stride_b, stride_h, stride_n, stride_rope, batch, slots,
-                   scale_log2, decay, HEADS: tl.constexpr, GROUP: tl.constexpr, COUNTED: tl.constexpr, D: tl.constexpr,
-                   BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-                   TILES: tl.constexpr, MORE_TILES: tl.constexpr, MASS: tl.constexpr, COUNT: tl.constexpr,
-                   ROPE: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, sin, output, mass, count, logits, sums,
+                   partial, offsets, shares, stride_qb, stride_qh, stride_lb, stride_lh, stride_b, stride_h, stride_n,
+                   stride_rope, batch, slots, scale_log2, decay, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                   COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+                   BN: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, MORE_TILES: tl.constexpr,
+                   MASS: tl.constexpr, COUNT: tl.constexpr, ROPE: tl.constexpr, RAGGED: tl.constexpr,
+                   INT8: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                    OVERLAP: tl.constexpr):  # fmt: skip
-    """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names."""
+    """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names.
+
+    With INT8, keys and values come as int16, two numbers each, with strides to match; keys to be rotated come as int8.
+    """
     if OVERLAP:
         gdc_launch_dependents()  # the next kernel may take its place and wait there
         gdc_wait()
@@ -171,19 +227,32 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
     begin = share * per_share
     end = tl.minimum(length, begin + per_share)
 
-    offset_g, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BN)
+    EACH: tl.constexpr = 2 if INT8 else 1  # numbers of an element of keys and values
+    offset_g, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD // EACH), tl.arange(0, BN)
     real = offset_g < GROUP
+    inside = real[:, None] & (EACH * offset_d < D)[None, :]
     query += b.to(tl.int64) * stride_qb + (h * GROUP + offset_g) * stride_qh
-    q = tl.load(query[:, None] + offset_d[None, :], mask=real[:, None] & (offset_d < D)[None, :], other=0.0)
-    key += at
+    at_query = query[:, None] + EACH * offset_d[None, :]
+    q = tl.load(at_query, mask=inside, other=0.0)
+    at_key, stride_key = at, stride_n
+    if INT8:
+        if ROPE:  # whose keys come as single numbers
+            at_key, stride_key = 2 * at, 2 * stride_n
+        q_odd = tl.load(at_query + 1, mask=inside, other=0.0)
+    key += at_key
     value += at
+    if INT8:
+        key_scales += first
+        value_scales += first
     mass += first
     count += first
     at_logits = logits + (first * GROUP + offset_g.to(tl.int64) * slots)[:, None]
 
     top = tl.full([GP], -float("inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, BD], tl.float32)
+    acc = tl.zeros([GP, BD // EACH], tl.float32)
+    if INT8:
+        acc_odd = acc
     if TILES > 0:
         kept = tl.full([TILES, G, BN], -float("inf"), tl.float32)
     if MORE_TILES > 0:
@@ -191,12 +260,29 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
     for i in range(begin, end, BN):
         slot = i + offset_n
         if ROPE:
-            s = _rotated_logits(query, real, key, cos, sin, stride_n, stride_rope, slot, end, D, BD // 2, PRECISION)
+            s = _rotated_logits(query, real, key, cos, sin, stride_key, stride_rope, slot, end, D, BD // 2, PRECISION)
+        elif INT8:
+            even, odd = _pairs(_load_rows(key, stride_n, slot, end, offset_d, D // 2), q.dtype, PACKED)
+            s = tl.dot(q, tl.trans(even), input_precision=PRECISION)
+            s = tl.dot(q_odd, tl.trans(odd), s, input_precision=PRECISION)
         else:
             s = tl.dot(q, tl.trans(_load_rows(key, stride_n, slot, end, offset_d, D)), input_precision=PRECISION)
-        s = tl.where((slot < end)[None, :], s * scale_log2, -float("inf"))
-        v = _load_rows(value, stride_n, slot, end, offset_d, D)
-        top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION)
+        if INT8:
+            s *= (tl.load(key_scales + slot, mask=slot < end, other=0.0) * scale_log2)[None, :]
+        else:
+            s *= scale_log2
+        s = tl.where((slot < end)[None, :], s, -float("inf"))
+        if INT8:
+            top, total, p, shrink = online_softmax(s, top, total)
+            # 128 scales, taken back below: float16 has no room for a probability times a scale
+            p *= tl.load(value_scales + slot, mask=slot < end, other=0.0)[None, :] * 128.0
+            even, odd = _pairs(_load_rows(value, stride_n, slot, end, offset_d, D // 2), q.dtype, PACKED)
+            p = p.to(q.dtype)
+            acc = tl.dot(p, even, acc * shrink, input_precision=PRECISION)
+            acc_odd = tl.dot(p, odd, acc_odd * shrink, input_precision=PRECISION)
+        else:
+            v = _load_rows(value, stride_n, slot, end, offset_d, D)
+            top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION)
         if MASS and (RAGGED or TILES == 0):
             shown = real[:, None] & (slot < end)[None, :]
             if TILES > 0:
@@ -215,9 +301,11 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
     else:
         alone = SPLIT == 1 and finishes
     if alone:
-        inside = real[:, None] & (offset_d < D)[None, :]
-        at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + offset_d[None, :]
+        at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + EACH * offset_d[None, :]
         divisor = tl.where(total == 0.0, 1.0, total)  # a row without a token sees nothing: zero, not NaN
+        if INT8:
+            divisor *= 128.0
+            tl.store(at_output + 1, (acc_odd / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
         tl.store(at_output, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
         if TILES > 0:
             lse = tl.sum(tl.reshape(tl.where(real, top + tl.log2(total), 0.0), [GP // G, G]), 0)
@@ -230,7 +318,11 @@ def _decode_kernel(query, key, value, lengths, cos, sin, output, mass, count, lo
         of_group = part * GROUP + offset_g
         tl.store(sums + of_group * 2, top, mask=real)
         tl.store(sums + of_group * 2 + 1, total, mask=real)
-        tl.store(partial + of_group[:, None] * BD + offset_d[None, :], acc, mask=real[:, None])
+        at_partial = partial + of_group[:, None] * BD + EACH * offset_d[None, :]
+        if INT8:
+            acc *= 1.0 / 128.0
+            tl.store(at_partial + 1, acc_odd * (1.0 / 128.0), mask=real[:, None])
+        tl.store(at_partial, acc, mask=real[:, None])
 
 
 @triton.jit
@@ -305,6 +397,7 @@ def append(
     rolling: bool,
     norms: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Rotate a decode step's queries and keys, the same arithmetic as apply_rotary_pos_emb, and append to the slots.
 
@@ -313,11 +406,12 @@ def append(
         cos, sin: [1 or B, D] at the rows' positions, the same in both halves of D; with `rolling` [slots, D] by slot.
             None: nothing is rotated.
         keys, values: [B, Hkv, slots, D], or [B, slots of all heads, D] with `offsets`; same dtype and strides. Slot
-            lengths[b, h] - 1 of a head is written.
+            lengths[b, h] - 1 of a head is written. With `scales` they are int8.
         lengths: int32 [B] or [B, Hkv], the new slot included; 0 where a row has no token to append.
         rolling: append the keys unrotated, and rotate the queries by their slot.
         norms: float32, as keys without D: takes the L2 norm of the values.
         offsets: int32 [Hkv + 1], where each head's slots begin, if heads have capacities of their own.
+        scales: of keys and of values, float32, as these without D, contiguous, if they are quantised.
 
     Returns: the queries, rotated, [B, Hq, 1, D].
     """
@@ -331,10 +425,11 @@ def append(
     assert keys.stride() == values.stride()
     assert all(states.stride(-1) == 1 for states in (query, key, value, keys))
     _append_kernel[batch, heads](
-        query, key, value, cos, sin, rotated, keys, values, norms, lengths, offsets, *query.stride()[:2],
+        query, key, value, cos, sin, rotated, keys, values, *(scales or (None, None)), norms, lengths, offsets,
+        *query.stride()[:2],
         *key.stride()[:2], *value.stride()[:2], *_of_heads(lengths), *_slot_strides(keys), stride_rope, keys.shape[-2],
         HEADS=heads, GROUP=q_heads // heads, D=dim, BD=2 * triton.next_power_of_2(dim // 2), ROLLING=rolling,
-        NORMS=norms is not None, RAGGED=ragged, ROTATES=cos is not None, OVERLAP=overlap,
+        NORMS=norms is not None, RAGGED=ragged, ROTATES=cos is not None, INT8=bool(scales), OVERLAP=overlap,
         num_warps=1 if dim <= 128 else 2,
         enable_fp_fusion=False,  # a product and a sum as one would round once where torch rounds twice
         **({"launch_pdl": True} if overlap else {}),
@@ -401,6 +496,7 @@ def decode_attention(
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     offsets: torch.Tensor | None = None,
     capacities: tuple[int, ...] = (),
+    scales: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Softmax attention of one query per row over the row's slots; adds to the slots' mass in place.
 
@@ -418,6 +514,7 @@ def decode_attention(
         rope: cos and sin [longest row or more, D] by slot index, the same in both halves of D, to rotate the keys with.
         offsets, capacities: where the slots of each KV head begin, int32 [Hkv + 1], and how many they are, if heads
             have capacities of their own.
+        scales: of keys and of values, float32, as these without D, contiguous, if they are int8.
 
     Returns: [B, Hq, 1, D]. Where two kernels are needed, what passes between them is allocated at each call.
     """
@@ -426,7 +523,7 @@ def decode_attention(
     heads = len(capacities) if ragged else keys.shape[1]
     slots = keys.shape[-2]  # of a head, or of all heads of a row
     group = q_heads // heads
-    width = padded(dim) if rope is None else 2 * padded(dim // 2)
+    width = padded(dim) if rope is None and not scales else 2 * padded(dim // 2)
     group_width, programs = triton.next_power_of_2(group), batch * heads
     block = max(16, COMBINED // group_width)
     halves = query.element_size() == 2
@@ -441,7 +538,8 @@ def decode_attention(
     of_a_thread = triton.cdiv(longest * group_width, 32 * 4)  # logits, when four warps keep them
     keeping = (ragged or split == 1) and mass is not None and of_a_thread <= MOST_KEPT and halves
     alone = len(plan.blocks) == 0 if ragged else split == 1 and (mass is None or keeping)
-    small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps: more programs at once
+    # two warps: more programs at once; but tiles of 8 bits are converted, for which four hide more
+    small = keeping and 2 * of_a_thread <= MOST_KEPT and not scales
     tile = 32 if small or rope is not None else 64  # tiles of cosines and sines take shared memory too
     tile = max(16, min(tile, 16384 // (width * query.element_size())))
     tiles = triton.cdiv(longest, tile)
@@ -461,15 +559,18 @@ def decode_attention(
             logits = torch.empty(mass.numel() * group, dtype=torch.float32, device=query.device)
     added = (output if mass is None else mass, output if count is None else count)
     cos, sin = (output, output) if rope is None else rope
+    if scales:
+        keys, values = keys if rope is not None else keys.view(torch.int16), values.view(torch.int16)
     shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=width,
                  G=group_width, SPLIT=split, COUNT=count is not None, RAGGED=ragged)  # fmt: skip
     _decode_kernel[(batch * lines,) if ragged else (programs, split)](
-        query, keys, values, lengths, cos, sin, output, *added, logits, sums, partial, offsets,
-        plan.shares if ragged else None, query.stride(0), query.stride(1), *_of_heads(lengths), *_slot_strides(keys),
+        query, keys, values, *(scales or (None, None)), lengths, cos, sin, output, *added, logits, sums, partial,
+        offsets, plan.shares if ragged else None, *query.stride()[:2], *_of_heads(lengths), *_slot_strides(values),
         cos.stride(0), batch, slots, scaling * LOG2_E.value, float(decay),
         **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, PRECISION=precision(query.dtype),
-        OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3, **({"launch_pdl": True} if overlap else {}),
+        ROPE=rope is not None, INT8=bool(scales), PACKED=query.is_cuda and query.dtype == torch.bfloat16,
+        PRECISION=precision(query.dtype), OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     if not alone:
         blocks = group + (triton.cdiv(slots, block) if mass is not None else 0)
@@ -497,6 +598,8 @@ def run_decode_step(
     decay: float,
     first_head: bool,
     rolling: bool,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`append`, then `decode_attention`, on what the projections give.
 
@@ -505,6 +608,7 @@ def run_decode_step(
         cos, sin: [1 or B, 1, D] at the rows' positions, or [1, slots, D] when rolling; None for a layer without RoPE.
         mass, count: added to where they are given.
         norms: written where they are given.
+        key_scales, value_scales: written and read where they are given; keys and values are then int8.
         lengths: [B, Hkv].
         The others are those of the two.
 
@@ -518,18 +622,21 @@ def run_decode_step(
     query, key, value = (states.view(batch, 1, -1, dim).transpose(1, 2) for states in projected)
     if cos is not None:
         cos, sin = (table[0] if rolling else table[:, 0] for table in (cos, sin))
-    rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling, norms, offsets)
+    scales = () if key_scales is None else (key_scales, value_scales)
+    rotated = append(query, key, value, cos, sin, keys, values, lengths, rolling, norms, offsets, scales)
     added = {} if mass is None else dict(mass=mass, count=count, decay=decay)
     output = decode_attention(
         rotated, keys, values, lengths, scaling, rope=(cos, sin) if rolling else None, first_head=first_head,
-        offsets=offsets, capacities=tuple(capacities), **added,
+        offsets=offsets, capacities=tuple(capacities), scales=scales, **added,
     )  # fmt: skip
     return output.view(batch, 1, -1)
 
 
 # the same as one operator, which torch.compile takes as it is
 decode_step = torch.library.custom_op(
-    "h2optimizer::decode_step", run_decode_step, mutates_args=("keys", "values", "mass", "count", "norms")
+    "h2optimizer::decode_step",
+    run_decode_step,
+    mutates_args=("keys", "values", "mass", "count", "norms", "key_scales", "value_scales"),
 )
 
 
