@@ -222,14 +222,11 @@ def load_model(
 
     Raises: InputError if it cannot be loaded.
     """
-    on_gpu = device.type == "cuda"
+    folder = name
     try:
         config, (folder, of_gguf) = load_config(name), located(name)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **of_gguf)
-        kwargs = {
-            "dtype": getattr(torch, dtype) if dtype != "auto" else _own_dtype(of_gguf) if on_gpu else torch.float32,
-            **(options or {}),
-        }
+        kwargs = {"dtype": _dtype(dtype, device, name)} | (options or {})
         if h2o is None:
             whole = {
                 "output_loading_info": True,
@@ -244,7 +241,8 @@ def load_model(
     except InputError:
         raise
     except CheckpointError as error:
-        raise InputError(f"--model-name {name}: {str(error).removeprefix(f'{name}: ')}") from None
+        reason = str(error).removeprefix(f"{folder}: ")
+        raise InputError(f"--model-name {name}: {reason}") from None
     except torch.OutOfMemoryError:
         raise too_large(name, device) from None
     except Exception as error:  # a damaged checkpoint can fail in any of four libraries
@@ -273,9 +271,13 @@ def load_model(
         raise too_large(name, device) from None
 
 
-def _own_dtype(of_gguf: dict) -> torch.dtype | str:
-    """The dtype of a checkpoint's weights. Those of a GGUF file have many, and transformers would take float32."""
-    return torch.bfloat16 if of_gguf else "auto"
+def _dtype(choice: str, device: torch.device, name: str) -> torch.dtype | str:
+    """from_pretrained's dtype for a value of --dtype."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if is_gguf(name) else "auto"  # transformers would unpack GGUF files to float32
 
 
 def too_large(name: str, device: torch.device) -> InputError:
