@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -56,11 +56,11 @@ from h2optimizer.summarizing import (
     tokenize,
     warn_of_long_prompts,
 )
-from utils.cli import InputError, OneLineParser, count, count_or_auto, output_file, seed
-from utils.processes import Processes
-from utils.requests import Request, read_requests, unheeded
-from utils.results import JsonlFile, ResultsFile, fingerprint, part_path
-from utils.rouge import ROUGE_TYPES
+from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_auto, output_file, seed
+from h2optimizer.utils.processes import Processes
+from h2optimizer.utils.requests import Request, read_requests, unheeded
+from h2optimizer.utils.results import JsonlFile, ResultsFile, fingerprint, part_path
+from h2optimizer.utils.rouge import ROUGE_TYPES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import rotate_half
 
-from utils.cache import HHLayer, kernels_take
-from utils.prefix import followed_by
-from utils.step import Step
+from h2optimizer.utils.cache import HHLayer, kernels_take
+from h2optimizer.utils.prefix import followed_by
+from h2optimizer.utils.step import Step
 
 BLOCK_BYTES = 512 * 2**20  # float32 logits that the sdpa backend holds at once on a GPU
 CACHE_BYTES = 2 * 2**20  # the same for each thread of a CPU: about its share of the caches

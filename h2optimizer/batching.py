@@ -17,8 +17,8 @@ from h2optimizer.decoder import CHUNK, Choose, token_logprobs
 from h2optimizer.decoding import decoding_of
 from h2optimizer.sampling import RowSampler, choose_greedily
 from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
-from utils.cache import CACHE_ARGUMENT
-from utils.costs import head_dim
+from h2optimizer.utils.cache import CACHE_ARGUMENT
+from h2optimizer.utils.costs import head_dim
 
 
 @dataclass

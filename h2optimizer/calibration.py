@@ -25,12 +25,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from h2optimizer.attention import scaled_logits
 from h2optimizer.llama import H2OConfig
 from h2optimizer.sampling import choose_greedily
-from utils.budgets import UNIT, Windows
-from utils.cache import CACHE_ARGUMENT, HHCache
-from utils.heads import HeadWindows
-from utils.memory import halving
-from utils.slimming import select_slots
-from utils.step import Rows, Step
+from h2optimizer.utils.budgets import UNIT, Windows
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.heads import HeadWindows
+from h2optimizer.utils.memory import halving
+from h2optimizer.utils.slimming import select_slots
+from h2optimizer.utils.step import Rows, Step
 
 ATTENTION_BYTES = 2**31  # float32 logits of attention that variants hold at once on a GPU, a 16th of it on a CPU
 VOCABULARY_LOGITS = 2**25  # numbers in logits of the vocabulary at once
@@ -38,7 +38,7 @@ VOCABULARY_LOGITS = 2**25  # numbers in logits of the vocabulary at once
 
 @dataclass(frozen=True)
 class TextLayer:
-    """One layer's slots after a prompt and the text that follows it, n tokens: `utils.policies.Candidates`.
+    """One layer's slots after a prompt and the text that follows it, n tokens: `h2optimizer.utils.policies.Candidates`.
 
     keys and values are views [1, Hkv, n, D] of the cache's; mass and count are of the prompt's queries alone.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 
 class Columns:

@@ -11,8 +11,8 @@ import torch
 
 from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 from h2optimizer.weights import plain_tensors
-from utils.cache import CACHE_ARGUMENT, HHCache
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
 

@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicLayer
 from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
 from h2optimizer.prefixes import Prefix, can_share, least_own_tokens
 from h2optimizer.sampling import choose_greedily
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 from h2optimizer.weights import sliding_window
-from utils.cache import CACHE_ARGUMENT, HHCache
 
 PREFILL_TOKENS = 16384  # most columns of prompts prefilled at once into a bounded cache, or of one chunk of them
 PREFILL_KEYS = 8 * PREFILL_TOKENS  # most keys of such a prefill, those of a shared prefix counted for each prompt

@@ -14,9 +14,9 @@ from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import QUANTIZERS, plans_of_model
 from h2optimizer.settings import SavedSettings, SettingsError
-from utils.cli import InputError, count_or_all, number_or_share, seed
-from utils.policies import POLICIES, named_policies
-from utils.processes import Processes
+from h2optimizer.utils.cli import InputError, count_or_all, number_or_share, seed
+from h2optimizer.utils.policies import POLICIES, named_policies
+from h2optimizer.utils.processes import Processes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 DEMO_REQUESTS, DEMO_MODEL = DATA / "summarization/demo.jsonl", DATA / "demo_model"  # bundled

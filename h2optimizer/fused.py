@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from h2optimizer import attention, float8, shards
 from h2optimizer.backends import has_kernels
-from utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache, kernels_take
+from h2optimizer.utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache, kernels_take
 
 MOST_ROWS = 8  # with more, products are no longer bound by reading the weight alone
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own

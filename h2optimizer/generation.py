@@ -22,7 +22,7 @@ from h2optimizer.backends import has_kernels
 from h2optimizer.decoder import CHUNK, Decoder, is_replayable
 from h2optimizer.prefixes import Prefix, prefix_first
 from h2optimizer.sampling import choose_greedily
-from utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 
 KEPT_CACHES = 8  # caches that a model's `generate` keeps, with their graphs, for later requests of the same size
 KEPT_BYTES = 8 * 2**30  # most bytes of all kept caches but the latest

@@ -15,7 +15,7 @@ import torch
 from h2optimizer.decoding import decoding_of
 from h2optimizer.fidelity import ForcedDecode, Prefill
 from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
-from utils.memory import halving
+from h2optimizer.utils.memory import halving
 
 SHARING = 16  # rows for continuations of one context, whatever the batch size: they share its prefill
 

@@ -14,10 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from h2optimizer.backends import ATTENTION_BACKENDS
 from h2optimizer.fused import FusedDecoderLayer, FusedMLP, FusedRMSNorm
 from h2optimizer.modeling import H2OAttention, H2OForCausalLM
-from utils.budgets import HeadBudgets
-from utils.heads import HeadWindows, as_share, check_table
-from utils.policies import POLICIES, RECENT_ONLY, Policy
-from utils.schedule import Schedule
+from h2optimizer.utils.budgets import HeadBudgets
+from h2optimizer.utils.heads import HeadWindows, as_share, check_table
+from h2optimizer.utils.policies import POLICIES, RECENT_ONLY, Policy
+from h2optimizer.utils.schedule import Schedule
 
 
 @dataclass(frozen=True)

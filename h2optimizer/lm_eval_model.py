@@ -23,8 +23,8 @@ from h2optimizer.loading import must_know
 from h2optimizer.prefixes import prefix_first
 from h2optimizer.sharing import common_beginning, most_snapshot_bytes, snapshot_bytes
 from h2optimizer.texts import Stops
-from utils.cache import CACHE_ARGUMENT
-from utils.cli import InputError
+from h2optimizer.utils.cache import CACHE_ARGUMENT
+from h2optimizer.utils.cli import InputError
 
 
 class CacheLM(HFLM):

@@ -27,6 +27,10 @@ from h2optimizer import float8
 from h2optimizer.families import H2OModelForCausalLM, family_of
 from h2optimizer.gguf_files import config_of_file, is_gguf, located
 from h2optimizer.llama import H2OConfig
+from h2optimizer.utils.budgets import HeadBudgets
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.processes import Processes
+from h2optimizer.utils.results import checkpoint_fingerprint
 from h2optimizer.weights import (
     CheckpointError,
     forget_file,
@@ -36,10 +40,6 @@ from h2optimizer.weights import (
     refuse_short_sliding_window,
     unpacking,
 )
-from utils.budgets import HeadBudgets
-from utils.cli import InputError
-from utils.processes import Processes
-from utils.results import checkpoint_fingerprint
 
 # library-format
 QUANTIZERS = ("torchao-float8", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")

@@ -19,9 +19,9 @@ from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.prefixes import Prefix, prefill_prefix
 from h2optimizer.settings import SavedSettings, save_settings
 from h2optimizer.slimming import slimmer_of
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.step import to_rows
 from h2optimizer.weights import FINDING, ChecksItsWeights, refuse_short_sliding_window
-from utils.cache import CACHE_ARGUMENT, HHCache
-from utils.step import to_rows
 
 
 class H2OAttention:

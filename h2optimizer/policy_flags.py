@@ -8,7 +8,7 @@ import torch
 
 from h2optimizer.flags import add_cache_flags, attention_backend, h2o_config, plans_in
 from h2optimizer.llama import H2OConfig
-from utils.cli import InputError, OneLineParser
+from h2optimizer.utils.cli import InputError, OneLineParser
 
 
 def policy_config(policy: str, device: torch.device, given: argparse.Namespace) -> H2OConfig:

@@ -10,8 +10,8 @@ import weakref
 
 import torch
 
-from utils.cache import HHCache
-from utils.prefix import LayerPrefix, Prefix, fault_of, least_own_tokens
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.prefix import LayerPrefix, Prefix, fault_of, least_own_tokens
 
 __all__ = ["Prefix", "can_share", "least_own_tokens", "prefill_prefix", "prefix_first"]
 

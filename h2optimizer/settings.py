@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
-from utils.requests import LONGEST_LINE, json_object
-from utils.results import SETTINGS, replace_file, to_json
+from h2optimizer.utils.requests import LONGEST_LINE, json_object
+from h2optimizer.utils.results import SETTINGS, replace_file, to_json
 
 
 def save_settings(h2o, folder: str | Path) -> None:

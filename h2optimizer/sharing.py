@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 
 from h2optimizer.decoding import BoundedDecoding, FullDecoding
-from utils.costs import head_dim
-from utils.memory import total_memory
-from utils.prefix_tree import PrefixTree
+from h2optimizer.utils.costs import head_dim
+from h2optimizer.utils.memory import total_memory
+from h2optimizer.utils.prefix_tree import PrefixTree
 
 LEAST_TOKENS = 16  # of a beginning, beyond those of the one that it is computed from
 # Tokens that a beginning must save. It adds two forwards: its own, and that of the prompts that continue from it, which

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from h2optimizer.backends import KERNEL_BACKENDS
-from utils.policies import random_salt
-from utils.slimming import Slimming, TorchSlimmer
-from utils.slots import gather
+from h2optimizer.utils.policies import random_salt
+from h2optimizer.utils.slimming import Slimming, TorchSlimmer
+from h2optimizer.utils.slots import gather
 
 
 def slimmer_of(backend: str) -> TorchSlimmer:

@@ -18,12 +18,12 @@ from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import device_name, eos_tokens, must_know, render_chat, unusable
 from h2optimizer.sharing import deal, most_snapshot_bytes, snapshot_bytes
 from h2optimizer.texts import Stops, one_bos
-from utils import cli
-from utils.cli import InputError
-from utils.memory import half, halving, peak_memory
-from utils.processes import Processes
-from utils.requests import Request
-from utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
+from h2optimizer.utils import cli
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.memory import half, halving, peak_memory
+from h2optimizer.utils.processes import Processes
+from h2optimizer.utils.requests import Request
+from h2optimizer.utils.rouge import ROUGE_TYPES, Rouge, mean_with_interval
 
 
 @dataclass

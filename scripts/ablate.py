@@ -34,7 +34,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -66,16 +66,16 @@ from h2optimizer.loading import (
 )
 from h2optimizer.sharing import SharedPrefixes, most_snapshot_bytes
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
-from utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
-from utils.ablation_report import FEW
-from utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_model
-from utils.budgets import own_texts
-from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
-from utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
-from utils.policies import STREAMING_LLM
-from utils.requests import read_requests, read_text, unheeded
-from utils.results import JsonlFile, fingerprint
-from utils.rouge import ROUGE_TYPES
+from h2optimizer.utils.ablation import FULL, check_cell, figures, pack, policy_name, signed, with_range
+from h2optimizer.utils.ablation_report import FEW
+from h2optimizer.utils.bench import prefill_and_step_ms, prefill_and_whole_ms, print_table, stock_model
+from h2optimizer.utils.budgets import own_texts
+from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
+from h2optimizer.utils.memory import free_memory, halving, is_out_of_memory, peak_allocated
+from h2optimizer.utils.policies import STREAMING_LLM
+from h2optimizer.utils.requests import read_requests, read_text, unheeded
+from h2optimizer.utils.results import JsonlFile, fingerprint
+from h2optimizer.utils.rouge import ROUGE_TYPES
 
 DEFAULTS = dataclasses.asdict(H2OConfig())
 SCORING = ("score_every_step", "score_decay", "score_norm", "score_queries", "group_reduce")

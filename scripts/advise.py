@@ -32,7 +32,7 @@ from typing import NamedTuple
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -44,10 +44,10 @@ from h2optimizer import H2OConfig
 from h2optimizer.families import family_of
 from h2optimizer.flags import add_cache_flags, h2o_config, plans_in
 from h2optimizer.loading import load_config, plans_of_config, quiet_libraries
-from utils.bench import SHAPES, config_of, print_table
-from utils.budgets import HeadBudgets
-from utils.cli import InputError, OneLineParser, count, positive
-from utils.costs import held_weights, read_weights, row_held, row_read, weight_flops
+from h2optimizer.utils.bench import SHAPES, config_of, print_table
+from h2optimizer.utils.budgets import HeadBudgets
+from h2optimizer.utils.cli import InputError, OneLineParser, count, positive
+from h2optimizer.utils.costs import held_weights, read_weights, row_held, row_read, weight_flops
 
 
 class Card(NamedTuple):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from h2optimizer import H2OConfig, attention
 from h2optimizer.backends import resolve_backend
 from h2optimizer.slimming import slimmer_of
-from utils.bench import capture, device_us, host_us, measure_ceilings, print_table
-from utils.cache import HHCache
-from utils.cli import OneLineParser, count, sizes
-from utils.heads import HeadWindows
-from utils.results import to_json
-from utils.slots import gather
-from utils.step import Rows, Step
+from h2optimizer.utils.bench import capture, device_us, host_us, measure_ceilings, print_table
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.cli import OneLineParser, count, sizes
+from h2optimizer.utils.heads import HeadWindows
+from h2optimizer.utils.results import to_json
+from h2optimizer.utils.slots import gather
+from h2optimizer.utils.step import Rows, Step
 
 TURN_US = 2000.0  # least length of a turn
 LAST = 64  # queries of the score_queries case

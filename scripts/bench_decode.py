@@ -35,7 +35,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -49,7 +49,7 @@ from h2optimizer.backends import resolve_backend
 from h2optimizer.decoder import CHUNK, Decoder
 from h2optimizer.generation import KeptCaches
 from h2optimizer.sampling import choose_greedily
-from utils.bench import (
+from h2optimizer.utils.bench import (
     SHAPES,
     Spread,
     attempt,
@@ -62,11 +62,11 @@ from utils.bench import (
     print_table,
     synchronize,
 )
-from utils.cache import CACHE_ARGUMENT, HHCache
-from utils.cli import InputError, OneLineParser, count, counts, positive, sizes
-from utils.costs import floor_ms, head_dim, read_weights, row_held
-from utils.memory import allocated, free_memory, peak_allocated
-from utils.results import to_json
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.cli import InputError, OneLineParser, count, counts, positive, sizes
+from h2optimizer.utils.costs import floor_ms, head_dim, read_weights, row_held
+from h2optimizer.utils.memory import allocated, free_memory, peak_allocated
+from h2optimizer.utils.results import to_json
 
 BACKENDS = ("sdpa", "flash_attn")  # besides auto
 IN_PLACE, GROWING = "stock full cache, in place, eager", "stock DynamicCache, eager"

@@ -33,7 +33,7 @@ from typing import NamedTuple
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -45,7 +45,7 @@ from h2optimizer import H2OConfig, H2OModelForCausalLM, batching
 from h2optimizer.batching import Batcher, Clock, Sequence
 from h2optimizer.decoding import decoding_of
 from h2optimizer.loading import quantization
-from utils.bench import (
+from h2optimizer.utils.bench import (
     SHAPES,
     MatrixProducts,
     attempt,
@@ -57,10 +57,10 @@ from utils.bench import (
     print_table,
     synchronize,
 )
-from utils.cache import CACHE_ARGUMENT
-from utils.cli import OneLineParser, count, count_or_auto, count_or_zero, counts, counts_or_zeros
-from utils.memory import allocated, free_memory, peak_allocated
-from utils.results import to_json
+from h2optimizer.utils.cache import CACHE_ARGUMENT
+from h2optimizer.utils.cli import OneLineParser, count, count_or_auto, count_or_zero, counts, counts_or_zeros
+from h2optimizer.utils.memory import allocated, free_memory, peak_allocated
+from h2optimizer.utils.results import to_json
 
 SAMPLED_BATCHES = 4  # batches that the stock model runs
 SHORTEST = 16  # tokens of the shortest prompt in a soak, and of most prompts in a warm-up

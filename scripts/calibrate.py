@@ -30,7 +30,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -53,14 +53,14 @@ from h2optimizer.loading import (
 )
 from h2optimizer.summarizing import Prompt, tokenize, warn_of_long_prompts
 from h2optimizer.texts import Stops
+from h2optimizer.utils.bench import print_table
+from h2optimizer.utils.budgets import HASH, LEAST, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
+from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_zero, counts, output_file
+from h2optimizer.utils.figures import figure_file
+from h2optimizer.utils.policies import POLICIES, named_policies
+from h2optimizer.utils.requests import Request, read_requests
+from h2optimizer.utils.results import JsonlFile
 from h2optimizer.weights import sliding_window
-from utils.bench import print_table
-from utils.budgets import HASH, LEAST, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
-from utils.cli import InputError, OneLineParser, count, count_or_zero, counts, output_file
-from utils.figures import figure_file
-from utils.policies import POLICIES, named_policies
-from utils.requests import Request, read_requests
-from utils.results import JsonlFile
 
 LEAST_WIDTH = 16  # of the widths that are measured unasked
 FIELD_OF_SETTING = {

@@ -39,7 +39,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -63,18 +63,18 @@ from h2optimizer.loading import (
 )
 from h2optimizer.policy_flags import plans_of_policies, policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, decoding_order, tokenize, warn_of_long_prompts
-from utils.ablation import FULL
-from utils.ablation_report import FEW, with_interval
-from utils.bench import print_table, stock_model
-from utils.budgets import HeadBudgets, own_texts
-from utils.cli import InputError, OneLineParser, count, output_file
-from utils.figures import figure_file
-from utils.long_prompts import join_articles
-from utils.memory import halving, is_out_of_memory
-from utils.policy_figure import PROMPT_ALONE, PROMPT_AND_TEXT, lines_of, save_policies
-from utils.requests import Request, read_requests, unheeded
-from utils.results import ResultsFile, fingerprint
-from utils.rouge import ROUGE_TYPES, is_found, mean_with_interval
+from h2optimizer.utils.ablation import FULL
+from h2optimizer.utils.ablation_report import FEW, with_interval
+from h2optimizer.utils.bench import print_table, stock_model
+from h2optimizer.utils.budgets import HeadBudgets, own_texts
+from h2optimizer.utils.cli import InputError, OneLineParser, count, output_file
+from h2optimizer.utils.figures import figure_file
+from h2optimizer.utils.long_prompts import join_articles
+from h2optimizer.utils.memory import halving, is_out_of_memory
+from h2optimizer.utils.policy_figure import PROMPT_ALONE, PROMPT_AND_TEXT, lines_of, save_policies
+from h2optimizer.utils.requests import Request, read_requests, unheeded
+from h2optimizer.utils.results import ResultsFile, fingerprint
+from h2optimizer.utils.rouge import ROUGE_TYPES, is_found, mean_with_interval
 
 PRESSES = (
     "ObservedAttention", "ExpectedAttention", "AdaKV+ExpectedAttention", "TOVA", "SnapKV", "PyramidKV",

@@ -23,7 +23,7 @@ summarize "recent only" "${h2o[@]}" --update_interval 1 --num_heavy_hitter_token
 import json, sys
 from pathlib import Path
 
-from utils import cli
+from h2optimizer.utils import cli
 
 
 def table():

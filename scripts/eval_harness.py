@@ -26,7 +26,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -52,10 +52,10 @@ except ImportError as error:
 from h2optimizer import H2OConfig
 from h2optimizer.flags import add_cache_flags, add_model_flags, add_sharing_flag, attention_backend, h2o_config
 from h2optimizer.loading import device_name, load_model, quiet_libraries, select_device
-from utils.bench import print_table
-from utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
-from utils.memory import is_out_of_memory
-from utils.results import checkpoint_fingerprint, replace_file, to_json
+from h2optimizer.utils.bench import print_table
+from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_auto, count_or_zero, output_file
+from h2optimizer.utils.memory import is_out_of_memory
+from h2optimizer.utils.results import checkpoint_fingerprint, replace_file, to_json
 
 # HFLM's other arguments choose how it loads a model, which load_model does here.
 PROMPT_TOKENS = ("prompt_tokens_computed", "prompt_tokens_shared")

@@ -33,7 +33,7 @@ from pathlib import Path
 if Path(__file__).resolve().parents[1].joinpath("h2optimizer").is_dir():  # a clone; what is installed is found
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -42,7 +42,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from utils.cli import OneLineParser
+from h2optimizer.utils.cli import OneLineParser
 
 PRESSES = {  # by name: how it is made by kvpress, with its own defaults
     "ObservedAttention": lambda kvpress, cut: kvpress.ObservedAttentionPress(**cut),

@@ -21,13 +21,13 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
 
-from utils.cli import InputError, OneLineParser, count, output_file, seed
-from utils.results import replace_file
+from h2optimizer.utils.cli import InputError, OneLineParser, count, output_file, seed
+from h2optimizer.utils.results import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "###\nArticle: {article}\n\nSummarize the above article in 1 sentence.\n"

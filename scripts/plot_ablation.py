@@ -23,7 +23,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -39,12 +39,12 @@ except ImportError:  # `run` reports it
     style = None
 
 from h2optimizer import H2OConfig
-from utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
-from utils.ablation_report import FEW, report
-from utils.cli import InputError, OneLineParser, output_folder
-from utils.figures import METADATA, SMALL, STYLE, WIDTH, line_look, plural, put_title, wrap
-from utils.policy_figure import PROMPT_AND_TEXT, draw_policies
-from utils.results import replace_file
+from h2optimizer.utils.ablation import FULL, figures, held_shares, of_one_setup, read_cells
+from h2optimizer.utils.ablation_report import FEW, report
+from h2optimizer.utils.cli import InputError, OneLineParser, output_folder
+from h2optimizer.utils.figures import METADATA, SMALL, STYLE, WIDTH, line_look, plural, put_title, wrap
+from h2optimizer.utils.policy_figure import PROMPT_AND_TEXT, draw_policies
+from h2optimizer.utils.results import replace_file
 
 HEAVY_RGB, RECENT_RGB = np.array([0.02, 0.12, 0.30]), np.array([0.96, 0.72, 0.36])
 RECENT_LOOK = {"facecolor": "none", "edgecolor": "#6B3E00", "hatch": "////", "linewidth": 0.8}  # hatched over its RGB
@@ -58,7 +58,7 @@ MOST_RETENTIONS = 3  # drawn unasked
 class Sweep:
     """The cells of one setup: `full`, and the bounded ones sorted by policy, interval, window.
 
-    Each is a row of `utils.ablation.figures` with `source`, its cell, and `label`.
+    Each is a row of `h2optimizer.utils.ablation.figures` with `source`, its cell, and `label`.
     """
 
     setup: dict

@@ -30,17 +30,17 @@ from typing import TYPE_CHECKING, NamedTuple
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
 
 from tqdm import tqdm
 
-from utils.cli import NOT_TEXT, InputError, OneLineParser, count, count_or_zero, output_file, seed
-from utils.long_prompts import NAMES, in_groups, needle_prompt, numbered, summary_prompt
-from utils.requests import check_flags, request_line
-from utils.results import replace_file
+from h2optimizer.utils.cli import NOT_TEXT, InputError, OneLineParser, count, count_or_zero, output_file, seed
+from h2optimizer.utils.long_prompts import NAMES, in_groups, needle_prompt, numbered, summary_prompt
+from h2optimizer.utils.requests import check_flags, request_line
+from h2optimizer.utils.results import replace_file
 
 if TYPE_CHECKING:  # importing datasets takes seconds: --help and a wrong flag should not wait for it
     from datasets import Dataset

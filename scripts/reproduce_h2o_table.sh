@@ -53,7 +53,7 @@ done
 import json, sys
 from pathlib import Path
 
-from utils import cli
+from h2optimizer.utils import cli
 
 # meta-llama/llama-cookbook, H2O, README.md: "Expected results on XSUM (Rouge-2 score)"
 BUDGETS = ("64", "128", "256", "512", "1024", "full")

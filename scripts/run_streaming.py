@@ -31,7 +31,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -54,12 +54,12 @@ from h2optimizer.loading import (
 )
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops, one_bos
-from utils.ablation import FULL, policy_name
-from utils.bench import print_table, synchronize
-from utils.cli import InputError, OneLineParser, count, output_file, seed
-from utils.memory import is_out_of_memory, peak_memory
-from utils.requests import LONGEST_LINE, check_flags, checked, json_object, read_lines, unheeded_fields
-from utils.results import to_json
+from h2optimizer.utils.ablation import FULL, policy_name
+from h2optimizer.utils.bench import print_table, synchronize
+from h2optimizer.utils.cli import InputError, OneLineParser, count, output_file, seed
+from h2optimizer.utils.memory import is_out_of_memory, peak_memory
+from h2optimizer.utils.requests import LONGEST_LINE, check_flags, checked, json_object, read_lines, unheeded_fields
+from h2optimizer.utils.results import to_json
 
 GIVEN, SAID = "given", "said"
 # Fields of a line that are read, that flags decide, or that ask for nothing: MT-Bench's, and those of requests.

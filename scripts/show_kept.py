@@ -30,7 +30,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -43,12 +43,12 @@ from h2optimizer.flags import add_cache_flags, add_input_flag, add_model_flags
 from h2optimizer.loading import end_as_chats_do, load_model, quiet_libraries, select_device
 from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, tokenize, warn_of_long_prompts
-from utils.ablation import pack
-from utils.bench import print_table, stock_model
-from utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
-from utils.costs import head_dim
-from utils.requests import Request, read_requests, unheeded
-from utils.results import replace_file, to_json
+from h2optimizer.utils.ablation import pack
+from h2optimizer.utils.bench import print_table, stock_model
+from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
+from h2optimizer.utils.costs import head_dim
+from h2optimizer.utils.requests import Request, read_requests, unheeded
+from h2optimizer.utils.results import replace_file, to_json
 
 PAGE = Path(__file__).with_suffix(".html")
 DATA_MARK = "{{data}}"  # in PAGE: where the page's data go

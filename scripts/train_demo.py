@@ -21,7 +21,7 @@ if not __package__:  # run as a file of a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from utils import cli
+from h2optimizer.utils import cli
 
 if __name__ == "__main__":
     cli.begin()
@@ -34,9 +34,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils.cli import InputError, OneLineParser, count, count_or_zero, output_folder, positive, seed
-from utils.requests import Request, read_requests
-from utils.rouge import Rouge
+from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_zero, output_folder, positive, seed
+from h2optimizer.utils.requests import Request, read_requests
+from h2optimizer.utils.rouge import Rouge
 
 ROOT = Path(__file__).resolve().parents[1]
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

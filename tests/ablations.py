@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from h2optimizer import H2OConfig
-from utils.ablation import pack
+from h2optimizer.utils.ablation import pack
 
 SETUP = {
     "model": "data/demo_model", "requests": "data/requests.jsonl", "dtype": "float32", "batch_size": 8, "device": "cpu",

@@ -23,11 +23,11 @@ from transformers import AutoConfig
 
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, generation
 from h2optimizer.families import FAMILIES
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.heads import HeadWindows
+from h2optimizer.utils.slots import gather
+from h2optimizer.utils.step import Rows, Step
 from oracle import Oracle
-from utils.cache import HHCache
-from utils.heads import HeadWindows
-from utils.slots import gather
-from utils.step import Rows, Step
 
 pytest.register_assert_rewrite("gpu_models", "recorded_steps")  # their asserts say what was compared, too
 torch.set_num_threads(1)

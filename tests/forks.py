@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from utils.results import JsonlFile
+from h2optimizer.utils.results import JsonlFile
 
 
 class Fork:

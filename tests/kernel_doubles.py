@@ -11,8 +11,8 @@ from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
 from h2optimizer.kernels import decode, float8, layer, mlp, products
 from h2optimizer.slimming import KernelSlimmer
-from utils.int8_slots import dequantize, quantize
-from utils.slimming import TorchSlimmer
+from h2optimizer.utils.int8_slots import dequantize, quantize
+from h2optimizer.utils.slimming import TorchSlimmer
 
 
 def of_heads(states, heads, offsets):

@@ -12,7 +12,7 @@ import torch
 
 from conftest import GROUPS, count_captured, left_pad, make_llamas, prompt
 from h2optimizer import H2OConfig, generation
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 pytest.importorskip("triton")
 

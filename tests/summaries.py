@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import run_summarization
 from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import batching, decoding
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = dict(window_length=24, num_heavy_hitters=10, update_interval=4)

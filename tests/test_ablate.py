@@ -20,14 +20,14 @@ from conftest import make_llamas, new_oracle, prompt
 from h2optimizer import H2OConfig, decoding, sharing
 from h2optimizer.fidelity import ForcedDecode, Recorded, compare
 from h2optimizer.flags import DEMO_MODEL
+from h2optimizer.utils import bench
+from h2optimizer.utils.ablation import figures, policy_name, read_cells, unpack
+from h2optimizer.utils.bench import Spread, prefill_and_step_ms, stock_model
+from h2optimizer.utils.budgets import MeasuredBudgets, request_fingerprint
+from h2optimizer.utils.requests import InputError, read_requests
+from h2optimizer.utils.results import PLAN
+from h2optimizer.utils.rouge import mean_with_interval
 from test_benchmarks import load
-from utils import bench
-from utils.ablation import figures, policy_name, read_cells, unpack
-from utils.bench import Spread, prefill_and_step_ms, stock_model
-from utils.budgets import MeasuredBudgets, request_fingerprint
-from utils.requests import InputError, read_requests
-from utils.results import PLAN
-from utils.rouge import mean_with_interval
 
 ROWS = [prompt(40), prompt(23, 1), prompt(31, 2)]
 TEXTS = [prompt(9, 3), prompt(14, 4), prompt(1, 5)]

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import make_llamas, prompt
 from h2optimizer import H2OConfig
 from h2optimizer.flags import DEMO_MODEL
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.costs import held_weights, read_weights, row_held, row_read, slot_bytes, slots_read, weight_flops
 from test_benchmarks import load
-from utils.cache import HHCache
-from utils.costs import held_weights, read_weights, row_held, row_read, slot_bytes, slots_read, weight_flops
 
 FULL, H2O = "full cache", "H2O"
 DEMO_PLAN = DEMO_MODEL / "head_budgets.json"

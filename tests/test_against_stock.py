@@ -22,7 +22,7 @@ from conftest import (
     with_flags,
 )
 from h2optimizer import H2OLlamaForCausalLM
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 # A wide window
 

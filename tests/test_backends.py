@@ -31,7 +31,7 @@ from conftest import (
 from h2optimizer import H2OConfig, attention, backends
 from h2optimizer.attention import Inputs, find_flash_attn
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 pytest.importorskip("triton")
 

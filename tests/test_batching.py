@@ -19,8 +19,8 @@ from conftest import (
 from h2optimizer import batching, decoding, sharing
 from h2optimizer.batching import Batcher, Sequence
 from h2optimizer.sampling import choose_greedily, sample_rows
+from h2optimizer.utils.cache import HHCache
 from recorded_steps import settings
-from utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS
 captured = recorded_steps.captured  # autouse

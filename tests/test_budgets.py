@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoints import make_requests
-from utils.budgets import UNIT, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
-from utils.requests import Request
+from h2optimizer.utils.budgets import UNIT, GivenBudgets, HeadBudgets, MeasuredBudgets, request_fingerprint
+from h2optimizer.utils.requests import Request
 
 WIDTHS = (16, 64, 256)
 WINDOWS = (2, 3, 4, 5, 16, 63, 64, 65, 256, 1000, 4096)

@@ -26,9 +26,9 @@ from conftest import (
     slot_tensors,
 )
 from h2optimizer import H2OConfig
-from utils.cache import CACHE_ARGUMENT
-from utils.policies import random_priority
-from utils.slimming import select_slots
+from h2optimizer.utils.cache import CACHE_ARGUMENT
+from h2optimizer.utils.policies import random_priority
+from h2optimizer.utils.slimming import select_slots
 
 PROPERTY = settings(
     max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]

@@ -14,10 +14,10 @@ from conftest import GROUPS, make_llamas, prompt
 from h2optimizer import calibration
 from h2optimizer.calibration import Calibrator, JointElimination, head_cuts
 from h2optimizer.flags import DEMO_MODEL, DEMO_REQUESTS
+from h2optimizer.utils.budgets import HeadBudgets, MeasuredBudgets
+from h2optimizer.utils.requests import read_requests
+from h2optimizer.utils.results import PLAN, checkpoint_fingerprint
 from test_benchmarks import load
-from utils.budgets import HeadBudgets, MeasuredBudgets
-from utils.requests import read_requests
-from utils.results import PLAN, checkpoint_fingerprint
 
 PROMPT, TOKENS, RECENT = prompt(30), 9, 5
 

@@ -11,8 +11,8 @@ from transformers.generation import StoppingCriteria
 import recorded_steps
 from conftest import VOCAB, assert_same_cache, left_pad, make_llamas, of_llamas, prompt, set_checkpointing, uneven
 from h2optimizer.batching import Batcher, Sequence
+from h2optimizer.utils.cache import HHCache
 from recorded_steps import ROWS, both_ways, decoders_of, eos_cases, run, sequences, settings
-from utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS
 captured = recorded_steps.captured  # autouse

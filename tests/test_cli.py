@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from utils import cli
-from utils.requests import json_object, read_lines, read_requests, read_text
+from h2optimizer.utils import cli
+from h2optimizer.utils.requests import json_object, read_lines, read_requests, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ["run_summarization.py", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py")))]
@@ -60,7 +60,7 @@ def test_program_goes_through_run(program):
     else:
         pytest.fail("cli.begin() is not called")
     packages = {name.split(".")[0] for name in imported}
-    assert packages <= sys.stdlib_module_names | {"utils"} and imported[-1] == "utils"
+    assert packages <= sys.stdlib_module_names | {"h2optimizer"} and imported[-1] == "h2optimizer.utils"
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,9 @@ def test_pool_that_ends_its_workers_by_sigterm(capfd):
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_during_imports(signum, status):
     """A traceback through torch's import, of a user who has seen a wrong flag."""
-    code = "from utils import cli; cli.begin(); print('importing', flush=True); import time; time.sleep(600)"
+    code = (
+        "from h2optimizer.utils import cli; cli.begin(); print('importing', flush=True); import time; time.sleep(600)"
+    )
     program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
     try:
         program.stdout.readline()
@@ -369,7 +371,7 @@ def test_signal_during_imports(signum, status):
 
 def test_file_does_not_take_the_number_of_a_closed_stream(tmp_path):
     """`2>&-`: the results get number 2, and the libraries' messages stand among them."""
-    code = "from utils import cli; cli.begin(); import sys; print(open(sys.argv[1], 'w').fileno())"
+    code = "from h2optimizer.utils import cli; cli.begin(); import sys; print(open(sys.argv[1], 'w').fileno())"
     command = f'"{sys.executable}" -c "{code}" {tmp_path / "results"} 2>&-'
     assert int(subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, check=True).stdout) > 2
 

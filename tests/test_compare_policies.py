@@ -20,15 +20,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from checkpoints import make_checkpoint, make_requests, write_requests
 from h2optimizer import H2OConfig
 from h2optimizer.flags import DEMO_MODEL
+from h2optimizer.utils.budgets import MeasuredBudgets, request_fingerprint
+from h2optimizer.utils.cache import CACHE_ARGUMENT
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.figures import spread
+from h2optimizer.utils.policy_figure import draw_policies, label_of
+from h2optimizer.utils.requests import read_requests
+from h2optimizer.utils.results import PLAN
+from h2optimizer.utils.rouge import mean_with_interval
 from test_benchmarks import load
-from utils.budgets import MeasuredBudgets, request_fingerprint
-from utils.cache import CACHE_ARGUMENT
-from utils.cli import InputError
-from utils.figures import spread
-from utils.policy_figure import draw_policies, label_of
-from utils.requests import read_requests
-from utils.results import PLAN
-from utils.rouge import mean_with_interval
 
 RUNNER = """
 import json, sys

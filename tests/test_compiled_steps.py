@@ -8,8 +8,8 @@ import torch
 import recorded_steps
 from conftest import make_llamas
 from h2optimizer import H2OConfig
+from h2optimizer.utils.cache import HHCache
 from recorded_steps import ROWS, run, sequences, settings
-from utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS
 captured = recorded_steps.captured  # autouse

@@ -7,8 +7,8 @@ import pytest
 
 from conftest import assert_row_is_oracles, generate, new_oracle, new_tokens, prompt, with_flags
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from utils.budgets import HeadBudgets
-from utils.cache import HHCache
+from h2optimizer.utils.budgets import HeadBudgets
+from h2optimizer.utils.cache import HHCache
 
 REFUSED = {
     "no such slimming": ({"slimming": "h"}, "H, mask"),

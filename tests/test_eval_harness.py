@@ -13,9 +13,9 @@ from tokenizers.processors import TemplateProcessing
 
 from checkpoints import POSITIONS, made_up_text, make_checkpoint
 from h2optimizer import likelihood, sharing
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.requests import InputError
 from test_benchmarks import SCRIPTS, load
-from utils.cache import HHCache
-from utils.requests import InputError
 
 lm_eval = pytest.importorskip("lm_eval")
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM  # which needs accelerate

@@ -33,10 +33,10 @@ from h2optimizer.decoder import is_replayable
 from h2optimizer.decoding import FullDecoding
 from h2optimizer.families import FAMILIES
 from h2optimizer.loading import load_model
+from h2optimizer.utils.bench import SHAPES, config_of, make_models
+from h2optimizer.utils.results import checkpoint_fingerprint
 from summaries import alone  # noqa: F401
 from test_benchmarks import load
-from utils.bench import SHAPES, config_of, make_models
-from utils.results import checkpoint_fingerprint
 
 CONFIGS = {
     "mistral": {"sliding_window": 64},

@@ -10,9 +10,9 @@ from conftest import make_llamas, prompt
 from h2optimizer import H2OLlamaForCausalLM, float8, generation, loading
 from h2optimizer.fused import MergedLinear
 from h2optimizer.kernels import float8 as kernels
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.cli import InputError
 from recorded_steps import both_ways, decoders_of, sequences
-from utils.cache import HHCache
-from utils.cli import InputError
 
 pytest.importorskip("torchao")
 quant_api = pytest.importorskip("torchao.quantization.quant_api")

@@ -12,7 +12,7 @@ import recorded_steps
 from conftest import GROUPS, assert_close, forward, left_pad, make_llamas, new_cache, prompt
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, fused
 from h2optimizer.kernels import layer, mlp
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS
 captured = recorded_steps.captured  # autouse

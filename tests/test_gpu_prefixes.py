@@ -17,7 +17,7 @@ from conftest import (
 )
 from gpu_models import CUDA_BACKENDS, HALF_CONFIG
 from h2optimizer import H2OConfig
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 pytestmark = gpu_models.MARKS
 on_gpu = gpu_models.on_gpu

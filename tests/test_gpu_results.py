@@ -29,7 +29,7 @@ from h2optimizer.attention import Inputs
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.fidelity import compare
 from h2optimizer.likelihood import log_likelihoods_in_batches
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 pytestmark = gpu_models.MARKS
 on_gpu = gpu_models.on_gpu

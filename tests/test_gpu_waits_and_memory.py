@@ -9,7 +9,7 @@ import gpu_models
 from conftest import HEADS, addresses, forward, generate, left_pad, new_cache, of_llamas, prompt, slot_tensors
 from gpu_models import CUDA_BACKENDS, SYNC_FLAGS, assert_no_step_waits, no_host_waits
 from h2optimizer import H2OConfig, attention
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 pytestmark = gpu_models.MARKS
 gqa_on_gpu = gpu_models.gqa_on_gpu

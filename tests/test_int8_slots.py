@@ -9,10 +9,10 @@ from conftest import assert_close, by_head, forward, make_llamas, new_cache, of_
 from h2optimizer import H2OConfig
 from h2optimizer.attention import decodes_by_kernel
 from h2optimizer.flags import add_cache_flags, h2o_config
-from utils.cache import HHCache
-from utils.cli import InputError, OneLineParser
-from utils.costs import row_held
-from utils.int8_slots import dequantize, quantize
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.cli import InputError, OneLineParser
+from h2optimizer.utils.costs import row_held
+from h2optimizer.utils.int8_slots import dequantize, quantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

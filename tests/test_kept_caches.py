@@ -13,8 +13,8 @@ from transformers.generation import StoppingCriteria
 import recorded_steps
 from conftest import VOCAB, assert_invariants, assert_same_cache, forward, left_pad, make_llamas, prompt
 from h2optimizer import generation
+from h2optimizer.utils.cache import HHCache
 from recorded_steps import ROWS, both_ways, decoders_of, eos_cases, run, sequences, settings
-from utils.cache import HHCache
 
 pytestmark = recorded_steps.MARKS
 captured = recorded_steps.captured  # autouse

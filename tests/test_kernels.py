@@ -18,7 +18,7 @@ from kernel_cases import cases, on_each_device
 
 pytest.importorskip("triton")
 from h2optimizer.kernels import decode, prefill
-from utils.int8_slots import quantize
+from h2optimizer.utils.int8_slots import quantize
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HEADS = {

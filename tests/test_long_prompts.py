@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from utils.cli import InputError
-from utils.long_prompts import NAMES, join_articles, needle_prompt
-from utils.requests import Request
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.long_prompts import NAMES, join_articles, needle_prompt
+from h2optimizer.utils.requests import Request
 
 TEXT = " ".join(f"Sentence {i} has 1.5 commas, more or less." for i in range(40))
 HIDDEN = re.compile(r" The pass number of (\w+) is (\d+)\.")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.memory import halving
+from h2optimizer.utils.memory import halving
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 

@@ -23,7 +23,7 @@ from conftest import (
     with_flags,
 )
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 # The cache under the model
 

@@ -4,6 +4,8 @@ import pytest
 
 from checkpoints import made_up_text, make_requests
 from h2optimizer import H2OLlamaForCausalLM, batching, decoder, decoding, sampling, sharing
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.results import ResultsFile
 from summaries import (  # noqa: F401
     H2O,
     ON_GPU,
@@ -16,8 +18,6 @@ from summaries import (  # noqa: F401
     tokenizer,
     ways_to_ask,
 )
-from utils.cache import HHCache
-from utils.results import ResultsFile
 
 
 @pytest.fixture

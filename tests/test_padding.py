@@ -16,7 +16,7 @@ from conftest import (
     prompt,
     with_flags,
 )
-from utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 
 # Rows that have ended, and later turns
 

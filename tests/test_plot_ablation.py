@@ -14,10 +14,10 @@ from ablations import SETUP, made_cells, write_cells
 from conftest import prompt
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import compare
+from h2optimizer.utils.ablation import check_cell, figures, held_shares, pack, read_cells, signed
+from h2optimizer.utils.ablation_report import cautions, findings, smallest_budgets, with_interval
+from h2optimizer.utils.requests import InputError
 from test_benchmarks import load
-from utils.ablation import check_cell, figures, held_shares, pack, read_cells, signed
-from utils.ablation_report import cautions, findings, smallest_budgets, with_interval
-from utils.requests import InputError
 
 pytest.importorskip("matplotlib")
 

@@ -17,7 +17,7 @@ from conftest import (
     prompt,
     with_flags,
 )
-from utils.cache import HHCache
+from h2optimizer.utils.cache import HHCache
 
 
 def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.prefix_tree import PrefixTree
+from h2optimizer.utils.prefix_tree import PrefixTree
 
 PROMPTS = st.lists(st.lists(st.sampled_from([0, 1, 255, 256, 2**32 - 1]), min_size=1, max_size=9), max_size=14)
 

@@ -26,8 +26,8 @@ from conftest import (
 from h2optimizer import H2OConfig, attention
 from h2optimizer.generation import prefix_first
 from h2optimizer.prefixes import Prefix, can_share, least_own_tokens, prefix_first
-from utils import slimming
-from utils.cache import HHCache
+from h2optimizer.utils import slimming
+from h2optimizer.utils.cache import HHCache
 
 FLAGS = {
     "rotation": {},

@@ -27,13 +27,13 @@ from checkpoints import make_checkpoint, make_requests, write_requests
 from forks import Fork, stop_while_writing
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching, fused, loading, sharing, summarizing
 from h2optimizer.decoder import is_replayable
+from h2optimizer.utils import processes
+from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.processes import Processes
+from h2optimizer.utils.requests import InputError
+from h2optimizer.utils.results import JsonlFile, ResultsFile, part_path, parts_of
 from summaries import Outcome, alone, assert_same_results, metrics_path  # noqa: F401
 from test_benchmarks import load
-from utils import processes
-from utils.cache import HHCache
-from utils.processes import Processes
-from utils.requests import InputError
-from utils.results import JsonlFile, ResultsFile, part_path, parts_of
 
 H2O = ["--enable_h2o_generation", "--num_window_length", "16", "--update_interval", "4"]
 SPLIT = ["--tensor_parallel"]

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from utils.requests import InputError, Request, read_requests, unheeded
-from utils.results import fingerprint
-from utils.rouge import EveryScript, Rouge, is_found, mean_with_interval
+from h2optimizer.utils.requests import InputError, Request, read_requests, unheeded
+from h2optimizer.utils.results import fingerprint
+from h2optimizer.utils.rouge import EveryScript, Rouge, is_found, mean_with_interval
 
 LINE = '{"article": "a b", "summary_gt": "c"}\n'
 

@@ -7,9 +7,9 @@ import resource
 import huggingface_hub
 import pytest
 
+from h2optimizer.utils.requests import InputError, read_requests
+from h2optimizer.utils.results import JsonlFile, ResultsFile, checkpoint_fingerprint
 from test_requests import LINE, refused
-from utils.requests import InputError, read_requests
-from utils.results import JsonlFile, ResultsFile, checkpoint_fingerprint
 
 SETTINGS = {"--seed": 1, "--num_window_length": 64}
 

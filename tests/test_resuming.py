@@ -14,6 +14,7 @@ import run_summarization
 from checkpoints import made_up_text, make_requests
 from forks import Fork, stop_while_writing
 from h2optimizer import H2OConfig, batching, sharing
+from h2optimizer.utils.results import ResultsFile
 from summaries import (  # noqa: F401
     H2O,
     ROOT,
@@ -29,7 +30,6 @@ from summaries import (  # noqa: F401
     refused,
     run,
 )
-from utils.results import ResultsFile
 
 # Crashes
 

@@ -15,6 +15,7 @@ import run_summarization
 from checkpoints import make_requests, write_requests
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
 from h2optimizer.flags import h2o_config
+from h2optimizer.utils.cache import HHCache
 from summaries import (  # noqa: F401
     H2O,
     ON_GPU,
@@ -30,7 +31,6 @@ from summaries import (  # noqa: F401
     tokenizer,
     tokens_of,
 )
-from utils.cache import HHCache
 
 # What a result holds
 

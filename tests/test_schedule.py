@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from utils.schedule import Schedule
+from h2optimizer.utils.schedule import Schedule
 
 SCHEDULES = [Schedule(*of) for of in itertools.product((2, 5, 8), (1, 3, 4), (None, 1, 3, 40))]
 

@@ -13,8 +13,8 @@ from conftest import make_llamas, prompt
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM
 from h2optimizer.flags import h2o_config
 from h2optimizer.settings import SavedSettings
-from utils.cli import InputError
-from utils.results import SETTINGS, checkpoint_fingerprint
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.results import SETTINGS, checkpoint_fingerprint
 
 TABLE = ((40, 24), (20, 44))
 SAVED = H2OConfig(window_length=32, num_heavy_hitters="3/4", head_budgets=TABLE, score="value_mass", score_decay=0.5)

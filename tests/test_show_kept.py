@@ -13,10 +13,10 @@ from h2optimizer.decoding import BoundedDecoding
 from h2optimizer.flags import DEMO_MODEL
 from h2optimizer.loading import load_model
 from h2optimizer.summarizing import tokenize
+from h2optimizer.utils.ablation import unpack
+from h2optimizer.utils.requests import Request
+from h2optimizer.utils.results import PLAN
 from test_benchmarks import load
-from utils.ablation import unpack
-from utils.requests import Request
-from utils.results import PLAN
 
 UGLY = '</script><b>"it\'s" & 🦙 <!-- é\n\n  漢字 \ufffd {{data}} \u2028end'
 CHROMIUM = shutil.which("chromium")

@@ -11,12 +11,12 @@ import torch
 from conftest import addresses, assert_same_bits, new_cache, slot_tensors
 from h2optimizer.backends import resolve_backend
 from h2optimizer.slimming import slimmer_of
-from utils import policies
-from utils import slimming as torch_slimming
-from utils.policies import random_priority, random_salt
-from utils.prefix import LayerPrefix, Prefix
-from utils.slimming import select_slots
-from utils.slots import norms_of
+from h2optimizer.utils import policies
+from h2optimizer.utils import slimming as torch_slimming
+from h2optimizer.utils.policies import random_priority, random_salt
+from h2optimizer.utils.prefix import LayerPrefix, Prefix
+from h2optimizer.utils.slimming import select_slots
+from h2optimizer.utils.slots import norms_of
 
 slimming = pytest.importorskip("h2optimizer.kernels.slimming")
 

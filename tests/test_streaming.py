@@ -18,9 +18,9 @@ from h2optimizer.loading import load_model
 from h2optimizer.sampling import sample_rows
 from h2optimizer.streaming import Stream
 from h2optimizer.texts import Stops
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 from summaries import instruct_model
 from test_benchmarks import load
-from utils.cache import CACHE_ARGUMENT, HHCache
 
 SMALL = dict(window_length=16, num_heavy_hitters=6, update_interval=4)
 TURNS = [prompt(23), prompt(4, 1), prompt(1, 1), prompt(9, 2)]

@@ -10,6 +10,7 @@ import torch
 import run_summarization
 from checkpoints import POSITIONS, made_up_text, make_requests
 from h2optimizer import batching, sharing, summarizing
+from h2optimizer.utils.requests import Request
 from summaries import (  # noqa: F401
     H2O,
     SAMPLED,
@@ -27,7 +28,6 @@ from summaries import (  # noqa: F401
     ways_to_ask,
     with_generation_config,
 )
-from utils.requests import Request
 
 # Where a text ends
 

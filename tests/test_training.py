@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from conftest import assert_close, left_pad, new_cache, prompt, set_checkpointing, with_flags
-from utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])

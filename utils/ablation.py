@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import InputError
-from utils.policies import POLICIES, RECENT_ONLY, STREAMING_LLM
-from utils.requests import read_lines
-from utils.results import read_entries
-from utils.rouge import ROUGE_TYPES, mean_with_interval
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.policies import POLICIES, RECENT_ONLY, STREAMING_LLM
+from h2optimizer.utils.requests import read_lines
+from h2optimizer.utils.results import read_entries
+from h2optimizer.utils.rouge import ROUGE_TYPES, mean_with_interval
 
 FULL, RECENT = "full cache", RECENT_ONLY.label
 # Fields that a policy's name covers; others that differ from their defaults are appended to it.

@@ -1,14 +1,14 @@
 """The Markdown report of an ablation: setup, findings, table, figures.
 
-Rows are those of `utils.ablation.figures`, with `source`, their cell.
+Rows are those of `h2optimizer.utils.ablation.figures`, with `source`, their cell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from utils.ablation import RECENT, difference, signed, with_range
-from utils.rouge import ROUGE_TYPES
+from h2optimizer.utils.ablation import RECENT, difference, signed, with_range
+from h2optimizer.utils.rouge import ROUGE_TYPES
 
 
 def with_interval(of: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from utils.memory import free_memory
+from h2optimizer.utils.memory import free_memory
 
 SHAPES = {  # of a Llama, unless it names another model_type
     "8b": dict(

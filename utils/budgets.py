@@ -19,8 +19,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from utils.requests import LONGEST_LINE, Request, json_object
-from utils.results import fingerprint, replace_file, to_json
+from h2optimizer.utils.requests import LONGEST_LINE, Request, json_object
+from h2optimizer.utils.results import fingerprint, replace_file, to_json
 
 FORM = 1  # version of the file
 HASH = 16  # hexadecimal digits of a fingerprint
@@ -84,7 +84,7 @@ class HeadBudgets:
 
         Args:
             config: gives num_hidden_layers and num_key_value_heads.
-            weights: `utils.results.checkpoint_fingerprint`; None where it is not known.
+            weights: `h2optimizer.utils.results.checkpoint_fingerprint`; None where it is not known.
         """
         there = config.num_hidden_layers, config.num_key_value_heads
         if self.shape != there:

@@ -13,13 +13,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from utils.heads import HeadWindows, LayerRows
-from utils.int8_slots import Int8HeadSlots, Int8Slots
-from utils.padding import Padding, check_past, runs_without
-from utils.prefix import LayerPrefix, Prefix, followed_by, least_own_tokens
-from utils.slimming import Slimming, TorchSlimmer
-from utils.slots import HeadSlots, Slots, gather_by_mask
-from utils.step import Rows, Step, plan_of, to_rows
+from h2optimizer.utils.heads import HeadWindows, LayerRows
+from h2optimizer.utils.int8_slots import Int8HeadSlots, Int8Slots
+from h2optimizer.utils.padding import Padding, check_past, runs_without
+from h2optimizer.utils.prefix import LayerPrefix, Prefix, followed_by, least_own_tokens
+from h2optimizer.utils.slimming import Slimming, TorchSlimmer
+from h2optimizer.utils.slots import HeadSlots, Slots, gather_by_mask
+from h2optimizer.utils.step import Rows, Step, plan_of, to_rows
 
 STORAGE = {"auto": (Slots, HeadSlots), "int8": (Int8Slots, Int8HeadSlots)}  # H2OConfig.slots
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,7 +7,7 @@ import itertools
 import textwrap
 from pathlib import Path
 
-from utils.cli import output_file
+from h2optimizer.utils.cli import output_file
 
 # Sizes are for 900 pixels of width on a page: WIDTH inches of 100.
 WIDTH, SMALL = 9.0, 8

@@ -129,7 +129,7 @@ class HeadRows:
     layers' heads stand at a fixed address, int32 [layers, 2, B * KV heads]: lengths, and tokens seen.
 
     Args:
-        rows: the `utils.step.Rows` that count the batch.
+        rows: the `h2optimizer.utils.step.Rows` that count the batch.
         windows: with a table.
     """
 
@@ -191,7 +191,7 @@ class LayerRows:
     Answers what `Step` and `SlimmingPlan` ask of `Rows`.
 
     Args:
-        rows: the `utils.step.Rows` of the batch.
+        rows: the `h2optimizer.utils.step.Rows` of the batch.
         layer: its index.
         heads: how many of its KV heads this process holds.
         device: that holds the layer.

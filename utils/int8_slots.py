@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from utils.slots import HeadSlots, Slots
-from utils.step import Step
+from h2optimizer.utils.slots import HeadSlots, Slots
+from h2optimizer.utils.step import Step
 
 LARGEST = 127  # symmetric: -128 is not used
 SCALES = {"keys": "key_scales", "values": "value_scales"}

@@ -8,8 +8,8 @@ import random
 import re
 from typing import NamedTuple, TypeVar
 
-from utils.cli import InputError
-from utils.requests import Request
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.requests import Request
 
 T = TypeVar("T")
 

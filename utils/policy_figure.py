@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from utils.cli import InputError
-from utils.figures import METADATA, SMALL, STYLE, WIDTH, line_look, plural, put_title, spread, wrap
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.figures import METADATA, SMALL, STYLE, WIDTH, line_look, plural, put_title, spread, wrap
 
 LEAST_KL = 1e-6  # nats a token; smaller means are rounding, and a log scale has no 0
 PROMPT_AND_TEXT, PROMPT_ALONE = "prompt + text", "prompt"  # what a window holds

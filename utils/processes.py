@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from utils.cli import ClosedPipe, InputError, default_signals, one_line, report, say, status_of
+from h2optimizer.utils.cli import ClosedPipe, InputError, default_signals, one_line, report, say, status_of
 
 MEETING = timedelta(minutes=2)  # for all processes to start
 PATIENCE = timedelta(days=30)  # a process waits for another that is still decoding; a dead one is noticed at once

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import NOT_TEXT, InputError, is_text
+from h2optimizer.utils.cli import NOT_TEXT, InputError, is_text
 
 LONGEST_LINE = 16 * 2**20  # bytes; a request's line, some 4 million tokens long
 

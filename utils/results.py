@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.cli import InputError
-from utils.requests import Request
+from h2optimizer.utils.cli import InputError
+from h2optimizer.utils.requests import Request
 
 PLAN = "head_budgets.json"  # a plan beside a checkpoint: no part of it, and made for its fingerprint
 SETTINGS = "h2o_config.json"  # the cache's settings beside a checkpoint: no part of it

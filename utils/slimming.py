@@ -6,10 +6,10 @@ from functools import cached_property
 
 import torch
 
-from utils.policies import Policy
-from utils.prefix import LayerPrefix, followed_by
-from utils.slots import Slots, gather
-from utils.step import SlimmingPlan
+from h2optimizer.utils.policies import Policy
+from h2optimizer.utils.prefix import LayerPrefix, followed_by
+from h2optimizer.utils.slots import Slots, gather
+from h2optimizer.utils.step import SlimmingPlan
 
 
 class Slimming:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.step import SlimmingPlan, Step
+from h2optimizer.utils.step import SlimmingPlan, Step
 
 Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (all slots, indices to keep) -> [B, Hkv, m(, D)]
 

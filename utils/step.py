@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.heads import HeadRows, HeadWindows, LayerRows
-from utils.padding import Padding, runs_without
-from utils.prefix import Prefix
+from h2optimizer.utils.heads import HeadRows, HeadWindows, LayerRows
+from h2optimizer.utils.padding import Padding, runs_without
+from h2optimizer.utils.prefix import Prefix
 
 
 @dataclass
