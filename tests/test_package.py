@@ -84,7 +84,12 @@ def test_each_command_has_its_program():
         assert module == commands.__name__ and command == f"h2optimizer-{name.replace('_', '-')}"
         (started[name],) = getattr(commands, name).args
     programs = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    beside = {"kvpress_presses", "make_demo_data", "train_demo"}  # started by another one, or of a clone only
+    beside = {
+        "kvpress_presses",
+        "make_demo_data",
+        "train_demo",
+        "build_package",
+    }  # started by another one, or of a clone only
     assert started == {"summarize": "run_summarization"} | {name: f"scripts.{name}" for name in programs - beside}
 
 
