@@ -38,6 +38,7 @@ from utils.cli import OneLineParser, count, sizes
 from utils.heads import HeadWindows
 from utils.int8_slots import dequantize, quantize
 from utils.results import to_json
+from utils.slots import gather
 from utils.step import Rows, Step
 
 TURN_US = 2000.0  # least length of a turn
@@ -296,8 +297,7 @@ def bench_case(args, case: Case, rates: dict[str, float]) -> tuple[list[dict], l
 def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, list[str]]:
     """update_slimmingH against update_slimming, per layer averaged over a model's layers, in an open step that is due.
 
-    Masses are restored before every turn, untimed. Otherwise the next slimming would evict the same slots again and
-    find most slots in place.
+    Masses and positions are restored before every turn, untimed: otherwise there would soon be nothing left to evict.
     """
     h2o = H2OConfig(window_length=args.window_length, update_interval=16 if args.device == "cuda" else 4)
     new = torch.randn(batch, args.kv_heads, h2o.window_length, args.head_dim, dtype=args.dtype, device=args.device)
@@ -319,6 +319,7 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
     def restore() -> None:
         for layer, mass in zip(cache.layers, masses, strict=True):
             layer.slots.mass.copy_(mass)
+            layer.slots.positions.copy_(start["positions"])  # no layer has evicted anything yet
 
     runs, left = {}, []
     for name in ("update_slimmingH", "update_slimming"):
@@ -328,7 +329,8 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
         slim = getattr(cache, name)
         runs[name] = lambda slim=slim: [slim(layer) for layer in range(layers)]
         runs[name]()
-        left.append([slots[:, :, : h2o.window_length].clone() for slots in first_layer.values()])
+        by_age = first_layer["positions"][:, :, : h2o.window_length].argsort(dim=-1)  # slots may lie in any order
+        left.append([gather(slots, by_age) for slots in first_layer.values()])
     wrong = [f"slimming {batch}: update_slimmingH and update_slimming leave different caches"] * (
         not all(map(torch.equal, *left))
     )
@@ -345,7 +347,8 @@ def bench_slimming(args, batch: int, rates: dict[str, float]) -> tuple[dict, lis
             times["graph"].append(device_us(replay, ahead=True) / layers)
     host, mask_us = (statistics.median(times[name]) for name in runs)
     us = statistics.median(times["graph"]) if replay is not None else host
-    moved = 4 * new.nbytes  # keys and values of a window, read and written
+    slots = cache.layers[0].slots  # one key and value a step are read and written, all mass and positions read
+    moved = 4 * new.nbytes * h2o.update_interval / h2o.window_length + slots.mass.nbytes + slots.positions.nbytes
     per_step = MODEL_LAYERS / h2o.update_interval / 1e3
     return {
         "batch": batch, "layers": layers, "graph": replay is not None, "us": us, "host_us": host, "mask_us": mask_us,

@@ -420,7 +420,7 @@ def _dropped(order, position, older, n):
             below = tl.where(trial <= n, trial, below)
             bit = bit >> 1
         bound -= 1
-    return key <= bound
+    return older & (key <= bound)
 
 
 @triton.jit
