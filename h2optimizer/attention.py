@@ -303,7 +303,8 @@ def kernel_decode_step(
     return run(
         projected, *(rope or (None, None)), slots.keys, slots.values, slots.mass if step.scored else None,
         slots.count if step.scored else None, slots.norms, lengths, slots.offsets, slots.capacities, scaling,
-        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling and rope is not None, *slots.scales,
+        float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling and rope is not None,
+        *(slots.scales or (None, None)),
     )  # fmt: skip
 
 

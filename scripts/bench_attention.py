@@ -37,6 +37,7 @@ from h2optimizer.utils.bench import capture, device_us, host_us, measure_ceiling
 from h2optimizer.utils.cache import HHCache
 from h2optimizer.utils.cli import OneLineParser, count, sizes
 from h2optimizer.utils.heads import HeadWindows
+from h2optimizer.utils.int8_slots import dequantize, quantize
 from h2optimizer.utils.results import to_json
 from h2optimizer.utils.slots import gather
 from h2optimizer.utils.step import Rows, Step
@@ -66,6 +67,7 @@ class Inputs(NamedTuple):
     lse: torch.Tensor | None  # prefill: [B, Hq, columns] float32
     mass: torch.Tensor | None  # decode: [B, Hkv, width] float32, in place
     lengths: torch.Tensor | None  # decode: [B] int32
+    stored: tuple[torch.Tensor, ...] = ()  # decode: key and value as int8, and their scales
 
 
 class System(NamedTuple):
@@ -73,6 +75,7 @@ class System(NamedTuple):
     run: Callable[[Inputs], tuple[torch.Tensor | None, torch.Tensor | None]]  # output and mass; None if not computed
     attends: bool = True  # whether it computes the output
     scored: int = 0  # how many of the last queries add mass
+    int8: bool = False  # whether it reads the slots in 8 bits
 
 
 def count_work(args, case: Case, system: System) -> tuple[int, int]:
@@ -84,7 +87,8 @@ def count_work(args, case: Case, system: System) -> tuple[int, int]:
     def query_bytes(queries: int) -> int:
         return case.batch * args.query_heads * queries * args.head_dim * args.dtype.itemsize
 
-    key_bytes = case.batch * args.kv_heads * case.width * args.head_dim * args.dtype.itemsize
+    of_slot = args.head_dim + 4 if system.int8 else args.head_dim * args.dtype.itemsize
+    key_bytes = case.batch * args.kv_heads * case.width * of_slot
     moved = flops = 0
     if system.attends:
         moved += 2 * query_bytes(case.columns) + 2 * key_bytes  # queries, outputs, keys, values
@@ -105,10 +109,13 @@ def make_inputs(args, case: Case) -> list[Inputs]:
     sets, q_shape = [], (case.batch, case.columns, args.query_heads, args.head_dim)
     while not sets or len(sets) * sets[0].key.nbytes < 4 * args.l2_bytes:
         query, lse, mass, lengths = torch.randn(q_shape, **kind).transpose(1, 2), None, None, None
+        stored = ()
         if case.columns == 1:
             key, value = torch.randn(2, case.batch, args.kv_heads, case.width, args.head_dim, **kind).unbind(0)
             mass = torch.zeros(key.shape[:3], device=args.device)
             lengths = torch.full((case.batch,), case.width, dtype=torch.int32, device=args.device)
+            if args.kernels:
+                stored = tuple(of for pair in zip(quantize(key), quantize(value), strict=True) for of in pair)
         else:
             shape = (case.batch, case.width, args.kv_heads, args.head_dim)
             key, value = (torch.randn(shape, **kind).transpose(1, 2) for _ in range(2))
@@ -116,7 +123,7 @@ def make_inputs(args, case: Case) -> list[Inputs]:
                 from h2optimizer.kernels.prefill import attention_with_lse
 
                 lse = attention_with_lse(query, key, value, all_scored(case).spans(key.device), args.scaling)[1]
-        sets.append(Inputs(query, key, value, lse, mass, lengths))
+        sets.append(Inputs(query, key, value, lse, mass, lengths, stored))
     return sets
 
 
@@ -162,7 +169,16 @@ def make_systems(args, case: Case) -> list[System]:
         def ours(x: Inputs, mass=None):
             return decode_attention(x.query, x.key, x.value, x.lengths, args.scaling, mass=mass), mass
 
-        return systems + [System("ours, no mass", ours), System("ours, mass", lambda x: ours(x, x.mass), scored=1)]
+        def ours_int8(x: Inputs):
+            key, value, *scales = x.stored
+            output = decode_attention(x.query, key, value, x.lengths, args.scaling, mass=x.mass, scales=tuple(scales))
+            return output, x.mass
+
+        return systems + [
+            System("ours, no mass", ours),
+            System("ours, mass", lambda x: ours(x, x.mass), scored=1),
+            System("ours, mass, int8", ours_int8, scored=1, int8=True),
+        ]
 
     last = min(LAST, case.columns)
     step, last_step = all_scored(case), all_scored(case, case.columns - last)
@@ -204,14 +220,21 @@ def reference(args, x: Inputs, scored: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.cat(outputs, dim=-2), mass
 
 
+def as_stored(x: Inputs) -> Inputs:
+    """The same inputs with key and value as slots of 8 bits hold them, in float32."""
+    key, value, *scales = x.stored
+    key, value = (dequantize(of, by, torch.float32) for of, by in zip((key, value), scales, strict=True))
+    return x._replace(key=key, value=value)
+
+
 def check(args, case: Case, systems: list[System], x: Inputs) -> dict[str, dict[str, float]]:
     """By system, the greatest relative error of an output (L2 norm of a query's) and of a slot's mass."""
     expected, errors = {}, {}
     for system in systems:
         scored = case.columns if system.attends else system.scored
-        if scored not in expected:
-            expected[scored] = reference(args, x, scored)
-        true_output, true_mass = expected[scored]
+        if (scored, system.int8) not in expected:
+            expected[scored, system.int8] = reference(args, as_stored(x) if system.int8 else x, scored)
+        true_output, true_mass = expected[scored, system.int8]
         if x.mass is not None:
             x.mass.zero_()
         output, mass = system.run(x)

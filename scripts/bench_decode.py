@@ -540,10 +540,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=4.27,
         help="TB/s for floor_ms (default: %(default)s, a device copy on an H200)",
     )
+    parser.add_argument(
+        "--slots", choices=("auto", "int8"), default="auto", help="what H2O stores keys and values as (default: bf16)"
+    )
     parser.add_argument("--repeats", type=count, default=3, help="runs; the median is reported (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        fields = ("window_length", "update_interval", "prefill_chunk", "position_rolling")
+        fields = ("window_length", "update_interval", "prefill_chunk", "position_rolling", "slots")
         args.h2o = H2OConfig(**{name: getattr(args, name) for name in fields})
     except ValueError as error:
         parser.error(str(error))

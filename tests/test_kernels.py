@@ -732,7 +732,7 @@ def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling)
         else:
             of_heads = lengths[:, None].expand(3, 2)
             output = run(states, *step_tables, own_keys, own_values, mass, count, None, of_heads, None, [], SCALING,
-                         decay, first_head, rolling).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
+                         decay, first_head, rolling, None, None).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
         results.append([output, own_keys, own_values, mass] + [count] * counted)
     for result in results[1:]:
         for each, expected in zip(result, results[0], strict=True):
@@ -787,6 +787,34 @@ def test_heads_of_their_own_capacities_attend_as_alone(monkeypatch, device, dtyp
         if scored:
             assert_close(added[:, there], own[:, 0], 1e-3 if dtype != FP32 else 1e-5, f"mass of head {h}")
             assert torch.equal(count[:, there], own_count[:, 0])
+
+
+@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
+@pytest.mark.parametrize("processors, rope", [(1, False), (132, False), (132, True)])
+def test_heads_of_their_own_capacities_in_8_bits(monkeypatch, device, dtype, processors, rope):
+    """Scales of another head, or counted from the row's first slot in every head."""
+    monkeypatch.setattr(decode, "_processors", lambda device: processors)
+    decode._divide.cache_clear()
+    keys, values, lengths, offsets, mass = uneven_states(dtype, device)
+    query = torch.randn(2, 12, 1, 16, generator=torch.Generator().manual_seed(6)).to(device, dtype)
+    (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
+    exact = [of.float() * by[..., None] for of, by in ((keys, key_scales), (values, value_scales))]
+    of_heads = {
+        "offsets": offsets,
+        "capacities": CAPACITIES,
+        "rope": make_tables(200, 16, FP32, device) if rope else None,
+    }
+    expected_mass = mass.clone()
+    expected = decode.decode_attention(query.float(), *exact, lengths, SCALING, mass=expected_mass, **of_heads)
+    if rope:
+        of_heads["rope"] = tuple(table.to(dtype) for table in of_heads["rope"])
+    output = decode.decode_attention(
+        query, keys, values, lengths, SCALING, mass=mass, scales=(key_scales, value_scales), **of_heads
+    )
+    decode._divide.cache_clear()
+    tolerance = 1e-5 if dtype == FP32 else 8 * torch.finfo(dtype).eps
+    assert_close(output, expected, tolerance)
+    assert_close(mass.nan_to_num(), expected_mass.nan_to_num(), tolerance)
 
 
 @cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])

@@ -230,7 +230,7 @@ def test_files_and_report(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{folder / 'report.md'}\n"
     text = (folder / "report.md").read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
-    names = {"quality", "frontier", "mass_lost", f"retention_{cells[3]['cell'][:12]}"}
+    names = {"quality", "bytes", "frontier", "mass_lost", f"retention_{cells[3]['cell'][:12]}"}
     assert set(links) == {f"{name}.{form}" for name in names for form in ("png", "svg")}
     assert {file.name for file in folder.iterdir()} == {*links, "report.md"}
     assert all((folder / link).stat().st_size > 1000 for link in links)

@@ -598,8 +598,8 @@ def run_decode_step(
     decay: float,
     first_head: bool,
     rolling: bool,
-    key_scales: torch.Tensor | None = None,
-    value_scales: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """`append`, then `decode_attention`, on what the projections give.
 

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     """How programs divide a product."""
 
     outputs: int  # of a program; of a gated product, as many of each half
-    inputs: int  # of one iteration
+    inputs: int  # of one iteration, in half precision; half as many in float32
     warps: int
     stages: int  # iterations whose loads are in flight, and one more
     dot: bool  # by tensor cores
@@ -192,7 +192,7 @@ def product(
         _normalise_kernel[(rows,)](inputs, norm, normed, size, eps, BLOCK=block, OVERLAP=overlap, num_warps=8, **launch)
         inputs, norm = normed, None
     output = inputs.new_empty(*inputs.shape[:-1], outputs)
-    block = max(16, min(tile.inputs, triton.next_power_of_2(size)))
+    block = max(16, min(tile.inputs * 2 // inputs.itemsize, triton.next_power_of_2(size)))
     _product_kernel[(triton.cdiv(outputs, tile.outputs),)](
         inputs, weight, bias, norm, residual, output, rows, outputs, size, eps, NORM=norm is not None,
         BIAS=bias is not None, GATED=gated, RESIDUAL=residual is not None, DOT=tile.dot, WHOLE=size % block == 0,
