@@ -31,9 +31,14 @@ def test_rounds_to_the_nearest_of_255_numbers():
     assert not dequantize(*quantize(broken), torch.float32).isfinite().all(dim=1).any()
 
 
+def named(flags):
+    """An id that is the same in every process of a run."""
+    return ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in flags.items()) or "default"
+
+
 @pytest.mark.parametrize("slimming", ["H", "mask"])
 @pytest.mark.parametrize(
-    "flags", [{}, {"head_budgets": uneven}, {"prefill_chunk": 5, "position_rolling": True}], ids=str
+    "flags", [{}, {"head_budgets": uneven}, {"prefill_chunk": 5, "position_rolling": True}], ids=named
 )
 def test_a_token_is_rounded_once(flags, slimming):
     """Rounding that adds up in heavy hitters, turn after turn, because a turn reads slots in bfloat16."""
@@ -63,7 +68,7 @@ def tokens_of(cache) -> dict:
     return held
 
 
-@pytest.mark.parametrize("flags", [{}, {"score": "value_mass", "head_budgets": uneven}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"score": "value_mass", "head_budgets": uneven}], ids=named)
 def test_bytes_are_those_that_are_held(flags):
     """Scales left out, or keys that are kept in the model's dtype as well."""
     llamas = make_llamas(torch.bfloat16, head_dim=128)
@@ -124,7 +129,7 @@ def test_a_turn_reads_the_norms_that_tokens_came_with(gqa):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"score": "value_mass"}, {"head_budgets": uneven, "position_rolling": True}], ids=str
+    "flags", [{"score": "value_mass"}, {"head_budgets": uneven, "position_rolling": True}], ids=named
 )
 def test_a_prefix_leaves_what_the_whole_prompt_leaves(llamas, flags):
     """A prefix that is rounded before its own tokens or those that follow have seen it: all that they see differs."""
