@@ -416,7 +416,7 @@ def test_the_model_on_flash_attn(monkeypatch, rolling):
     """Steps that miss flash-attn or the cache's own slots, and scores that go wrong beside it: rows of half precision
     against eager attention, up to rounding."""
     flash = install(monkeypatch, Flash(2))
-    for where in ("backends", "llama"):
+    for where in ("backends", "modeling"):
         monkeypatch.setattr(f"h2optimizer.{where}.resolve_backend", lambda name, device: name)
     llamas = make_llamas(torch.float16, initializer_range=0.06)
     flags = {"window_length": 8, "update_interval": 3, "score_every_step": False, "slimming": "mask"}

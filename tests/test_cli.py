@@ -22,7 +22,8 @@ from h2optimizer.utils import cli
 from h2optimizer.utils.requests import json_object, read_lines, read_requests, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ["run_summarization.py", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py")))]
+SCRIPTS = {path.name for path in (ROOT / "scripts").glob("*.py")} - {"build_package.py"}  # which setuptools runs
+PROGRAMS = ["run_summarization.py", *(f"scripts/{name}" for name in sorted(SCRIPTS))]
 
 
 def load(program: str):

@@ -242,6 +242,7 @@ EVERY_FLAG = {
     "score_queries": ("--score_queries 9", 9),
     "group_reduce": ("--group_reduce first", "first"),
     "position_rolling": ("--enable_position_rolling", True),
+    "slots": ("--slots int8", "int8"),
     "prefill_chunk": ("--prefill_chunk 11", 11),
     "capture": ("--no-capture", False),
     "compile": ("--compile", True),
