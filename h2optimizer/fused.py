@@ -220,17 +220,16 @@ class FusedRMSNorm:
 
     def add(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """residual + branch, [..., n]."""
-        states = residual, branch, self.weight.data
-        alike = {(type(each), each.dtype, each.device) for each in states} == {
-            (torch.Tensor, self.weight.dtype, residual.device)
-        }
-        if not alike or residual.shape != branch.shape or self.weight.dtype not in KERNEL_DTYPES:
+        weight = self.weight
+        plain = type(residual) is type(branch) is type(weight.data) is torch.Tensor
+        alike = residual.dtype == branch.dtype == weight.dtype and residual.device == branch.device == weight.device
+        if not (plain and alike) or residual.shape != branch.shape or weight.dtype not in KERNEL_DTYPES:
             return residual + branch
-        if _needs_gradients(residual, branch, self.weight):
+        if _needs_gradients(residual, branch, weight):
             return residual + branch
         from h2optimizer.kernels import layer
 
-        summed, normed = layer.add_and_normalise(residual, branch, self.weight, self.variance_epsilon)
+        summed, normed = layer.add_and_normalise(residual, branch, weight, self.variance_epsilon)
         self._ready = summed, summed._version, normed
         return summed
 

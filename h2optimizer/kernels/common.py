@@ -58,11 +58,16 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+_device_count = functools.cache(torch.cuda.device_count)  # asked at each launch
+
+
 def on_its_device(launch):
     """Launch on the device of the tensors: Triton uses the current device, and layers may be spread over several."""
 
     @functools.wraps(launch)
     def launch_there(*args, **kwargs):
+        if _device_count() < 2:
+            return launch(*args, **kwargs)
         tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         with torch.cuda.device_of(tensor):
             return launch(*args, **kwargs)
