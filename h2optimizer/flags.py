@@ -12,8 +12,8 @@ import torch
 
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
-from h2optimizer.loading import QUANTIZERS, plans_of_model
-from h2optimizer.settings import SavedSettings, SettingsError
+from h2optimizer.loading import QUANTIZERS, load_config, plans_of_model
+from h2optimizer.settings import HeadsError, SavedSettings, SettingsError, check_heads
 from h2optimizer.utils.cli import InputError, count_or_all, number_or_share, seed
 from h2optimizer.utils.policies import POLICIES, named_policies
 from h2optimizer.utils.processes import Processes
@@ -252,8 +252,12 @@ def with_saved(name: str, given: dict, say: Callable[[str], None]) -> H2OConfig 
         if (saved := SavedSettings.find(name)) is None:
             return None
         h2o = saved.config(H2OConfig, given)
+        if "head_budgets" not in given and not h2o.head_windows.even:
+            check_heads(h2o, load_config(name))
     except SettingsError as error:
         raise InputError(str(error)) from None
+    except HeadsError as error:
+        raise InputError(f"{saved.path}: {error}") from None
     usual = {field.name: field.default for field in dataclasses.fields(H2OConfig)}
     taken = {name: value for name, value in saved.fields.items() if name not in given and value != usual[name]}
     shown = ", ".join(f"{name}={'a table' if isinstance(value, list) else value}" for name, value in taken.items())

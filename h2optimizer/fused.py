@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from h2optimizer import attention, float8, shards
@@ -134,7 +135,7 @@ def stored(layer: torch.nn.Module) -> Stored | None:
     """The tensors of a linear layer; None for a layer that is more than their product and sum (a hook, an adapter, a
     sum over processes), or is quantised otherwise.
     """
-    if type(layer) is not torch.nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not torch.nn.Linear or is_hooked(layer):
         return None
     weight, bias = layer.weight, layer.bias
     if "forward" in vars(layer):
@@ -153,11 +154,18 @@ def _is_plain(parameter: torch.Tensor) -> bool:
     return type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
 
 
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a call runs more than the module's forward: hooks of its own, or such as run for all modules."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+
+
 def has_foreign_hooks(module: torch.nn.Module) -> bool:
     """Whether a forward has hooks besides those that transformers leaves after a request for outputs or gradient
     checkpointing, which are idle without one."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+    return bool(_has_any_global_hook()) or not all(
+        str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
+    )
 
 
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
@@ -200,7 +208,7 @@ def normalise_heads(
 
 def _normalises(norm: torch.nn.Module, states: torch.Tensor) -> bool:
     """Whether a norm is no more than a FusedRMSNorm with a weight for these states."""
-    if not isinstance(norm, FusedRMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not isinstance(norm, FusedRMSNorm) or is_hooked(norm):
         return False
     if "forward" in vars(norm) and not shards.is_divided(norm):
         return False
@@ -305,6 +313,13 @@ def _add(residual: torch.Tensor, branch: torch.Tensor, norm: torch.nn.Module) ->
     return norm.add(residual, branch) if isinstance(norm, FusedRMSNorm) else residual + branch
 
 
+def _is_silu(activation: torch.nn.Module) -> bool:
+    """Whether an activation is no more than SiLU. Steps are compiled only without hooks and replacements."""
+    if type(activation) is not SILU:
+        return False
+    return torch.compiler.is_compiling() or not (is_hooked(activation) or "forward" in vars(activation))
+
+
 class FusedMLP:
     """A family's gated MLP that merges gate and up into one product, and activates in one pass."""
 
@@ -314,7 +329,7 @@ class FusedMLP:
 
     @takes_norm
     def forward(self, x: torch.Tensor, norm: FusedRMSNorm | None = None) -> torch.Tensor:
-        by_silu = isinstance(self.act_fn, SILU)
+        by_silu = _is_silu(self.act_fn)
         if norm is not None:
             active = self.merged.of_norm(x, norm, self.gate_proj, self.up_proj, gated=True) if by_silu else None
             return x + self(norm(x)) if active is None else self.down.added(x, active, self.down_proj)

@@ -110,7 +110,7 @@ class H2OConfig:
     def _resolve_budgets(self) -> None:
         """Turn a plan into its table for this window, and check the table."""
         budgets = self.head_budgets
-        if budgets == "even":
+        if isinstance(budgets, str) and budgets == "even":
             return
         if self.slimming == "mask":
             raise ValueError("slimming='mask' needs heads of one window: leave out head_budgets, or set slimming='H'")

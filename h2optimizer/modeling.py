@@ -17,7 +17,7 @@ from h2optimizer.columns import Columns
 from h2optimizer.fused import FusedRMSNorm, MergedLinear, rotate, takes_norm
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.prefixes import Prefix, prefill_prefix
-from h2optimizer.settings import SavedSettings, save_settings
+from h2optimizer.settings import HeadsError, SavedSettings, SettingsError, check_heads, save_settings
 from h2optimizer.slimming import slimmer_of
 from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 from h2optimizer.utils.step import to_rows
@@ -187,9 +187,13 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         Raises: ValueError for a checkpoint that this class cannot run as it is, or bad settings beside it.
         """
         name, finding = pretrained_model_name_or_path, {key: kwargs[key] for key in FINDING if key in kwargs}
-        if h2o is None and name is not None and (saved := SavedSettings.find(name, **finding)) is not None:
-            h2o = saved.config(cls.settings)
-        return super().from_pretrained(name, *model_args, h2o=h2o, **kwargs)
+        saved = None if name is None or h2o is not None else SavedSettings.find(name, **finding)
+        if saved is None:
+            return super().from_pretrained(name, *model_args, h2o=h2o, **kwargs)
+        try:
+            return super().from_pretrained(name, *model_args, h2o=saved.config(cls.settings), **kwargs)
+        except HeadsError as error:
+            raise SettingsError(f"{saved.path}: {error}") from None
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As the family's; the settings of the cache go into a file of their own, h2o_config.json.
@@ -213,12 +217,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             h2o = self.settings(**h2o)
         if not isinstance(h2o, self.settings):
             raise ValueError(f"h2o={h2o!r:.60}: must be an H2OConfig, or a dict of its fields")
-        shape = self.config.num_hidden_layers, self.config.num_key_value_heads
-        if h2o.head_budgets != "even" and h2o.head_windows.index.shape != shape:
-            raise ValueError(
-                f"head_budgets: for {' x '.join(map(str, h2o.head_windows.index.shape))} layers and KV heads, the "
-                f"model has {' x '.join(map(str, shape))}: measure it with scripts/calibrate.py"
-            )
+        check_heads(h2o, self.config)
         refuse_short_sliding_window(self.config, h2o)
         self._h2o = h2o
 

@@ -23,6 +23,22 @@ class SettingsError(ValueError):
     """A file of settings cannot be used. The message is one line that names it, and the field."""
 
 
+class HeadsError(ValueError):
+    """Head budgets of another shape than the model's."""
+
+
+def check_heads(h2o, config) -> None:
+    """Raises HeadsError for head budgets of an H2OConfig that are not for a model of this transformers config."""
+    if h2o.head_windows.even:
+        return
+    ours, theirs = h2o.head_windows.index.shape, (config.num_hidden_layers, config.num_key_value_heads)
+    if ours != theirs:
+        raise HeadsError(
+            f"head_budgets: for {' x '.join(map(str, ours))} layers and KV heads, the model has "
+            f"{' x '.join(map(str, theirs))}: measure it with scripts/calibrate.py"
+        )
+
+
 @dataclass(frozen=True)
 class SavedSettings:
     """The fields of an H2OConfig that a file beside a checkpoint holds."""

@@ -181,15 +181,17 @@ class Oracle:
 
     def _store(self):
         """Rounds the keys and values of new tokens to 8 bits, if that is how slots hold them."""
-        for slot in [slot for heads in self.cache for slots in heads for slot in slots]:
-            if not self.int8 or slot.stored:
-                continue
-            if self.position_rolling:
-                slot.key = in_8_bits(slot.key)
-            else:  # the cache holds it rotated
-                assert self.rope_scaling == 1.0
-                slot.key = self._rotate(in_8_bits(self._rotate(slot.key, slot.position)), -slot.position)
-            slot.value, slot.stored = in_8_bits(slot.value), True
+        for block, heads in zip(self.model.model.layers, self.cache, strict=True):
+            as_it_is = self.position_rolling or not rotates(block.self_attn)
+            for slot in [slot for slots in heads for slot in slots]:
+                if not self.int8 or slot.stored:
+                    continue
+                if as_it_is:
+                    slot.key = in_8_bits(slot.key)
+                else:  # the cache holds it rotated
+                    assert self.rope_scaling == 1.0
+                    slot.key = self._rotate(in_8_bits(self._rotate(slot.key, slot.position)), -slot.position)
+                slot.value, slot.stored = in_8_bits(slot.value), True
 
     def _attention(self, layer, attn, hidden, first_adding_query, decays, decodes):
         """Appends a slot per row of `hidden` [tokens, hidden_size] and attends causally; returns the same shape."""
@@ -199,7 +201,7 @@ class Oracle:
         values = attn.v_proj(hidden).view(n, self.num_kv_heads, -1)
         if hasattr(attn, "q_norm"):  # Qwen3
             queries, keys = rms_norm(attn.q_norm, queries), rms_norm(attn.k_norm, keys)
-        rotates = getattr(attn, "use_rope", True)  # SmolLM3
+        turns = rotates(attn)
         head_dim = queries.shape[-1]
         output = torch.zeros(n, self.num_query_heads, head_dim, dtype=torch.float64)
         for kv_head, slots in enumerate(self.cache[layer]):
@@ -216,14 +218,14 @@ class Oracle:
             rotated_keys = []
             for index, slot in enumerate(slots):
                 position = index if self.position_rolling else slot.position
-                rotated_keys.append(self._rotate(slot.key, position) if rotates else slot.key)
+                rotated_keys.append(self._rotate(slot.key, position) if turns else slot.key)
 
             for i in range(n):
                 visible = before + i + 1
                 query_position = before + i if self.position_rolling else self.seen + i
                 for g in range(self.group_size):
                     head = kv_head * self.group_size + g
-                    query = self._rotate(queries[i, head], query_position) if rotates else queries[i, head]
+                    query = self._rotate(queries[i, head], query_position) if turns else queries[i, head]
                     scores = [float(query.dot(rotated_keys[j])) / math.sqrt(head_dim) for j in range(visible)]
                     probabilities = softmax(scores)
                     mixed = torch.zeros(head_dim, dtype=torch.float64)
@@ -273,6 +275,11 @@ class Oracle:
         if self.score == "value_mass":
             return mass * slot.norm
         return mass
+
+
+def rotates(attn):
+    """Whether a layer has RoPE: in SmolLM3 some have none."""
+    return bool(getattr(attn, "use_rope", True))
 
 
 def rms_norm(norm, hidden):

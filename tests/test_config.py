@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from conftest import assert_row_is_oracles, generate, new_oracle, new_tokens, prompt, with_flags
@@ -57,6 +58,13 @@ def test_flags_that_work_at_their_bounds():
     assert H2OConfig(window_length=4, score="streaming_llm", num_heavy_hitters=2).heavy == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.window_length = 3
+
+
+def test_budgets_as_an_array():
+    """numpy's error about the truth of an array, for what a measurement gives."""
+    table = ((6, 10), (7, 9))
+    config = H2OConfig(window_length=8, head_budgets=np.array(table))
+    assert config == H2OConfig(window_length=8, head_budgets=table) and hash(config)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,14 @@ def pre_hook(model, attention):
     attention.v_proj.register_forward_pre_hook(lambda module, args: (-args[0],))
 
 
+def hook_activation(model, attention):
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, output: -output)
+
+
+def replace_activation(model, attention):
+    model.model.layers[0].mlp.act_fn.forward = lambda states: -states
+
+
 def patch(model, attention):
     original = attention.q_proj.forward
     attention.q_proj.forward = lambda states: 2 * original(states)
@@ -197,6 +205,43 @@ def move(model, attention):
 
 
 EDITS = [edit_in_place, load, assign, adapt, subclass, hook, pre_hook, patch, bias, another_weight, move]
+
+
+@pytest.mark.parametrize("edit", [hook_activation, replace_activation], ids=lambda edit: edit.__name__)
+def test_activations_are_followed(edit):
+    """A hook on the activation, or another one in its place, that the kernel passes by."""
+    merged, plain = merged_llama().h2o, make_llamas().h2o
+    before = one_token(merged)
+    for model in (merged, plain):
+        edit(model, None)
+    expected = one_token(plain)
+    assert not torch.allclose(expected, before), "the edit does something"
+    assert_close(one_token(merged), expected, 1e-5)
+
+
+@pytest.mark.parametrize("how", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_hooks_on_all_modules_are_called(how, captured):
+    """Products, norms and recorded steps that a hook on every module, such as a profiler's, does not see."""
+    merged, plain = merged_llama().h2o, make_llamas().h2o
+    run(merged, max_new_tokens=2)
+    captured.clear()
+    modules = {id(model): {id(module): name for name, module in model.named_modules()} for model in (merged, plain)}
+    seen = {id(model): [] for model in (merged, plain)}
+
+    def note(module, *args):
+        for of, names in modules.items():
+            if id(module) in names:
+                seen[of].append(names[id(module)])
+
+    handle = getattr(torch.nn.modules.module, how)(note)
+    try:
+        for model in (merged, plain):
+            run(model, max_new_tokens=4)
+    finally:
+        handle.remove()
+    assert sorted(seen[id(merged)]) == sorted(seen[id(plain)]) and not captured
+    run(merged, max_new_tokens=2)
+    assert captured
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)

@@ -48,6 +48,43 @@ def test_pickles_under_either_name():
     assert old is new is pickle.loads(by_old_name) and b"h2optimizer.utils.cli" in pickle.dumps(new)
 
 
+def test_names_of_no_module():
+    """A module that is said to exist where there is none."""
+    code = """
+import importlib.util, utils
+for name in ("utils", "h2optimizer.utils"):
+    assert importlib.util.find_spec(name + ".nothing") is None
+    assert importlib.util.find_spec(name + ".cli").origin.endswith("cli.py")
+"""
+    python("-c", code)
+
+
+@pytest.mark.parametrize("name", ["utils.rouge", "h2optimizer.utils.rouge"])
+def test_modules_run_under_either_name(name):
+    """A loader that cannot say what a module's code is, as python -m, runpy and debuggers ask."""
+    assert python("-m", name) == ""
+
+
+def test_both_names_at_once():
+    """A thread that gets a second module, or waits for ever, while others import the same ones."""
+    code = """
+import importlib, sys, threading
+modules = ["cli", "rouge", "requests", "padding", "memory", "schedule"]
+def load(*names):
+    for name in names: importlib.import_module(name)
+threads = [threading.Thread(target=load, args=["h2optimizer.utils." + module]) for module in modules]
+threads.append(threading.Thread(target=load, args=["utils." + module for module in modules]))
+sys.setswitchinterval(1e-6)
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+for module in modules:
+    both = [importlib.import_module(f"{package}.{module}") for package in ("utils", "h2optimizer.utils")]
+    assert both[0] is both[1] is getattr(importlib.import_module("utils"), module), module
+    assert both[0].__spec__.name == "h2optimizer.utils." + module
+"""
+    python("-c", code)
+
+
 def test_own_package_called_utils(tmp_path):
     """A user's `utils` that is hidden by this project's, or breaks it."""
     (tmp_path / "utils").mkdir()
