@@ -42,6 +42,8 @@ from h2optimizer.weights import (
     unpacking,
 )
 
+# Settings of a model that is loaded before its cache is known: no sliding attention is too short for them.
+ANY_CACHE = H2OConfig(window_length=2, update_interval=1)
 # library-format
 QUANTIZERS = ("torchao-float8", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")
 

@@ -52,7 +52,7 @@ class SavedSettings:
             return None
         if not os.path.isdir(folder):
             path = _on_hub(str(name), subfolder=subfolder or "", **finding)
-        if path is None or not path.is_file():
+        if path is None or not os.path.lexists(path):
             return None
         try:
             with path.open("rb") as file:

@@ -129,6 +129,15 @@ def test_budgets_for_another_window(checkpoint):
     assert (h2o.window_length, h2o.head_budgets, h2o.score) == (64, "even", "value_mass")
 
 
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["folder", "dangling link"])
+def test_file_that_cannot_be_read(copied, make):
+    """Settings that are there and yet ignored without a word."""
+    (copied / SETTINGS).unlink()
+    make(copied / SETTINGS)
+    with pytest.raises(InputError, match=rf"^{copied / SETTINGS}: not settings of a cache \((Is a|No such)"):
+        program(copied, "--enable_h2o_generation")
+
+
 @pytest.mark.parametrize("flags, words", {
     "--num_window_length 20": "num_heavy_hitters=30: .*; with --num_window_length given, give --num_heavy_hitter_t",
     "--num_heavy_hitter_tokens 8 --slimming mask": r"leave out head_budgets, .*\(with .* and --slimming given\)",

@@ -286,6 +286,8 @@ class ResultsFile(JsonlFile):
             ) from None
         for flag in before | self.settings:
             old, new = before.get(flag), self.settings.get(flag)
+            if old != new and flag not in before:  # results of an earlier version
+                raise InputError(f"{flag} is {new!r:.120}, of which the results at {self.path} say nothing: {KEEP}")
             if old != new:
                 same = "pass the same value to resume, " if flag.startswith("--") else ""  # others cannot be passed
                 raise InputError(
