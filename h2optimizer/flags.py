@@ -97,11 +97,12 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, windo
         window: the program's default window, if that is not H2OConfig's.
     """
     needed = "" if always else ", which need --enable_h2o_generation"
+    saved = "" if always else ", unless h2o_config.json beside the checkpoint holds others"
     h2o = parser.add_argument_group(
         "heavy-hitter cache",
-        f"Settings of the heavy-hitter cache{needed}. Their defaults are those of H2OConfig in h2optimizer/llama.py. A "
-        "slot is the place of one token in the cache; slimming drops slots; a slot's mass is the attention probability "
-        "that its token has received.",
+        f"Settings of the heavy-hitter cache{needed}. Their defaults are those of H2OConfig in h2optimizer/llama.py"
+        f"{saved}. A slot is the place of one token in the cache; slimming drops slots; a slot's mass is the attention "
+        "probability that its token has received.",
         argument_default=argparse.SUPPRESS,  # None is a value
     )
     add = h2o.add_argument
