@@ -4,7 +4,7 @@
         --model-name meta-llama/Meta-Llama-3-8B --enable_h2o_generation
 
 Without arguments it runs the bundled model on the bundled requests. Cache flags default to H2OConfig's values, so it is
-enough to edit h2optimizer/llama.py.
+enough to edit h2optimizer/llama.py. Settings saved beside a checkpoint, in h2o_config.json, come before these.
 """
 
 from __future__ import annotations

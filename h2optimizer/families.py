@@ -28,7 +28,7 @@ FAMILIES: dict[str, type[H2OForCausalLM]] = {
 def family_of(config: PreTrainedConfig | dict) -> type[H2OForCausalLM]:
     """The model class of a configuration. Raises CheckpointError for a family that there is none for."""
     kind = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    if not kind:
+    if not isinstance(kind, str) or not kind:
         raise CheckpointError("has no config.json that names a model_type")
     if kind not in FAMILIES:
         *others, last = FAMILIES

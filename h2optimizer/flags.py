@@ -12,11 +12,12 @@ import torch
 
 from h2optimizer.backends import ATTENTION_BACKENDS, resolve_backend
 from h2optimizer.llama import H2OConfig
-from h2optimizer.loading import QUANTIZERS, load_config, plans_of_model
-from h2optimizer.settings import HeadsError, SavedSettings, SettingsError, check_heads
+from h2optimizer.loading import QUANTIZERS, load_config, plans_of_model, quiet_libraries
+from h2optimizer.settings import SavedSettings, SettingsError
 from h2optimizer.utils.cli import InputError, count_or_all, number_or_share, seed
 from h2optimizer.utils.policies import POLICIES, named_policies
 from h2optimizer.utils.processes import Processes
+from h2optimizer.utils.results import checkpoint_fingerprint
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 DEMO_REQUESTS, DEMO_MODEL = DATA / "summarization/demo.jsonl", DATA / "demo_model"  # bundled
@@ -96,11 +97,12 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, windo
         window: the program's default window, if that is not H2OConfig's.
     """
     needed = "" if always else ", which need --enable_h2o_generation"
+    saved = "" if always else ", unless h2o_config.json beside the checkpoint holds others"
     h2o = parser.add_argument_group(
         "heavy-hitter cache",
-        f"Settings of the heavy-hitter cache{needed}. Their defaults are those of H2OConfig in h2optimizer/llama.py. A "
-        "slot is the place of one token in the cache; slimming drops slots; a slot's mass is the attention probability "
-        "that its token has received.",
+        f"Settings of the heavy-hitter cache{needed}. Their defaults are those of H2OConfig in h2optimizer/llama.py"
+        f"{saved}. A slot is the place of one token in the cache; slimming drops slots; a slot's mass is the attention "
+        "probability that its token has received.",
         argument_default=argparse.SUPPRESS,  # None is a value
     )
     add = h2o.add_argument
@@ -234,7 +236,7 @@ def h2o_config(
             )
         return None
     try:
-        saved = None if say is None else with_saved(args.model_name, given, say)
+        saved = None if say is None else with_saved(args.model_name, given, say, check_plan)
         h2o = H2OConfig(**given) if saved is None else saved
     except ValueError as error:
         raise InputError(in_flags(str(error))) from None
@@ -243,8 +245,10 @@ def h2o_config(
     return h2o
 
 
-def with_saved(name: str, given: dict, say: Callable[[str], None]) -> H2OConfig | None:
+def with_saved(name: str, given: dict, say: Callable[[str], None], check_plan: bool = True) -> H2OConfig | None:
     """The settings saved beside a checkpoint, with the fields that were given in their place; None if there are none.
+
+    `say` and `check_plan` are those of `h2o_config`.
 
     Raises: InputError for a bad file; ValueError for a bad field among those given.
     """
@@ -252,12 +256,10 @@ def with_saved(name: str, given: dict, say: Callable[[str], None]) -> H2OConfig 
         if (saved := SavedSettings.find(name)) is None:
             return None
         h2o = saved.config(H2OConfig, given)
-        if "head_budgets" not in given and not h2o.head_windows.even:
-            check_heads(h2o, load_config(name))
     except SettingsError as error:
-        raise InputError(str(error)) from None
-    except HeadsError as error:
-        raise InputError(f"{saved.path}: {error}") from None
+        raise InputError(f"{error}{_way_out(saved, error.field, given) if given else ''}") from None
+    if check_plan and "head_budgets" not in given:
+        _check_budgets(saved, name)
     usual = {field.name: field.default for field in dataclasses.fields(H2OConfig)}
     taken = {name: value for name, value in saved.fields.items() if name not in given and value != usual[name]}
     shown = ", ".join(f"{name}={'a table' if isinstance(value, list) else value}" for name, value in taken.items())
@@ -267,6 +269,31 @@ def with_saved(name: str, given: dict, say: Callable[[str], None]) -> H2OConfig 
     by_flags = f"; not from there: --{', --'.join(replaced)}" if replaced else ""
     say(f"cache settings from {saved.path}: {shown or 'all defaults'}{by_flags}")
     return h2o
+
+
+def _check_budgets(saved: SavedSettings, name: str) -> None:
+    """Raises InputError unless the head budgets beside a checkpoint are for it."""
+    if (plan := saved.budgets()) is None:
+        return
+    quiet_libraries()
+    config, weights = load_config(name), checkpoint_fingerprint(name)
+    try:
+        plan.check_model(config, weights)
+    except ValueError as error:
+        raise InputError(f"{error}, or give --head_budgets even") from None
+
+
+def _way_out(saved: SavedSettings, field: str | None, given: dict) -> str:
+    """Which flag to add, where a saved field does not go with those given but goes with the other saved ones."""
+    try:
+        saved.config(H2OConfig)
+    except SettingsError:
+        return ""  # the file is wrong by itself
+    flags = " and ".join(f"--{FLAG_OF_FIELD.get(name, name)}" for name in given)
+    if field is None or field in given:
+        return f" (with {flags} given)"
+    values = ": even, or a plan" if field == "head_budgets" else ""
+    return f"; with {flags} given, give --{FLAG_OF_FIELD.get(field, field)} too{values}"
 
 
 def plans_in(budgets: Iterable) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from collections.abc import Iterable
-from pathlib import Path
 
 import huggingface_hub
 import torch
@@ -33,6 +33,7 @@ from h2optimizer.utils.processes import Processes
 from h2optimizer.utils.results import checkpoint_fingerprint
 from h2optimizer.weights import (
     CheckpointError,
+    config_of,
     forget_file,
     refuse_adapter,
     refuse_misfits,
@@ -41,6 +42,8 @@ from h2optimizer.weights import (
     unpacking,
 )
 
+# Settings of a model that is loaded before its cache is known: no sliding attention is too short for them.
+ANY_CACHE = H2OConfig(window_length=2, update_interval=1)
 # library-format
 QUANTIZERS = ("torchao-float8", "torchao-int8", "torchao-int4", "bitsandbytes-int8", "bitsandbytes-int4")
 
@@ -79,6 +82,8 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         folder, of_gguf = located(name)
         refuse_adapter(folder, local_files_only=True)  # without asking the hub: an adapter alone has no config.json
+        if not of_gguf:
+            family_of(config_of(name))  # AutoConfig does not know every family by name
         config = config_of_file(name) if of_gguf else AutoConfig.from_pretrained(name)
         refuse_adapter(folder)
         refuse_other_family(family_of(config), config)
@@ -102,7 +107,7 @@ def check_windows(name: str, settings: Iterable[H2OConfig]) -> None:
 
 def fingerprint_of(name: str) -> str | None:
     """`checkpoint_fingerprint`, which for a hub name first fetches config.json. Raises InputError."""
-    if not Path(name).exists():
+    if not os.path.exists(name):  # pathlib raises an error for a name that no file can have
         quiet_libraries()
         load_config(name)
     return checkpoint_fingerprint(name)
@@ -128,9 +133,11 @@ def plans_of_config(paths: Iterable[str], config: PreTrainedConfig, weights: str
     return plans
 
 
-def unusable(name: str, error: Exception, what: str = "cannot be loaded here or from the hub") -> InputError:
+def unusable(name: str, error: Exception, what: str | None = None) -> InputError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return InputError(f"--model-name {name}: {what} ({reason})")
+    if what is None and is_gguf(name):
+        return InputError(f"--model-name {name}: not a GGUF file that can be used ({reason}); get it again, or another")
+    return InputError(f"--model-name {name}: {what or 'cannot be loaded here or from the hub'} ({reason})")
 
 
 def loading_options(

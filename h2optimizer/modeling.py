@@ -244,8 +244,8 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
 
         Returns: the keys, values and mass of the tokens, on the layers' devices. `prefix.nbytes` is their size.
 
-        Raises: ValueError for settings that rule out an exact result (`score_decay` below 1, `prefill_chunk`), RoPE
-            types `dynamic` and `longrope`, and a `prefix` of another model or of other settings.
+        Raises: ValueError for `prefill_chunk` and the RoPE types `dynamic` and `longrope`, which rule out an exact
+            result, and for a `prefix` of another model or of other settings.
         """
         return prefill_prefix(self, ids, prefix)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
+from h2optimizer.gguf_files import is_gguf
+from h2optimizer.utils.budgets import GivenBudgets, HeadBudgets
 from h2optimizer.utils.requests import LONGEST_LINE, json_object
 from h2optimizer.utils.results import SETTINGS, replace_file, to_json
 
@@ -21,6 +24,10 @@ def save_settings(h2o, folder: str | Path) -> None:
 
 class SettingsError(ValueError):
     """A file of settings cannot be used. The message is one line that names it, and the field."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field  # of H2OConfig, that does not go with the others
 
 
 class HeadsError(ValueError):
@@ -54,11 +61,14 @@ class SavedSettings:
 
         Raises: SettingsError if it does not hold a JSON object.
         """
-        folder = Path(name).parent if Path(name).is_file() else Path(name)
+        # os.path: pathlib raises an error for a name that no file can have
+        folder = Path(name).parent if os.path.isfile(name) else Path(name)
         path = folder / (subfolder or "") / SETTINGS
-        if not folder.is_dir():
+        if is_gguf(name) and not os.path.exists(name):  # no name on the hub: loading reports that there is no such file
+            return None
+        if not os.path.isdir(folder):
             path = _on_hub(str(name), subfolder=subfolder or "", **finding)
-        if path is None or not path.is_file():
+        if path is None or not os.path.lexists(path):
             return None
         try:
             with path.open("rb") as file:
@@ -73,7 +83,8 @@ class SavedSettings:
     def config(self, kind: type, given: dict | None = None):
         """An H2OConfig, which is `kind`, of these fields; those `given` replace them.
 
-        Raises: SettingsError for a bad field; the ValueError of H2OConfig for one that was given.
+        Raises: SettingsError for a bad field, or one that does not go with those given; the ValueError of H2OConfig for
+            a bad one among those given.
         """
         given = given or {}
         names = [field.name for field in dataclasses.fields(kind)]
@@ -90,11 +101,27 @@ class SavedSettings:
             return kind(**values)
         except ValueError as error:
             message = str(error)
-            if (field := re.match(r"\w*", message)[0]) in given:
+            field = re.match(r"\w*", message)[0]
+            if field in given and not self._works(kind, given):
                 raise
-        if given and field == "head_budgets":
-            message += f"; with {' and '.join(given)} given, give head_budgets too: even, or a plan"
-        raise SettingsError(f"{self.path}: {message}")
+        raise SettingsError(f"{self.path}: {message}", field if field in names else None)
+
+    @staticmethod
+    def _works(kind: type, fields: dict) -> bool:
+        try:
+            kind(**fields)
+        except ValueError:
+            return False
+        return True
+
+    def budgets(self) -> HeadBudgets | None:
+        """The saved head budgets, as a plan; None if they are even. Raises ValueError as `HeadBudgets.load`."""
+        budgets = self.fields.get("head_budgets", "even")
+        if budgets == "even":
+            return None
+        if isinstance(budgets, str):
+            return HeadBudgets.load(self.path.parent / budgets)
+        return GivenBudgets(path=self.path, shares=tuple(map(tuple, budgets)))
 
 
 def _on_hub(name: str, **finding) -> Path | None:

@@ -56,6 +56,7 @@ from h2optimizer.flags import (
     plans_in,
 )
 from h2optimizer.loading import (
+    ANY_CACHE,
     check_windows,
     device_name,
     fingerprint_of,
@@ -418,8 +419,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are already measured", file=sys.stderr)
     if todo:
         quiet_libraries()
-        h2o = H2OConfig(backend="auto")  # of a model whose projections can be merged
-        model, tokenizer = load_model(args.model_name, h2o, device, args.dtype)
+        model, tokenizer = load_model(args.model_name, ANY_CACHE, device, args.dtype)
         if getattr(model, "hf_quantizer", None) is not None:
             raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint with plain weights")
         prompts = tokenize(requests, tokenizer, model, args.model_name)

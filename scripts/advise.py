@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from h2optimizer import H2OConfig
 from h2optimizer.families import family_of
 from h2optimizer.flags import add_cache_flags, h2o_config, plans_in
-from h2optimizer.loading import load_config, plans_of_config, quiet_libraries
+from h2optimizer.loading import check_windows, load_config, plans_of_config, quiet_libraries
 from h2optimizer.utils.bench import SHAPES, config_of, print_table
 from h2optimizer.utils.budgets import HeadBudgets
 from h2optimizer.utils.cli import InputError, OneLineParser, count, positive
@@ -331,6 +331,8 @@ def plan_of(args, model: PreTrainedModel) -> HeadBudgets | None:
 
 def run(args) -> None:
     quiet_libraries()
+    if args.model_name is not None:
+        check_windows(args.model_name, [args.h2o])
     model, card = make_model(args), args.card
     plan = plan_of(args, model)
     if (heads := model.config.num_key_value_heads) % args.gpus:

@@ -42,6 +42,7 @@ from h2optimizer.calibration import Calibrator, JointElimination, head_cuts
 from h2optimizer.flags import add_input_flag, add_model_flags, in_flags
 from h2optimizer.llama import H2OConfig
 from h2optimizer.loading import (
+    ANY_CACHE,
     device_name,
     end_as_chats_do,
     eos_tokens,
@@ -213,7 +214,7 @@ def check_entry(entry: dict) -> None:
 def measure(args: argparse.Namespace, requests: list[Request], settings: dict, device) -> MeasuredBudgets:
     """The plan, from texts that are measured now or were before an interruption. Raises InputError."""
     quiet_libraries()
-    model, tokenizer = load_model(args.model_name, H2OConfig(), device, args.dtype)
+    model, tokenizer = load_model(args.model_name, ANY_CACHE, device, args.dtype)
     if args.chat:
         end_as_chats_do(model, tokenizer)
     prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)

@@ -52,6 +52,7 @@ from h2optimizer.batching import Sequence
 from h2optimizer.fidelity import Recorded, compare
 from h2optimizer.flags import add_input_flag, add_model_flags
 from h2optimizer.loading import (
+    ANY_CACHE,
     check_windows,
     end_as_chats_do,
     fingerprint_of,
@@ -491,7 +492,7 @@ def draw(rows: list[dict], args: argparse.Namespace) -> None:
 def measure(args, device: torch.device, requests: list[Request], cells: list[Cell], output: ResultsFile, todo: int):
     """Measure what is missing, and write each request as soon as it is done. Returns what presses could not do."""
     quiet_libraries()
-    model, tokenizer = load_model(args.model_name, H2OConfig(backend="auto"), device, args.dtype)
+    model, tokenizer = load_model(args.model_name, ANY_CACHE, device, args.dtype)
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError(f"--model-name {args.model_name}: is quantised; give a checkpoint with plain weights")
     prompts = tokenize(requests, tokenizer, model, args.model_name, args.chat)

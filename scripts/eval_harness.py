@@ -67,7 +67,7 @@ class H2OLlamaLM(CacheLM):
     """A CacheLM with the argument names of lm_eval's API: `pretrained`, and the fields of H2OConfig.
 
     Args:
-        pretrained: a folder, or a name on the hub.
+        pretrained: a folder, a name on the hub, or the path of a GGUF file.
         full_cache: the stock model, the baseline.
         device, dtype, share_prefixes: as the flags of run_summarization.py.
         kwargs: fields of H2OConfig (including `backend`), and the arguments of HFLM in PASSED_ON.

@@ -179,6 +179,9 @@ def draw_quality(sweep: Sweep) -> Figure:
         ax.set_xticks(sweep.windows, map(str, sweep.windows), rotation=60 if many else 0, fontsize=SMALL)
         ax.minorticks_off()
         ax.set_xlim(sweep.windows[0] / 1.4, sweep.windows[-1] * 1.4)
+    for ax in grid[:, 0]:
+        if np.ptp(ax.get_ylim()) < 1e-6:  # no text has a pair of words in common with its reference
+            ax.set_ylim(-0.05, 1)
     for ax in grid[-1]:
         ax.set_xlabel("KV budget: window_length, slots", fontsize=9)
     if len(measures) > 1:

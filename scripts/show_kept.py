@@ -40,13 +40,13 @@ import torch
 from h2optimizer import H2OConfig
 from h2optimizer.fidelity import Fidelity, Retention, compare
 from h2optimizer.flags import add_cache_flags, add_input_flag, add_model_flags
-from h2optimizer.loading import end_as_chats_do, load_model, quiet_libraries, select_device
+from h2optimizer.loading import check_windows, end_as_chats_do, load_model, quiet_libraries, select_device
 from h2optimizer.policy_flags import policy_config
 from h2optimizer.summarizing import Prompt, Summarizer, tokenize, warn_of_long_prompts
 from h2optimizer.utils.ablation import pack
 from h2optimizer.utils.bench import print_table, stock_model
 from h2optimizer.utils.cli import InputError, OneLineParser, count, count_or_zero, output_file
-from h2optimizer.utils.costs import head_dim
+from h2optimizer.utils.costs import slot_bytes
 from h2optimizer.utils.requests import Request, read_requests, unheeded
 from h2optimizer.utils.results import replace_file, to_json
 
@@ -172,13 +172,15 @@ def shown_text(shown: Shown, full: Shown, tokenizer) -> dict:
     }
 
 
-def shown_policy(policy: str, h2o: H2OConfig, shown: Shown, full: Shown, tokenizer) -> dict:
+def shown_policy(policy: str, h2o: H2OConfig, shown: Shown, full: Shown, viewer: Viewer) -> dict:
     """What the page holds of a policy."""
+    model, tokenizer = viewer.model, viewer.tokenizer
     fidelity, retention = shown.fidelity, shown.retention
     compared = max(1, fidelity.tokens)
     return shown_text(shown, full, tokenizer) | {
         "policy": policy,
-        "label": h2o.policy.label + ("" if h2o.head_windows.even else ", head budgets"),
+        "label": h2o.policy.label + ("" if h2o.head_windows.even else ", head budgets") + eight_bits(h2o),
+        "slot_bytes": bytes_of_token(model, h2o),
         "window": h2o.window_length,
         "heavy": h2o.heavy,
         "chosen_by": "random" if h2o.policy.seeded else "sinks" if h2o.policy.keeps_oldest else "heavy",
@@ -197,9 +199,14 @@ def page_of(data: dict) -> str:
     return PAGE.read_text(encoding="utf-8").replace(DATA_MARK, to_json(data).replace("<", "\\u003c"))
 
 
-def slot_bytes(model) -> int:
-    """Of one token's key and value in one KV head."""
-    return 2 * head_dim(model.config) * model.dtype.itemsize
+def eight_bits(h2o: H2OConfig) -> str:
+    return ", slots of 8 bits" if h2o.slots == "int8" else ""
+
+
+def bytes_of_token(model, h2o: H2OConfig | None = None) -> int:
+    """Of one token's key and value in one KV head, as a cache stores them."""
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    return int(slot_bytes(model.config, model.dtype.itemsize, h2o=h2o)) // heads
 
 
 # The program
@@ -255,6 +262,7 @@ def run(args: argparse.Namespace) -> int:
     open_output(args)
     device = select_device(args.device)
     configs = configs_of(args, device)
+    check_windows(args.model_name, configs.values())
     request = read_request(args)
     viewer = load(args, next(iter(configs.values())), device, request)
     tokenizer, model, full = viewer.tokenizer, viewer.model, viewer.full
@@ -262,7 +270,7 @@ def run(args: argparse.Namespace) -> int:
     for policy, h2o in configs.items():
         mean = "" if h2o.head_windows.even else " on average"
         cli.say(f"{policy}: window {h2o.window_length}, {h2o.heavy} heavy{mean}, N = {h2o.update_interval}")
-        policies.append(shown_policy(policy, h2o, viewer.show(h2o), full, tokenizer))
+        policies.append(shown_policy(policy, h2o, viewer.show(h2o), full, viewer))
     data = {
         "model": Path(args.model_name).name,
         "input": args.input_path.name,
@@ -271,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": model.config.num_hidden_layers,
         "heads": model.config.num_key_value_heads,
-        "slot_bytes": slot_bytes(model),
+        "slot_bytes": bytes_of_token(model),
         "prompt": pieces_of(viewer.prompt.tokens, tokenizer),
         "full": shown_text(full, full, tokenizer),
         "policies": policies,

@@ -200,6 +200,20 @@ def test_slots_are_counted_as_they_come(window, interval):
             assert slots_read(tokens, step, h2o) == sum(slots) / step
 
 
+def test_sliding_layers_hold_what_they_see(advise, script, capsys, checkpoint):
+    """A gain over tokens that the full cache does not hold either; a window that no program would run."""
+    mistral = {"model_type": "mistral", "sliding_window": 1000}
+    flags = ("--model-name", checkpoint(**mistral), "--num_window_length", 900, "--new_tokens", 2, "--context")
+    reads = [row(advise(*flags, context), FULL, 1)["cache_GB"] for context in (400, 999, 5000)]
+    assert reads[1] == reads[2] == pytest.approx(reads[0] * 1000 / 401)
+    mixed = mistral | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    slides = ["full_attention", "sliding_attention"]
+    checkpoint(**mixed, layer_types=slides)  # the same folder
+    assert row(advise(*flags, 5000), FULL, 1)["cache_GB"] == pytest.approx(reads[0] * (5001 + 1000) / 2 / 401)
+    wide = ("--model-name", checkpoint(**mistral), "--num_window_length", 985)
+    fails(script, capsys, wide, ("its attention slides over 1000 tokens, fewer than window_length=985",))
+
+
 PLAN = {"windows": [[12, 2, 3, 3], [4, 8, 4, 4]]}
 
 

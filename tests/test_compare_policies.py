@@ -222,6 +222,19 @@ def test_figure(compared, kvpress, script, monkeypatch, tmp_path):
         assert spans == [pytest.approx([row["kl"]["low"], row["kl"]["high"]]) for row in of]
 
 
+def test_bytes_of_tiny_caches(script):
+    """Ticks of seven digits."""
+    kl = {"mean": 1.0, "low": 0.9, "high": 1.1}
+    rows = [
+        {"policy": "mass", "window": window, "N": 1, "window holds": "prompt + text", "requests": 2, "kl": kl}
+        | {"kv_bytes": window * 512.0}
+        for window in (16, 64)
+    ]
+    (ax,) = draw_policies(rows, "tiny").axes
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert "0.0156" in labels and max(map(len, labels)) <= 7
+
+
 def test_labels_of_lines():
     """A label that is a path, or two lines of one name; labels that lie on one another or in another order."""
     assert label_of("value_mass:3/4,head_budgets=/tmp/a/plan.json", 16, True) == (

@@ -443,11 +443,19 @@ def test_short_sliding_windows_get_one_line(checkpoint, work, tmp_path):
     flags = [*SMALL, folder, "--output-path", tmp_path / "cells.jsonl", "--window_length", 9, 16]
     for program in ("ablate", "compare_policies"):
         assert work(load(program), *flags, code=2).startswith(words)
+    once = ["--timed_tokens", 2, "--repeats", 1, "--sample_num", 1, "--update_interval", 2]
+    for program, more in {"ablate": once, "compare_policies": ["--sample_num", 1]}.items():
+        fitting = [*SMALL, folder, "--output-path", tmp_path / f"{program}.jsonl", "--window_length", 9]
+        work(load(program), *fitting, *more)
     slides["sliding_window"] = 280
     (folder / "config.json").write_text(json.dumps(config | slides))
     plan = ["--output-path", tmp_path / "plan.json", "--max_new_tokens", 135, "--texts", 1]
     said = work(load("calibrate"), *SMALL, folder, *plan, code=2)
     assert said.startswith(f"error: --model-name {folder}: its attention slides over 280 tokens, and a prompt has")
+    slides["sliding_window"] = 200  # shorter than the default window, which no head is cut to
+    (folder / "config.json").write_text(json.dumps(config | slides))
+    plan[3:] = [4, "--texts", 1, "--widths", "4,8", "--recent", 4]
+    work(load("calibrate"), *SMALL, folder, *plan)
 
 
 # GGUF

@@ -244,6 +244,25 @@ def test_tokenizer_of_another_model(refused, checkpoint, tmp_path):
     refused(make_requests(1), model=small, words=["--model-name", "300 tokens", "belongs to the model"])
 
 
+NO_TYPE = "has no config.json that names a model_type"
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"model_type": "tomorrows"}, ("a tomorrows checkpoint; H2Optimizer runs llama,", "copy h2optimizer/mistral.py")),
+    ({"hidden_size": 8}, NO_TYPE), ({"model_type": ["llama"]}, NO_TYPE),
+])  # fmt: skip
+def test_family_that_transformers_does_not_know(refused, tmp_path, config, words):
+    """A line about versions of transformers in place of the families that work."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(make_requests(1), model=tmp_path, words=words)
+
+
+def test_model_name_of_no_file(refused):
+    """A traceback."""
+    for flags in ((), H2O):
+        refused(make_requests(1), *flags, model="x" * 300, words="File name too long")
+
+
 def test_model_name_that_is_nowhere(refused):
     """Offline, a name that is neither a folder nor in the cache; and what a stray slash or space makes of one."""
     for name in ("nobody/no-such-model", "nosuchmodel", "a b", ""):

@@ -101,6 +101,14 @@ def test_frontier_shows_the_spread_of_calls(sweep):
     assert not plot.draw_frontier(sweep).axes[0].collections
 
 
+def test_rouge_of_no_match_has_a_scale(cells, tmp_path):
+    """Ticks of 1e-17 points, where no text has a pair of words in common with its reference."""
+    none = {name: [0.0] * len(values) for name, values in cells[0]["rouge"].items()}
+    cells = [cell | {"rouge": none} for cell in cells]
+    rouge = plot.draw_quality(plot.load(write_cells(tmp_path / "cells.jsonl", cells), None)).axes[0]
+    assert rouge.get_ylim() == (-0.05, 1)
+
+
 LONG_NAME = "someone/A-Model-Whose-Name-" + "-".join(["says", "how", "it", "was", "made"] * 6)
 SHAPES = {
     "one of each": dict(policies=("H2O",), windows=(64,), intervals=(16,), requests=1, layers=1, heads=1),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import run_summarization
 from conftest import make_llamas, prompt
-from h2optimizer import H2OConfig, H2OLlamaForCausalLM
+from h2optimizer import H2OConfig, H2OLlamaForCausalLM, settings
 from h2optimizer.flags import h2o_config
 from h2optimizer.settings import SavedSettings
 from h2optimizer.utils.cli import InputError
@@ -121,10 +121,66 @@ def test_full_cache_reads_no_settings(checkpoint):
 
 def test_budgets_for_another_window(checkpoint):
     """A traceback, or a table that silently no longer has the mean of the window."""
-    with pytest.raises(InputError, match=rf"{SETTINGS}: head_budgets: .*give head_budgets too: even, or a plan"):
+    with pytest.raises(
+        InputError, match=rf"{SETTINGS}: head_budgets: .*with --num_window_length given, give --head_budgets too"
+    ):
         program(checkpoint, "--enable_h2o_generation --num_window_length 64")
     h2o = program(checkpoint, "--enable_h2o_generation --num_window_length 64 --head_budgets even")
     assert (h2o.window_length, h2o.head_budgets, h2o.score) == (64, "even", "value_mass")
+
+
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["folder", "dangling link"])
+def test_file_that_cannot_be_read(copied, make):
+    """Settings that are there and yet ignored without a word."""
+    (copied / SETTINGS).unlink()
+    make(copied / SETTINGS)
+    with pytest.raises(InputError, match=rf"^{copied / SETTINGS}: not settings of a cache \((Is a|No such)"):
+        program(copied, "--enable_h2o_generation")
+
+
+@pytest.mark.parametrize("flags, words", {
+    "--num_window_length 20": "num_heavy_hitters=30: .*; with --num_window_length given, give --num_heavy_hitter_t",
+    "--num_heavy_hitter_tokens 8 --slimming mask": r"leave out head_budgets, .*\(with .* and --slimming given\)",
+}.items())  # fmt: skip
+def test_flags_and_settings_that_do_not_go_together(copied, flags, words):
+    """A message that blames the flag, or the file, alone."""
+    budgets = {} if "slimming" not in flags else {"head_budgets": TABLE}
+    (copied / SETTINGS).write_text(json.dumps({"window_length": 32, "num_heavy_hitters": 30} | budgets))
+    with pytest.raises(InputError, match=f"^{copied / SETTINGS}: .*{words}"):
+        program(copied, f"--enable_h2o_generation {flags}")
+
+
+@pytest.mark.parametrize("budgets, words", {
+    "table": "budgets for 3 layers of 2 KV heads, but the model has 2", "plan": "measured on another model",
+}.items())  # fmt: skip
+def test_saved_budgets_of_another_model(copied, budgets, words):
+    """A plan that another model's weights were measured for, or a checkpoint that is said to be damaged."""
+    plan = {"widths": [4, 8], "losses": [[[1, 0.5]] * 2] * 2, "model": "other", "weights": "0" * 16}
+    (copied / "plan.json").write_text(json.dumps(plan))
+    saved = [[32, 32]] * 3 if budgets == "table" else "plan.json"
+    (copied / SETTINGS).write_text(json.dumps({"window_length": 32, "head_budgets": saved}))
+    with pytest.raises(InputError, match=f"^{copied}/.*: {words}.*, or give --head_budgets even$"):
+        program(copied, "--enable_h2o_generation")
+    assert program(copied, "--enable_h2o_generation --head_budgets even").head_budgets == "even"
+
+
+def test_plan_that_settings_name_is_no_part_of_the_weights(copied):
+    """A plan that makes its own checkpoint another one."""
+    before = checkpoint_fingerprint(copied)
+    plan = {"widths": [4, 8], "losses": [[[1, 0.5]] * 2] * 2, "model": "this", "weights": before[:16]}
+    (copied / "plan.json").write_text(json.dumps(plan))
+    (copied / SETTINGS).write_text(json.dumps({"window_length": 32, "head_budgets": "plan.json"}))
+    assert checkpoint_fingerprint(copied) == before
+    assert program(copied, "--enable_h2o_generation").head_budgets != "even"
+
+
+def test_names_of_no_file(monkeypatch):
+    """A traceback for a name that is too long, or a wait for a hub that is asked for the path of a file."""
+    monkeypatch.setattr(settings, "cached_file", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    assert SavedSettings.find("folder/model.gguf") is None
+    monkeypatch.setattr(settings, "cached_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no such name")))
+    assert SavedSettings.find("x" * 300) is None and SavedSettings.find("") is None
+    assert checkpoint_fingerprint("x" * 300) is None
 
 
 def test_bad_flag_beside_good_settings(checkpoint):

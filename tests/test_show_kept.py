@@ -179,6 +179,25 @@ def test_heads_with_windows_of_their_own(show, tmp_path, capsys):
     assert "window 16, 8 heavy, N = 1" in said and "window 16, 12 heavy on average, N = 1" in said
 
 
+def test_bytes_of_8_bit_slots(show, script):
+    """Slots of 8 bits that are counted as if they were the full cache's, or that no caption tells apart."""
+    plain, stored = show("--policies", "mass", "mass,slots=int8", "--num_window_length", 16)["policies"]
+    assert (plain["slot_bytes"], stored["slot_bytes"]) == (2 * 8 * 4, 2 * (8 + 4))  # a head_dim of 8; float32, int8
+    assert stored["label"] == f"{plain['label']}, slots of 8 bits"
+    assert "held * this.slot_bytes" in script.PAGE.read_text()
+
+
+def test_sliding_attention_of_a_later_policy(script, tmp_path, capsys):
+    """A traceback after the work of earlier policies."""
+    requests = write_requests(tmp_path / "requests.jsonl", make_requests(1, max_tokens=2))
+    folder = make_checkpoint(tmp_path / "slides", model_type="mistral", sliding_window=40)
+    flags = ["--model-name", folder, "--input-path", requests, "--output-path", tmp_path / "kept.html"]
+    policies = ["mass,num_window_length=16", "mass,num_window_length=30"]
+    assert script.main([*map(str, flags), "--device", "cpu", "--policies", *policies]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --model-name {folder}: its attention slides over 40 tokens, fewer than window_")
+
+
 def test_an_existing_file_is_kept(script, checkpoint, tmp_path, capsys):
     """A page, or the requests themselves, replaced without a word."""
     requests = write_requests(tmp_path / "requests.jsonl", make_requests(1))

@@ -57,12 +57,32 @@ def slots_read(prompt: int, steps: int, h2o=None) -> float:
     return h2o.schedule.slots_read(prompt, steps)
 
 
+def sliding_part(config: PreTrainedConfig) -> tuple[float, int]:
+    """The share of layers whose attention slides, and the tokens that such a layer sees."""
+    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    reach = getattr(config, "sliding_window", None)
+    if reach is None:
+        return 0.0, 0
+    return 1.0 if kinds is None else kinds.count("sliding_attention") / layers, reach
+
+
+def full_slots_read(config: PreTrainedConfig, prompt: int, steps: int) -> float:
+    """As `slots_read` for the full cache of a model, some of whose layers may slide: the mean of all layers."""
+    (share, reach), seen = sliding_part(config), slots_read(prompt, steps)
+    if not share:
+        return seen
+    growing = min(max(reach - prompt, 0), steps)
+    slid = growing * slots_read(prompt, growing) + (steps - growing) * reach
+    return share * slid / steps + (1 - share) * seen
+
+
 def row_read(config: PreTrainedConfig, itemsize: int, prompt: int, steps: int, h2o=None) -> float:
     """Bytes of a row's cache that an average decode step moves: keys, values and mass, without slimming."""
     scored = 0.0
     if h2o is not None and h2o.needs_mass:
         scored = 1.0 if h2o.score_every_step else 1 / h2o.update_interval
-    return slots_read(prompt, steps, h2o) * slot_bytes(config, itemsize, scored, h2o)
+    read = full_slots_read(config, prompt, steps) if h2o is None else slots_read(prompt, steps, h2o)
+    return read * slot_bytes(config, itemsize, scored, h2o)
 
 
 def row_held(config: PreTrainedConfig, itemsize: int, tokens: int, h2o=None) -> int:
@@ -73,7 +93,9 @@ def row_held(config: PreTrainedConfig, itemsize: int, tokens: int, h2o=None) -> 
     """
     logits = 8 * config.vocab_size
     if h2o is None:
-        return int(tokens * slot_bytes(config, itemsize)) + logits
+        share, reach = sliding_part(config)
+        held = share * min(tokens, reach) + (1 - share) * tokens
+        return int(held * slot_bytes(config, itemsize)) + logits
     heads, windows = config.num_key_value_heads, h2o.head_windows
     most = (
         heads * (h2o.window_length + 1)

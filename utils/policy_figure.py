@@ -75,7 +75,7 @@ def draw_policies(rows: list[dict], model: str):
     ax.set_xlabel(f"KV MiB held for a request at the end of a text{held}\nnumbers in the figure: windows, in slots")
     least, most = min(map(mebibytes, drawn)), max(map(mebibytes, drawn))
     ticks = ticks_between(least / 1.15, most * 1.15)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     ax.set_xlim(least / 1.15, most * 1.15)
     ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     ax.xaxis.set_minor_locator(NullLocator())
@@ -129,7 +129,16 @@ def name_lines(ax, labels: list[str], last: list[dict], apart: float) -> None:
     heights = spread([y for _, y in ends], apart / height, 0.0, 1.0)
     for text, end, y, bars in zip(labels, ends, heights, ax.containers, strict=True):
         colour = bars.lines[0].get_color()
-        link = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 6, "relpos": (0, 0.5)}
+        # dotted, because one from the middle of the axes would look like data
+        link = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.6,
+            "linestyle": ":",
+            "shrinkA": 2,
+            "shrinkB": 6,
+            "relpos": (0, 0.5),
+        }
         at = {"xycoords": "axes fraction", "textcoords": "axes fraction", "annotation_clip": False}
         ax.annotate(text, end, (1 + 14 / width, y), va="center", fontsize=FONT, color=colour, arrowprops=link, **at)
 

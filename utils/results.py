@@ -35,7 +35,7 @@ def checkpoint_fingerprint(name: str | Path) -> str | None:
     """
     folder, digest = Path(name), hashlib.sha256()
     try:
-        if not folder.exists():
+        if not os.path.exists(folder):
             return _commit_on_hub(str(name))
         for file in _files_of(folder) if folder.is_dir() else [folder]:
             size = file.stat().st_size
@@ -57,11 +57,8 @@ def _files_of(folder: Path) -> list[Path]:
     """A checkpoint's files: weights, settings, tokenizer, chat template, and shards that an index names elsewhere."""
     # .jinja: the chat template; .txt: merges and vocabularies
     kinds = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".distcp")
-    files = {
-        file
-        for file in folder.iterdir()
-        if file.suffix in kinds and file.is_file() and file.name not in (PLAN, SETTINGS)
-    }
+    beside = (PLAN, SETTINGS, _named_plan(folder))
+    files = {file for file in folder.iterdir() if file.suffix in kinds and file.is_file() and file.name not in beside}
     for index in folder.glob("*.index.json"):
         try:
             shards = json.loads(index.read_bytes())["weight_map"].values()
@@ -69,6 +66,14 @@ def _files_of(folder: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # loading the model reports it
     return sorted(files)
+
+
+def _named_plan(folder: Path) -> str | None:
+    """The plan that the settings beside a checkpoint name, by hand."""
+    try:
+        return json.loads((folder / SETTINGS).read_bytes())["head_budgets"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no settings, or bad ones, which their reader reports
 
 
 def _commit_on_hub(name: str) -> str | None:
@@ -281,6 +286,8 @@ class ResultsFile(JsonlFile):
             ) from None
         for flag in before | self.settings:
             old, new = before.get(flag), self.settings.get(flag)
+            if old != new and flag not in before:  # results of an earlier version
+                raise InputError(f"{flag} is {new!r:.120}, of which the results at {self.path} say nothing: {KEEP}")
             if old != new:
                 same = "pass the same value to resume, " if flag.startswith("--") else ""  # others cannot be passed
                 raise InputError(
