@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -164,15 +165,23 @@ def test_a_deleted_model_is_freed_at_once(captured, flags):
         gc.enable()
 
 
-def test_a_used_cache_can_be_copied(model, captured):
-    """A model, or its graphs, that go along with a copy of the cache; lengths that part from the copy's own."""
-    model.h2o = settings()
+def by_pickle(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, by_pickle], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("flags", [{}, {"head_budgets": ((6, 10), (12, 4))}, {"slots": "int8"}], ids=str)
+def test_a_used_cache_can_be_copied(model, captured, how, flags):
+    """A model, or its graphs, that go along with a copy of the cache; lengths or slots that part from the copy's own,
+    as pickle makes them of views."""
+    model.h2o = settings(**flags)
     cache = HHCache(model.h2o)
     ids = run(model, past_key_values=cache, max_new_tokens=5)
-    other = copy.deepcopy(cache)
+    other = how(cache)
     assert decoders_of(model, cache) and other not in model.kept_caches.decoders
     for layer in other.layers:
-        assert layer.lengths.data_ptr() == other._rows.mirror(layer.device).data_ptr()
+        assert layer.lengths.data_ptr() == layer.rows.mirror(layer.device).data_ptr()
+        assert layer.keys is layer.slots.keys
     mask = torch.cat([left_pad(ROWS)["attention_mask"], torch.ones(3, 5, dtype=torch.long)], dim=1)
     results = [
         model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, past_key_values=each).tolist()

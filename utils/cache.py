@@ -254,6 +254,16 @@ class HHCache(Cache):
         self._rows: Rows | None = None
         self.follow(prefix)
 
+    def __setstate__(self, state: dict) -> None:
+        """Restore a copy. What layers share with their slots and rows must be shared again: pickle copies it."""
+        vars(self).update(state)
+        if self._rows is not None:
+            self._rows.plans.clear()
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.own(layer.slots)
+                layer.join(self._rows)
+
     def follow(self, prefix: Prefix | None) -> None:
         """Reset the cache, and let its rows begin after another prefix, or after none.
 
