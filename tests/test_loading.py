@@ -121,6 +121,8 @@ PUBLISHED = {
                  "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
 }  # fmt: skip
 
+NO_TYPE = "has no config.json that names a model_type"
+
 
 @pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
 def test_published_checkpoints(run, tmp_path, published):
@@ -219,9 +221,9 @@ def broken(folder: Path, how: str) -> Path:
         "no tokenizer": "tokenizer",
         "truncated tokenizer": "cannot be loaded",
         "config is not JSON": "config.json",
-        "config is a list": "cannot be loaded",
+        "config is a list": NO_TYPE,
         "config with a wrong type": "hidden_size",
-        "empty folder": "cannot be loaded",
+        "empty folder": NO_TYPE,
         "no folder": "cannot be loaded",
     }.items(),
 )
@@ -242,9 +244,6 @@ def test_tokenizer_of_another_model(refused, checkpoint, tmp_path):
     """An index error from the embedding, on a GPU a device-side assert that names nothing."""
     small = make_checkpoint(tmp_path / "small", vocab_size=300)
     refused(make_requests(1), model=small, words=["--model-name", "300 tokens", "belongs to the model"])
-
-
-NO_TYPE = "has no config.json that names a model_type"
 
 
 @pytest.mark.parametrize("config, words", [

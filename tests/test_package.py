@@ -130,6 +130,11 @@ def test_each_command_has_its_program():
     assert started == {"summarize": "run_summarization"} | {name: f"scripts.{name}" for name in programs - beside}
 
 
+def test_extra_for_gguf_files():
+    """An installation with the extra whose first GGUF file asks for one more package."""
+    assert {"gguf", "accelerate"} <= set(PROJECT["project"]["optional-dependencies"]["gguf"])
+
+
 def test_command_shows_its_own_name(tmp_path):
     """A usage line that names a file which a user of the command does not have."""
     code = f"""
