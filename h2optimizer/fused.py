@@ -13,7 +13,6 @@ from h2optimizer import attention, float8, shards
 from h2optimizer.backends import has_kernels
 from h2optimizer.utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache, kernels_take
 
-MOST_ROWS = 8  # with more, products are no longer bound by reading the weight alone
 SILU = type(ACT2FN["silu"])  # torch's class, or transformers' own
 
 
@@ -290,7 +289,7 @@ class FusedDecoderLayer:
 
     def _takes_few(self, states: torch.Tensor) -> bool:
         """Whether the states [B, columns, n] are those of a decode step of a few rows, whose norms nobody looks at."""
-        if states.shape[1] != 1 or len(states) > MOST_ROWS or states.dtype not in (torch.float16, torch.bfloat16):
+        if states.shape[1] != 1 or states.dtype not in (torch.float16, torch.bfloat16):
             return False
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (states, *self.parameters())):
             return False
@@ -298,7 +297,7 @@ class FusedDecoderLayer:
             return False
         from h2optimizer.kernels import products
 
-        if not products.runs_on(states.device):
+        if len(states) > products.MOST_ROWS or not products.runs_on(states.device):
             return False
         norms, branches = (self.input_layernorm, self.post_attention_layernorm), (self.self_attn, self.mlp)
         if not all(getattr(type(branch).forward, "takes_norm", False) for branch in branches):

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers.utils.hub import cached_file
 
 from h2optimizer.gguf_files import is_gguf
-from h2optimizer.utils.budgets import GivenBudgets, HeadBudgets
+from h2optimizer.utils.budgets import GivenBudgets, HeadBudgets, shape_fault
 from h2optimizer.utils.requests import LONGEST_LINE, json_object
 from h2optimizer.utils.results import SETTINGS, replace_file, to_json
 
@@ -36,14 +36,8 @@ class HeadsError(ValueError):
 
 def check_heads(h2o, config) -> None:
     """Raises HeadsError for head budgets of an H2OConfig that are not for a model of this transformers config."""
-    if h2o.head_windows.even:
-        return
-    ours, theirs = h2o.head_windows.index.shape, (config.num_hidden_layers, config.num_key_value_heads)
-    if ours != theirs:
-        raise HeadsError(
-            f"head_budgets: for {' x '.join(map(str, ours))} layers and KV heads, the model has "
-            f"{' x '.join(map(str, theirs))}: measure it with scripts/calibrate.py"
-        )
+    if not h2o.head_windows.even and (fault := shape_fault(h2o.head_windows.index.shape, config)):
+        raise HeadsError(f"head_budgets: {fault}")
 
 
 @dataclass(frozen=True)

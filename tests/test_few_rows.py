@@ -49,7 +49,7 @@ def step_logits(model, rows=3, **flags):
 
 def unfused(monkeypatch, model, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "MOST_ROWS", 0)
+        patch.setattr(products, "MOST_ROWS", 0)
         return step_logits(model, **kwargs)
 
 

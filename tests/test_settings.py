@@ -193,7 +193,7 @@ def test_bad_flag_beside_good_settings(checkpoint):
     "{": "not JSON", "[]": "not a JSON object", '{"windw": 3}': "'windw' is not a field", '{"score": 3}': "score=3",
     '{"window_length": "x"}': "window_length='x'", '{"head_budgets": "no.json"}': "no.json: cannot be read",
     '{"head_budgets": null}': "head_budgets: None", '{"capture": 1}': "capture=1",
-    '{"head_budgets": [[256, 256]]}': "the model has 2",
+    '{"head_budgets": [[256, 256]]}': "budgets for 1 layers of 2 KV heads, but the model has 2 layers of 2 KV heads",
 }.items())  # fmt: skip
 def test_bad_file_is_named_with_its_field(copied, content, words):
     """A traceback, or a message that leaves the reader to search for the file."""

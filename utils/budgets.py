@@ -35,6 +35,15 @@ RISE = 2.0  # below them, it rises by this multiple of itself for each e-fold of
 Windows = tuple[tuple[int, ...], ...]  # [layers][KV heads]
 
 
+def shape_fault(shape: tuple[int, int], config) -> str | None:
+    """Why budgets of so many layers and KV heads are not for a model of this transformers config; None if they are."""
+    there = config.num_hidden_layers, config.num_key_value_heads
+    if tuple(shape) == there:
+        return None
+    ours, theirs = (f"{layers} layers of {heads} KV heads" for layers, heads in (shape, there))
+    return f"budgets for {ours}, but the model has {theirs}; run scripts/calibrate.py on this model"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadBudgets:
     """A plan: `windows` divides the slots of all heads. `load` reads either kind of file."""
@@ -86,12 +95,8 @@ class HeadBudgets:
             config: gives num_hidden_layers and num_key_value_heads.
             weights: `h2optimizer.utils.results.checkpoint_fingerprint`; None where it is not known.
         """
-        there = config.num_hidden_layers, config.num_key_value_heads
-        if self.shape != there:
-            ours, theirs = (f"{layers} layers of {heads} KV heads" for layers, heads in (self.shape, there))
-            raise ValueError(
-                f"{self._name}: budgets for {ours}, but the model has {theirs}; run scripts/calibrate.py on this model"
-            )
+        if fault := shape_fault(self.shape, config):
+            raise ValueError(f"{self._name}: {fault}")
 
     def calibrated_on(self, requests: Iterable[Request]) -> int:
         """How many of these requests the losses were measured on. They are no fair test of the plan."""

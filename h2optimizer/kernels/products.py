@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from h2optimizer.kernels.common import on_its_device, overlaps, precision
 
-MOST_ROWS = 8  # columns of a tensor core's smallest tile
+MOST_ROWS = 8  # columns of a tensor core's smallest tile; more rows are not bound by reading the weight alone
 SHARED = 160 * 2**10  # bytes of shared memory that the largest tile fits into
 
 
