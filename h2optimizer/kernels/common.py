@@ -1,10 +1,12 @@
 """Helpers shared by the kernels."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -73,3 +75,52 @@ def on_its_device(launch):
             return launch(*args, **kwargs)
 
     return launch_there
+
+
+class Launch:
+    """A launch of a kernel of which only the tensors are still open. It is made once for some shapes, and runs often.
+
+    `kernel[grid](…)` binds, inspects and compares all arguments in Python, each time, which takes longer than a small
+    kernel runs. It returns the compiled kernel, and that one can be launched directly, as in Triton's tutorial on fused
+    softmax. It fits all tensors of the same dtypes that are aligned to 16 bytes as the first ones were.
+
+    Args:
+        kernel: its parameters are tensors, then numbers, then constants.
+        programs: the size of its grid.
+        numbers: in the order of the kernel's parameters.
+        options: of the compiler.
+        constants: by name.
+    """
+
+    def __init__(self, kernel, programs: int, *numbers, options: dict, **constants):
+        self._kernel, self._grid, self._options = kernel, (programs, 1, 1), options
+        names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
+        self._arguments = (*numbers, *(constants[name] for name in names))
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __call__(self, *tensors: torch.Tensor | TensorDescriptor | None) -> None:
+        """Launch on the current stream of the tensors' device. Their kinds, and which are None, may change."""
+        dtypes, addresses = [], 0
+        for tensor in tensors:
+            if tensor is None:
+                dtypes.append(None)
+                continue
+            if isinstance(tensor, TensorDescriptor):
+                tensor = tensor.base
+            dtypes.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+            device = tensor.get_device()
+        if _device_count() < 2:
+            self._run(tensors, (device, *dtypes), addresses % 16 == 0)
+        else:
+            with torch.cuda.device(device):  # otherwise Triton uses the current one
+                self._run(tensors, (device, *dtypes), addresses % 16 == 0)
+
+    def _run(self, tensors: tuple, key: tuple, aligned: bool) -> None:
+        run = self._compiled.get(key) if aligned else None
+        if run is not None:
+            run(*tensors, *self._arguments)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            self._compiled[key] = compiled[self._grid]
