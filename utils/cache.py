@@ -27,10 +27,9 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
-def kernels_take(states: torch.Tensor) -> bool:
-    """Whether the Triton kernels support the dtype and head_dim of states [B, H, n, D]."""
-    head_dim = states.shape[-1]
-    return states.dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * states.element_size() % 16 == 0
+def kernels_take(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the Triton kernels support such states."""
+    return dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * dtype.itemsize % 16 == 0
 
 
 class HHLayer(CacheLayerMixin):
@@ -68,7 +67,7 @@ class HHLayer(CacheLayerMixin):
         """Use these slots from now on."""
         self.slots, self.keys, self.values = slots, slots.keys, slots.values
         self.device, (self.dtype, dtype_of_values) = slots.device, slots.dtypes
-        takes = kernels_take(slots.no_states(1)[0]) and self.dtype == dtype_of_values
+        takes = kernels_take(self.dtype, slots.head_dim) and self.dtype == dtype_of_values
         self.by_kernel = self.slimmer.by_kernel and takes
         if slots.offsets is not None:  # torch does not slim these without waiting for the device
             self.by_kernel &= slots.capacity <= self.slimmer.most_slots
@@ -102,7 +101,7 @@ class HHLayer(CacheLayerMixin):
         if held != (new := (key_states.shape[1], key_states.shape[3])):
             raise ValueError(f"this HHCache holds {held} KV heads and head_dim, the model has {new}: reset() it first")
         step = self.seen_by(step)
-        key_states, value_states = (to_rows(states, step) for states in (key_states, value_states))
+        key_states, value_states = to_rows(key_states, step), to_rows(value_states, step)
         if step.decode:
             extended = None
             if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
@@ -172,7 +171,8 @@ class HHLayer(CacheLayerMixin):
         block, self.block = self.block, None
         before, self.before = self.before, None
         if block is not None:
-            block = {name: to_rows(old, len(self.rows.mirror(self.device)[0])) for name, old in block.items()}
+            rows = self.rows.mirror(self.device).shape[1]
+            block = {name: to_rows(old, rows) for name, old in block.items()}
             if before is not None and self.slots.norms is not None:
                 block["norms"] = followed_by(before.norms, block["norms"])
         capacity = self.slots.capacity

@@ -64,11 +64,11 @@ class Slots:
 
     def suit(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether states match the dtypes, device, heads and head_dims of these slots."""
-        pairs = zip(self.no_states(1), (key_states, value_states), strict=True)
+        mine = zip(self.dtypes, (self.keys, self.values), (key_states, value_states), strict=True)
         return all(
-            (mine.dtype, mine.device, mine.shape[1], mine.shape[3])
+            (dtype, self.device, self.heads, of.shape[-1])
             == (states.dtype, states.device, states.shape[1], states.shape[3])
-            for mine, states in pairs
+            for dtype, of, states in mine
         )
 
     @property

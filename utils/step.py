@@ -317,7 +317,7 @@ def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:
 def to_rows(states: torch.Tensor, step: Step | int) -> torch.Tensor:
     """States [B, H, n(, D)] for the rows of a step, or so many: [rows, H / heads, n(, D)] if heads are rows."""
     rows = step if isinstance(step, int) else len(step.new)
-    return states if len(states) == rows else states.reshape(rows, -1, *states.shape[2:])
+    return states if states.shape[0] == rows else states.reshape(rows, -1, *states.shape[2:])
 
 
 class SlotMasks(NamedTuple):
