@@ -110,6 +110,8 @@ class MergedLinear:
 
     def merge(self, *layers: torch.nn.Module) -> None:
         """Merge the layers' weights, if they can be merged and are not yet."""
+        if self.weight is None and len(layers) == 1 and type(getattr(layers[0], "weight", None)) is torch.nn.Parameter:
+            return  # asked at each `generate`, and nothing to gain
         if self.weight is None or not self.is_current(*layers):
             self._merge(layers)
 
@@ -187,6 +189,8 @@ def _has_own_hooks(module: torch.nn.Module) -> bool:
 def has_foreign_hooks(module: torch.nn.Module) -> bool:
     """Whether a forward has hooks besides those that transformers leaves after a request for outputs or gradient
     checkpointing, which are idle without one."""
+    if not is_hooked(module):
+        return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return bool(_has_any_global_hook()) or not all(
         str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks

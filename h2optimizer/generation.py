@@ -229,11 +229,8 @@ class KeptCaches:
         self.decoders: WeakKeyDictionary[HHCache, dict[Hashable, Decoder]] = WeakKeyDictionary()
 
     def take(self, key: Hashable) -> HHCache | None:
-        """An empty cache for this key, owned by the caller until it is put back; None if there is none."""
-        cache = self._caches.pop(key, None)
-        if cache is not None:
-            cache.reset()
-        return cache
+        """A cache for this key, owned by the caller until it is put back; it must be reset. None if there is none."""
+        return self._caches.pop(key, None)
 
     def put(self, key: Hashable, cache: HHCache) -> None:
         self._caches[key] = cache
@@ -316,7 +313,7 @@ def sample(
 
     key = (len(input_ids), cache.h2o, model.dtype, model.device)
     if not outlives and (kept := model.kept_caches.take(key)) is not None:
-        kept.follow(cache.prefix)
+        kept.follow(cache.prefix)  # which resets it
         cache = kwargs[CACHE_ARGUMENT] = kept
     logits = None
     while logits is None:

@@ -196,10 +196,14 @@ class HHLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.slots.reorder(beam_idx)
 
-    def reset(self) -> None:
+    def drop_block(self) -> None:
+        """Forget a forward that did not finish."""
         self.block = self.before = None
+
+    def reset(self) -> None:
+        self.drop_block()
         if self.is_initialized:
-            self.slots.clear()
+            Slots.clear([self.slots])
 
     # transformers asks each layer for mask sizes and lengths; here only the whole cache knows them.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -476,7 +480,8 @@ class HHCache(Cache):
         if self._rows is not None:
             self._rows.clear()
         for layer in self.layers:
-            layer.reset()
+            layer.drop_block()
+        Slots.clear([layer.slots for layer in self.layers if layer.is_initialized])
 
     def with_rows(self, batch_size: int) -> HHCache:
         """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""

@@ -38,8 +38,11 @@ class Slots:
         self.capacity = capacity
         batch, self.heads, _, self.head_dim = key_states.shape
         self._allocate(key_states, value_states, (batch, self.heads, capacity), ranked)
-        positions = torch.arange(capacity, dtype=torch.int32, device=self.device)
-        self.positions = positions.expand(batch, self.heads, -1).contiguous()
+        self.positions = self._first_positions().expand(batch, self.heads, -1).contiguous()
+
+    def _first_positions(self) -> torch.Tensor:
+        """The positions of a row that has seen no token, int32, on the device."""
+        return torch.arange(self.capacity, dtype=torch.int32, device=self.device)
 
     def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
         """Everything but positions. Keys come first: a window far beyond memory fails at once."""
@@ -260,12 +263,21 @@ class Slots:
         for name, slots in self.stored().items():
             slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
-    def clear(self) -> None:
-        for slots in self._cleared():
-            slots.zero_()
-        positions = self.load("positions")
-        positions.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
-        self.store("positions", positions)
+    @staticmethod
+    def clear(of_layers: list[Slots]) -> None:
+        """Let slots forget all tokens, in a few launches for any number of layers."""
+        alike: dict[tuple, list[torch.Tensor]] = {}
+        positions: dict[tuple, list[Slots]] = {}
+        for slots in of_layers:
+            for tensor in slots._cleared():
+                alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            positions.setdefault((slots.device, slots.capacities or slots.capacity), []).append(slots)
+        for tensors in alike.values():
+            torch._foreach_zero_(tensors)
+        for same in positions.values():
+            whole = same[0].positions.copy_(same[0]._first_positions())
+            if len(same) > 1:
+                torch._foreach_copy_([slots.positions for slots in same[1:]], [whole] * (len(same) - 1))
 
 
 class HeadSlots(Slots):
@@ -290,14 +302,17 @@ class HeadSlots(Slots):
         self._allocate(key_states, value_states, (batch, sum(capacities)), tuple(ranked))
         begins = [0, *itertools.accumulate(capacities)]
         self.offsets = torch.tensor(begins, dtype=torch.int32, device=device)
-        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in capacities])
         # where the slots of the buffer lie in [Hkv, longest], and those in the buffer; past a head's end its last slot
         heads = torch.arange(self.heads).repeat_interleave(torch.tensor(capacities))
-        self._to_buffer = (heads * self.capacity + positions).to(device)
+        positions = self._first_positions()
+        self._to_buffer = heads.to(device) * self.capacity + positions
         slot = torch.arange(self.capacity).expand(self.heads, -1)
         last = torch.tensor(capacities)[:, None] - 1
         self._to_heads = (torch.tensor(begins[:-1])[:, None] + slot.minimum(last)).flatten().to(device)
-        self.positions = positions.to(device).expand(batch, -1).contiguous()
+        self.positions = positions.expand(batch, -1).contiguous()
+
+    def _first_positions(self) -> torch.Tensor:
+        return torch.cat([torch.arange(n, dtype=torch.int32) for n in self.capacities]).to(self.device)
 
     def load(self, name: str) -> torch.Tensor:
         slots = getattr(self, name)[:, self._to_heads]
