@@ -12,6 +12,7 @@ import torch
 from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
 from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.step import sent
 from h2optimizer.weights import plain_tensors
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
@@ -139,10 +140,9 @@ class Decoder:
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
         """Set the next input tokens of all rows, or restart only the rows given."""
-        at = torch.arange(len(self.token)) if rows is None else torch.tensor(rows)
-        at = at.to(self.token.device)
-        self.finished.index_copy_(0, at, self.ends(tokens))
-        self.token.index_copy_(0, at, tokens)
+        at = slice(None) if rows is None else sent(rows, self.token.device)
+        self.finished[at] = self.ends(tokens)
+        self.token[at] = tokens
 
     @torch.inference_mode(False)  # a change of mode would make torch.compile recompile, possibly during a capture
     @torch.no_grad()

@@ -98,7 +98,7 @@ class MergedLinear:
             held = vars(layer)
             if type(layer) is not torch.nn.Linear or "forward" in held or _has_own_hooks(layer):
                 return False
-            weight, bias = (held["_parameters"].get(name) for name in ("weight", "bias"))
+            weight, bias = held["_parameters"].get("weight"), held["_parameters"].get("bias")
             if type(weight) is not torch.nn.Parameter or weight.data_ptr() != at or weight.dtype != self.weight.dtype:
                 return False
             at += weight.nbytes

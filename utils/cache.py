@@ -76,10 +76,7 @@ class HHLayer(CacheLayerMixin):
     def join(self, rows: Rows) -> None:
         """Read row lengths from the device mirror, and allocate now what must not be allocated in a CUDA graph."""
         self.rows = rows if rows.windows.even else LayerRows(rows, self.layer_idx, self.slots.heads, self.device)
-        lengths = self.rows.mirror(self.device)[0]
-        self.lengths = (
-            lengths[:, None].expand(-1, self.slots.heads) if self.rows is rows else lengths.view(-1, self.slots.heads)
-        )
+        self.lengths = self.rows.lengths_there(self.device, self.slots.heads)
         self.kept = self.rows.kept(self.slots) if self.slimmer.by_kernel else None
 
     def seen_by(self, step: Step) -> Step:
@@ -129,6 +126,9 @@ class HHLayer(CacheLayerMixin):
             if self.before is not None:
                 self._add_to_prefix(name, addition)
                 continue
+            if not step.decode and not step.max_start:  # nothing is stored yet
+                self.block[name] = addition.clone() if name == "count" else addition
+                continue
             slots = self.slots.load(name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays and step.max_start:
@@ -138,8 +138,7 @@ class HHLayer(CacheLayerMixin):
                 self.slots.store(name, slots)
             else:
                 total = addition.clone() if name == "count" else addition
-                if step.max_start:  # the old are shaped as their rows, which in an empty cache are not the heads
-                    total[:, :, : step.max_start].add_(old)
+                total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
     def _add_to_prefix(self, name: str, addition: torch.Tensor) -> None:
@@ -262,7 +261,7 @@ class HHCache(Cache):
         """Restore a copy. What layers share with their slots and rows must be shared again: pickle copies it."""
         vars(self).update(state)
         if self._rows is not None:
-            self._rows.plans.clear()
+            self._rows.forget_shared()
         for layer in self.layers:
             if layer.is_initialized:
                 layer.own(layer.slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -38,11 +39,11 @@ class Slots:
         self.capacity = capacity
         batch, self.heads, _, self.head_dim = key_states.shape
         self._allocate(key_states, value_states, (batch, self.heads, capacity), ranked)
-        self.positions = self._first_positions().expand(batch, self.heads, -1).contiguous()
+        self.positions = self._first_positions().repeat(batch, self.heads, 1)
 
     def _first_positions(self) -> torch.Tensor:
-        """The positions of a row that has seen no token, int32, on the device."""
-        return torch.arange(self.capacity, dtype=torch.int32, device=self.device)
+        """The positions of a row that has seen no token, int32, on the device: to be copied."""
+        return _ascending(self.capacity, self.device)
 
     def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
         """Everything but positions. Keys come first: a window far beyond memory fails at once."""
@@ -334,6 +335,12 @@ class HeadSlots(Slots):
                 buffer[at[bring]] = new[bring]
             else:
                 buffer[at] = new
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _ascending(n: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.int32, device=device)
 
 
 def _adjacent(rows: list[int]) -> bool:

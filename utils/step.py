@@ -60,14 +60,14 @@ class Step:
         if self.decode:
             brought = self.brought(device) if self.partial else 1
             return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - brought)
-        return self._once(device, "start", lambda: torch.tensor(self.start, device=device))
+        return self._once(device, "start", lambda: sent(self.start, device))
 
     def brought(self, device: torch.device) -> torch.Tensor:
         """Which rows bring tokens: int32 [B], 1 or 0."""
         if self.static:
             return self.rows.brought(device)
         bring = [int(n > 0) for n in self.new]
-        return self._once(device, "brought", lambda: torch.tensor(bring, dtype=torch.int32, device=device))
+        return self._once(device, "brought", lambda: sent(bring, device, torch.int32))
 
     def attended(self, device: torch.device) -> torch.Tensor:
         """How many slots each row's query sees in a decode step: int32 [B], 0 for rows that bring no token."""
@@ -82,7 +82,7 @@ class Step:
             return self.brought(device)[:, None] == 0
 
         def mask():
-            return torch.arange(self.columns, device=device) >= torch.tensor(self.new, device=device)[:, None]
+            return torch.arange(self.columns, device=device) >= sent(self.new, device)[:, None]
 
         return self._once(device, "padding", mask)
 
@@ -96,7 +96,7 @@ class Step:
         if self.decode:
             positions = self.rows.mirror(device)[1].long()[:, None] - 1
             return positions + self.rows.gap(device)[:, None] if any(gaps) else positions
-        seen, gap, last = torch.tensor([seen, gaps, self.rows.seen], device=device)[..., None]
+        seen, gap, last = sent([seen, gaps, self.rows.seen], device)[..., None]
         # Clamp padding to the last real token: dynamic RoPE scales with the largest position.
         return gap + torch.minimum(seen + column, last - 1)
 
@@ -114,7 +114,7 @@ class Step:
         """The query columns of each row that add mass: bool [B, columns]."""
 
         def mask():
-            first, new = torch.tensor([self.first_scored, self.new], device=device)[..., None].unbind(0)
+            first, new = sent([self.first_scored, self.new], device)[..., None].unbind(0)
             column = torch.arange(self.columns, device=device)
             return (column >= first) & (column < new)
 
@@ -123,7 +123,7 @@ class Step:
     def spans(self, device: torch.device) -> torch.Tensor:
         """`start`, `new` and `first_scored` on `device`: int32 [3, B]."""
         spans = [self.start, self.new, self.first_scored]
-        return self._once(device, "spans", lambda: torch.tensor(spans, dtype=torch.int32, device=device))
+        return self._once(device, "spans", lambda: sent(spans, device, torch.int32))
 
     def all_scored(self, begin: int, end: int) -> bool:
         """Whether query columns [begin, end) add mass in every row."""
@@ -168,6 +168,7 @@ class Rows:
         self._brought: dict[torch.device, torch.Tensor] = {}
         self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
+        self._lengths: dict[tuple, torch.Tensor] = {}  # views of the mirrors
         self._kept: dict[tuple, torch.Tensor] = {}
         self.plans: dict[tuple, SlimmingPlan] = {}
         self.heads = None if windows.even else HeadRows(self, windows)
@@ -176,8 +177,20 @@ class Rows:
         """int32 [2, B] on `device`: lengths and tokens seen."""
         if device not in self._mirrors:
             with torch.inference_mode(False):  # outlives the caller's inference mode
-                self._mirrors[device] = torch.tensor([self.lengths, self.seen], dtype=torch.int32, device=device)
+                self._mirrors[device] = sent([self.lengths, self.seen], device, torch.int32)
         return self._mirrors[device]
+
+    def lengths_there(self, device: torch.device, heads: int) -> torch.Tensor:
+        """int32 [B, heads]: each row's length, at a fixed address on `device`."""
+        key = device, heads
+        if key not in self._lengths:
+            self._lengths[key] = self.mirror(device)[0, :, None].expand(-1, heads)
+        return self._lengths[key]
+
+    def forget_shared(self) -> None:
+        """Drop what would have to share memory with the mirrors, in a copy that does not."""
+        self.plans.clear()
+        self._lengths.clear()
 
     def kept(self, slots) -> torch.Tensor:
         """int32 [B, KV heads, capacity], at a fixed address: what the phases of a slimming by kernels pass on."""
@@ -195,14 +208,14 @@ class Rows:
         """`gaps` on `device`, at a fixed address: int32 [B]."""
         if device not in self._gaps:
             with torch.inference_mode(False):
-                self._gaps[device] = torch.tensor(self.gaps, dtype=torch.int32, device=device)
+                self._gaps[device] = sent(self.gaps, device, torch.int32)
         return self._gaps[device]
 
     def brought(self, device: torch.device) -> torch.Tensor:
         """int32 [B] on `device`, at a fixed address: which rows bring a token to a static step."""
         if device not in self._brought:
             with torch.inference_mode(False):
-                self._brought[device] = torch.tensor(self._bring, dtype=torch.int32, device=device)
+                self._brought[device] = sent(self._bring, device, torch.int32)
         return self._brought[device]
 
     def bring(self, new: list[int]) -> None:
@@ -303,6 +316,11 @@ class Rows:
     def split(self, windows: HeadWindows) -> np.ndarray:
         """Slots kept by score, and newest ones, the same for all heads: int [2, 1]."""
         return windows.split
+
+
+def sent(numbers: list, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """The numbers on a device. `torch.tensor(…, device=device)` would wait for all that the device has still to do."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:

@@ -100,27 +100,28 @@ class Launch:
 
     def __call__(self, *tensors: torch.Tensor | TensorDescriptor | None) -> None:
         """Launch on the current stream of the tensors' device. Their kinds, and which are None, may change."""
-        dtypes, addresses = [], 0
-        for tensor in tensors:
-            if tensor is None:
-                dtypes.append(None)
+        key, addresses = [], 0
+        for given in tensors:
+            if given is None:
+                key.append(None)
                 continue
-            if isinstance(tensor, TensorDescriptor):
-                tensor = tensor.base
-            dtypes.append(tensor.dtype)
+            tensor = given.base if isinstance(given, TensorDescriptor) else given
+            key.append(tensor.dtype)
             addresses |= tensor.data_ptr()
-            device = tensor.get_device()
+        device = tensor.get_device()
+        key = (device, *key) if addresses % 16 == 0 else None
         if _device_count() < 2:
-            self._run(tensors, (device, *dtypes), addresses % 16 == 0)
+            self._run(tensors, key)
         else:
             with torch.cuda.device(device):  # otherwise Triton uses the current one
-                self._run(tensors, (device, *dtypes), addresses % 16 == 0)
+                self._run(tensors, key)
 
-    def _run(self, tensors: tuple, key: tuple, aligned: bool) -> None:
-        run = self._compiled.get(key) if aligned else None
+    def _run(self, tensors: tuple, key: tuple | None) -> None:
+        """key: what the tensors were compiled for; None if they are not aligned."""
+        run = self._compiled.get(key)
         if run is not None:
             run(*tensors, *self._arguments)
             return
         compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
-        if aligned and compiled is not None:  # the interpreter compiles nothing
+        if key is not None and compiled is not None:  # the interpreter compiles nothing
             self._compiled[key] = compiled[self._grid]
