@@ -80,9 +80,9 @@ def _select(slimming: Slimming, move: bool) -> None:
     from h2optimizer.kernels import slimming as kernels
 
     slots, plan, (rank, scores, salt) = slimming.slots, slimming.plan, _rank(slimming)
-    mass, norms = (getattr(slots, name) if name in slots.ranked else None for name in ("mass", "norms"))
+    mass, norms = [getattr(slots, name) if name in slots.ranked else None for name in ("mass", "norms")]
     sources = [slimming.stored(name) for name in ("mass", "count", "norms")]
-    source_mass, source_count, source_norms = (None if source is None else source.contiguous() for source in sources)
+    source_mass, source_count, source_norms = [None if of is None else of.contiguous() for of in sources]
     kernels.select(
         slots.positions, mass, slots.count, source_mass, source_count, plan.slots, plan.mirror, slimming.kept,
         int(plan.heavy[0]), int(plan.recent[0]), rank, salt, move, scores, norms, source_norms, _heads(slimming),

@@ -6,6 +6,7 @@ Models", arXiv 2306.14048. Keeping the four oldest slots instead is StreamingLLM
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from numbers import Integral
 
@@ -30,6 +31,19 @@ CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name 
 def kernels_take(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the Triton kernels support such states."""
     return dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * dtype.itemsize % 16 == 0
+
+
+def without_gradients(method):
+    """As `torch.no_grad`, which is entered only if gradients are recorded: a layer calls so much in each forward."""
+
+    @functools.wraps(method)
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class HHLayer(CacheLayerMixin):
@@ -395,18 +409,18 @@ class HHCache(Cache):
             self.layers.append(HHLayer(self.h2o, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states, self.step, slimmer or TorchSlimmer())
 
-    @torch.no_grad()
+    @without_gradients
     def add_mass(self, mass: torch.Tensor, layer_idx: int) -> None:
         """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots, after `score_decay`."""
         self.layers[layer_idx].add_mass(mass, self.step)
 
-    @torch.no_grad()
+    @without_gradients
     def update_slimmingH(self, layer_idx: int) -> None:
         """Slim a layer in place: after a decode step, few slots move."""
         static = self.step is not None and self.step.static
         self.layers[layer_idx].slim(self.windows, by_mask=False, static=static)
 
-    @torch.no_grad()
+    @without_gradients
     def update_slimming(self, layer_idx: int) -> None:
         """Slim a layer as H2O does, by a boolean mask over the slots and a copy. The resulting cache is the same."""
         self.layers[layer_idx].slim(self.windows, by_mask=True)
