@@ -39,7 +39,8 @@ class Slots:
         self.capacity = capacity
         batch, self.heads, _, self.head_dim = key_states.shape
         self._allocate(key_states, value_states, (batch, self.heads, capacity), ranked)
-        self.positions = self._first_positions().repeat(batch, self.heads, 1)
+        positions = self._first_positions().expand(batch, self.heads, -1)
+        self.positions = positions.clone(memory_format=torch.contiguous_format)
 
     def _first_positions(self) -> torch.Tensor:
         """The positions of a row that has seen no token, int32, on the device: to be copied."""
