@@ -189,12 +189,10 @@ def _has_own_hooks(module: torch.nn.Module) -> bool:
 def has_foreign_hooks(module: torch.nn.Module) -> bool:
     """Whether a forward has hooks besides those that transformers leaves after a request for outputs or gradient
     checkpointing, which are idle without one."""
-    if not is_hooked(module):
-        return False
+    if _has_any_global_hook():
+        return True
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return bool(_has_any_global_hook()) or not all(
-        str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
-    )
+    return bool(hooks) and not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
