@@ -12,6 +12,7 @@ import torch
 from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
 from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.memory import to_device
 from h2optimizer.weights import plain_tensors
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
@@ -128,8 +129,7 @@ class Decoder:
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
         """Set the next input tokens of all rows, or restart only the rows given."""
-        at = torch.arange(len(self.token)) if rows is None else torch.tensor(rows)
-        at = at.to(self.token.device)
+        at = to_device(range(len(self.token)) if rows is None else rows, self.token.device)
         self.finished.index_copy_(0, at, self.ends(tokens))
         self.token.index_copy_(0, at, tokens)
 

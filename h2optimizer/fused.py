@@ -167,6 +167,11 @@ def has_foreign_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether a module's outputs are seen by something of the user's, or its forward is not its own."""
+    return has_foreign_hooks(module) or ("forward" in vars(module) and not shards.is_divided(module))
+
+
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -284,6 +289,9 @@ class FusedDecoderLayer:
             hidden_states, _ = self.self_attn(hidden_states=hidden_states, norm=self.input_layernorm, **kwargs)
             return self.mlp(hidden_states, norm=self.post_attention_layernorm)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states, attended = (
+            cache.step.wanted(states, self.self_attn.layer_idx) for states in (hidden_states, attended)
+        )
         hidden_states = _add(hidden_states, attended, self.post_attention_layernorm)
         return _add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.next_norm)
 

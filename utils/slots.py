@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 
 import torch
 
+from h2optimizer.utils.memory import to_device
 from h2optimizer.utils.step import SlimmingPlan, Step
 
 Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (all slots, indices to keep) -> [B, Hkv, m(, D)]
@@ -54,6 +56,18 @@ class Slots:
     def empty_like(self, batch_size: int) -> Slots:
         """New empty slots of the same kind for `batch_size` rows."""
         return type(self)(*self.no_states(batch_size), self.capacities or self.capacity, self.ranked)
+
+    def within(self, first: int, rows: int, cleared: bool) -> Slots:
+        """Empty slots in the place of neighbouring rows, sharing their memory.
+
+        Unless `cleared`, keys and values stay until others are written over them.
+        """
+        part = copy.copy(self)
+        for name in (*self.states, "mass", "count", "norms", "positions"):
+            if (of := getattr(self, name)) is not None:
+                setattr(part, name, of[first : first + rows])
+        part.clear(states=cleared)
+        return part
 
     def no_states(self, batch_size: int) -> list[torch.Tensor]:
         """No keys and values, of the shapes and dtypes that the model has: [batch_size, Hkv, 0, D]."""
@@ -254,15 +268,19 @@ class Slots:
         if _adjacent(rows) and _adjacent(source_rows):  # one copy, where indices would take two at half the speed
             to, of = (slice(indices[0], indices[0] + len(rows)) for indices in (rows, source_rows))
             for name, slots in self.stored().items():
-                slots[to].copy_(theirs[name][of])
+                if slots[to].data_ptr() != theirs[name][of].data_ptr():  # the others were made `within` these
+                    slots[to].copy_(theirs[name][of])
             return
-        to, of = (torch.tensor(indices, device=self.device) for indices in (rows, source_rows))
+        to, of = (to_device(indices, self.device) for indices in (rows, source_rows))
         for name, slots in self.stored().items():
             slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
-    def clear(self) -> None:
+    def clear(self, states: bool = True) -> None:
+        """Empty all rows; without `states`, keys and values stay."""
+        kept = () if states else tuple(getattr(self, name) for name in self.states)
         for slots in self._cleared():
-            slots.zero_()
+            if not any(slots is of for of in kept):
+                slots.zero_()
         positions = self.load("positions")
         positions.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
         self.store("positions", positions)
