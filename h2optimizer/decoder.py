@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 
+from h2optimizer.backends import resolve_backend
 from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
-from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
 from h2optimizer.utils.memory import to_device
 from h2optimizer.weights import plain_tensors
 
@@ -22,6 +23,10 @@ Choose = Callable[[torch.Tensor], torch.Tensor]  # logits [B, vocabulary] -> tok
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of tokens [B] under the model itself, before temperature and top-p: float32 [B]."""
+    if logits.is_cuda and logits.dtype in KERNEL_DTYPES and resolve_backend("auto", "cuda") == "triton":
+        from h2optimizer.kernels import logits as kernels
+
+        return kernels.token_logprobs(logits, tokens)
     return logits.log_softmax(-1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0]
 
 

@@ -198,7 +198,7 @@ class Slots:
             if plan.ragged:
                 filled = plan.masks.filled[..., : kept.shape[2]]
                 kept = torch.where(filled if kept.ndim == 3 else filled[..., None], kept, slots)
-            slots.copy_(kept)
+            _copy(slots, kept)
             self.store(name, whole)
 
     def compact(self, source: dict[str, torch.Tensor], keep: torch.Tensor, plan: SlimmingPlan, take: Gather) -> None:
@@ -337,6 +337,21 @@ class HeadSlots(Slots):
                 buffer[at[bring]] = new[bring]
             else:
                 buffer[at] = new
+
+
+def _copy(to: torch.Tensor, of: torch.Tensor) -> None:
+    """Copy `of` to `to`, vectors eight bytes at a time: torch gives each element of strided tensors to one thread."""
+    vectors = to.ndim == 4 and to.dtype == of.dtype and to.element_size() < 8
+    if vectors and all(_in_words(tensor) for tensor in (to, of)):
+        to, of = to.view(torch.int64), of.view(torch.int64)
+    to.copy_(of)
+
+
+def _in_words(tensor: torch.Tensor) -> bool:
+    """Whether each vector of a tensor [..., D] lies in whole words of eight bytes."""
+    *strides, last = tensor.stride()
+    in_elements = (*strides, tensor.shape[-1], tensor.storage_offset())
+    return last == 1 and all(size * tensor.element_size() % 8 == 0 for size in in_elements)
 
 
 def _adjacent(rows: list[int]) -> bool:
