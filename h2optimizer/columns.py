@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.memory import to_device
 
 
 class Columns:
@@ -85,6 +86,13 @@ class Columns:
         if kept is None:
             return there
         return torch.where(((at >= 0) & (at < states.shape[1]))[..., None], there, kept)
+
+    @staticmethod
+    def keep_last(kept: torch.Tensor | None, states: torch.Tensor, new: list[int]) -> torch.Tensor:
+        """`kept` [B, 1, H], each row's last token so far, updated with that of a chunk, which brings `new` tokens."""
+        if kept is None or min(new):
+            return states
+        return torch.where((to_device(new, states.device) > 0)[:, None, None], states, kept)
 
 
 def _read(attention_mask: torch.Tensor, batch_size: int, columns: int) -> torch.Tensor:

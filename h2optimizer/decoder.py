@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from h2optimizer.backends import resolve_backend
 from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
-from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
-from h2optimizer.utils.step import sent
+from h2optimizer.utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
+from h2optimizer.utils.memory import to_device
 from h2optimizer.weights import plain_tensors
 
 CHUNK = 16  # most steps between two checks of the tokens by the host
@@ -22,6 +23,10 @@ Choose = Callable[[torch.Tensor], torch.Tensor]  # logits [B, vocabulary] -> tok
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of tokens [B] under the model itself, before temperature and top-p: float32 [B]."""
+    if logits.is_cuda and logits.dtype in KERNEL_DTYPES and resolve_backend("auto", "cuda") == "triton":
+        from h2optimizer.kernels import logits as kernels
+
+        return kernels.token_logprobs(logits, tokens)
     return logits.log_softmax(-1, dtype=torch.float32).gather(1, tokens[:, None])[:, 0]
 
 
@@ -140,9 +145,9 @@ class Decoder:
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
         """Set the next input tokens of all rows, or restart only the rows given."""
-        at = slice(None) if rows is None else sent(rows, self.token.device)
-        self.finished[at] = self.ends(tokens)
-        self.token[at] = tokens
+        at = to_device(range(len(self.token)) if rows is None else rows, self.token.device)
+        self.finished.index_copy_(0, at, self.ends(tokens))
+        self.token.index_copy_(0, at, tokens)
 
     @torch.inference_mode(False)  # a change of mode would make torch.compile recompile, possibly during a capture
     @torch.no_grad()

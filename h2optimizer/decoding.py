@@ -18,6 +18,7 @@ from h2optimizer.decoder import CHUNK, Choose, Decoder, token_logprobs
 from h2optimizer.prefixes import Prefix, can_share, least_own_tokens
 from h2optimizer.sampling import choose_greedily
 from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
+from h2optimizer.utils.memory import to_device
 from h2optimizer.weights import sliding_window
 
 PREFILL_TOKENS = 16384  # most columns of prompts prefilled at once into a bounded cache, or of one chunk of them
@@ -62,7 +63,7 @@ class BoundedDecoding:
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
         """Start with one row per prompt: logits [n, vocabulary] of the next tokens. Equal prompts are computed once."""
-        logits, self.cache, source = self._prefill_apart(prompts, None)
+        logits, self.cache, source = self._prefill_apart(prompts)
         if source != list(range(len(self.cache.lengths))):
             shared, self.cache = self.cache, self.cache.with_rows(len(prompts))
             self.cache.take_rows(list(range(len(prompts))), shared, source)
@@ -75,23 +76,30 @@ class BoundedDecoding:
 
         `prefix`, from `snapshot`, is a beginning of all these prompts.
         """
-        logits, cache, source = self._prefill_apart(prompts, prefix)
+        logits, cache, source = self._prefill_apart(prompts, prefix, rows)
         if self.cache is None:
             self.cache = cache.with_rows(of_rows)
         self.cache.take_rows(rows, cache, source)
         return logits
 
     def _prefill_apart(
-        self, prompts: list[list[int]], prefix: Prefix | None
+        self, prompts: list[list[int]], prefix: Prefix | None = None, rows: list[int] | None = None
     ) -> tuple[torch.Tensor, HHCache, list[int]]:
-        """Logits, a new cache with one row per distinct prompt, and each prompt's row in it."""
+        """Logits, a new cache with one row per distinct prompt, and each prompt's row in it.
+
+        `rows` of this cache will take them, and lend their memory where they can.
+        """
         ids, mask, source = _pad(prompts, self.pad_token_id, 0 if prefix is None else len(prefix))
-        cache = self.new_cache() if prefix is None else HHCache(self.h2o, prefix=prefix)
+        if self.cache is not None and rows is not None and source == [row - rows[0] for row in rows]:
+            cache = self.cache.within(rows[0], len(rows), prefix)
+        else:
+            cache = self.new_cache() if prefix is None else HHCache(self.h2o, prefix=prefix)
         # the mask stays on the host, where it is read
         outputs = self.model(
-            ids.to(self.model.device), attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}
+            to_device(ids, self.model.device), attention_mask=mask, logits_to_keep=1, **{CACHE_ARGUMENT: cache}
         )
-        return outputs.logits[source, -1], cache, source
+        logits = outputs.logits[:, -1]
+        return logits.index_select(0, to_device(source, logits.device)), cache, source
 
     @property
     def can_share(self) -> bool:

@@ -195,6 +195,11 @@ def has_foreign_hooks(module: torch.nn.Module) -> bool:
     return bool(hooks) and not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether a module's outputs are seen by something of the user's, or its forward is not its own."""
+    return has_foreign_hooks(module) or ("forward" in vars(module) and not shards.is_divided(module))
+
+
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -282,7 +287,8 @@ class FusedRMSNorm:
             self._keep(None)
             if summed is hidden_states and version == summed._version:
                 return normed
-        if hidden_states.shape[1] != 1 or hidden_states.dtype != self.weight.dtype:
+        several_on_cpu = hidden_states.shape[1] != 1 and not hidden_states.is_cuda
+        if several_on_cpu or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
@@ -317,7 +323,8 @@ class FusedDecoderLayer:
             hidden_states, _ = self.self_attn(hidden_states=hidden_states, norm=self.input_layernorm, **kwargs)
             return self.mlp(hidden_states, norm=self.post_attention_layernorm)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        norm = self.post_attention_layernorm
+        step, layer_idx, norm = cache.step, self.self_attn.layer_idx, self.post_attention_layernorm
+        hidden_states, attended = step.wanted(hidden_states, layer_idx), step.wanted(attended, layer_idx)
         hidden_states = _add(hidden_states, attended, norm)
         return _add(hidden_states, self.mlp(norm(hidden_states)), self.next_norm)
 

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from h2optimizer.attention import Inputs, decodes_by_kernel, kernel_decode_step
 from h2optimizer.backends import ATTENTION_BACKENDS, KERNEL_BACKENDS, has_kernels, resolve_backend
 from h2optimizer.columns import Columns
-from h2optimizer.fused import FusedRMSNorm, MergedLinear, rotate, takes_norm
+from h2optimizer.fused import FusedRMSNorm, MergedLinear, is_watched, rotate, takes_norm
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.prefixes import Prefix, prefill_prefix
 from h2optimizer.settings import HeadsError, SavedSettings, SettingsError, check_heads, save_settings
@@ -304,6 +304,16 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             loss=loss, logits=logits, hidden_states=all_hidden_states, attentions=None, **{CACHE_ARGUMENT: cache}
         )
 
+    def _last_layer(self, cache: HHCache, output_hidden_states: bool | None = None, **kwargs) -> int | None:
+        """The index of the last layer, if nothing but the logits of one column needs what it computes after attention.
+
+        Then it computes that for each row's last token alone.
+        """
+        shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        layer = self.model.layers[-1]
+        watched = (*layer.modules(), self.model.norm, self.model)
+        return None if shown or any(map(is_watched, watched)) else layer.self_attn.layer_idx
+
     def _through_slots(
         self, cache: HHCache, input_ids, inputs_embeds, attention_mask, position_ids, logits_to_keep, **kwargs
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
@@ -341,6 +351,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         if position_ids is not None:
             position_ids = columns.to_left(position_ids.expand(len(inputs), -1))
 
+        last_layer = None if several or logits_to_keep != 1 else self._last_layer(cache, **kwargs)
         # H2O: with prefill_chunk, a long prompt runs in chunks, each followed by a slimming
         hidden_states, all_hidden_states = None, None
         for begin, end in columns.chunks(cache.h2o.prefill_chunk):
@@ -351,6 +362,8 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
                 positions = columns.spread(step.positions(inputs.device), begin, end)
             else:
                 positions = position_ids[:, begin:end]
+            if min(columns.new):  # a row without tokens has no last one
+                step.last_layer = last_layer
             chunk = inputs[:, begin:end]
             outputs = self.model(
                 input_ids=chunk if inputs_embeds is None else None,
@@ -362,7 +375,10 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
                 **kwargs,
             )
             cache.end(columns.gaps if position_ids is None else None)
-            hidden_states = columns.keep(hidden_states, outputs.last_hidden_state, begin, wanted)
+            if outputs.last_hidden_state.shape[1] < end - begin:
+                hidden_states = columns.keep_last(hidden_states, outputs.last_hidden_state, step.new)
+            else:
+                hidden_states = columns.keep(hidden_states, outputs.last_hidden_state, begin, wanted)
             if outputs.hidden_states is not None:
                 before = all_hidden_states or [None] * len(outputs.hidden_states)
                 layers = zip(before, outputs.hidden_states, strict=True)

@@ -11,6 +11,7 @@ import weakref
 import torch
 
 from h2optimizer.utils.cache import HHCache
+from h2optimizer.utils.memory import to_device
 from h2optimizer.utils.prefix import LayerPrefix, Prefix, fault_of, least_own_tokens
 
 __all__ = ["Prefix", "can_share", "least_own_tokens", "prefill_prefix", "prefix_first"]
@@ -41,7 +42,7 @@ def prefill_prefix(model, ids, prefix: Prefix | None = None) -> Prefix:
         raise ValueError(f"prefill_prefix: ids {tuple(ids.shape)}: give the tokens of one row, at least one")
     model.merge_projections()
     cache = _Recorder(model.h2o, prefix)
-    model.fill_slots(cache, ids.to(model.device)[None])
+    model.fill_slots(cache, to_device(ids, model.device)[None])
     tokens = (() if prefix is None else prefix.tokens) + tuple(ids.tolist())
     return Prefix(model.h2o, tokens, tuple(cache.recorded), weakref.ref(model))
 

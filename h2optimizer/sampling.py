@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from h2optimizer.decoder import CHUNK, Choose
+from h2optimizer.utils.memory import to_device
 
 PARTS = 64  # of a row's logits
 
@@ -46,11 +47,9 @@ class RowSampler:
 
     def at(self, rows: list[int], sequences: list[Sampled]) -> Choose:
         """Assign sequences to these rows; returns the function that chooses their first tokens."""
-        at = torch.tensor(rows, device=self.temperature.device)
+        at = to_device(rows, self.temperature.device)
         settings = [[s.temperature for s in sequences], [s.top_p for s in sequences], _uniforms(sequences, 1)[:, 0]]
-        temperature, top_p, uniform = (
-            torch.as_tensor(values, dtype=torch.float32).to(at.device) for values in settings
-        )
+        temperature, top_p, uniform = (to_device(values, at.device, torch.float32) for values in settings)
         self.temperature.index_copy_(0, at, temperature)
         self.top_p.index_copy_(0, at, top_p)
         return lambda logits: sample_rows(logits, temperature, top_p, uniform[:, None], self.nucleus)

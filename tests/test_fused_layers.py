@@ -52,6 +52,41 @@ def stock_logits(stock, row):
 # What a forward gives
 
 
+@pytest.mark.parametrize("rows, chunk", [([prompt(19), prompt(19, 1)], None), (ROWS, None), (ROWS, 5)], ids=str)
+def test_the_last_layer_computes_what_is_wanted(monkeypatch, rows, chunk):
+    """Padding taken for a row's last token, a chunk without tokens of a row that replaces its logits, or columns that
+    somebody watches and that are missing."""
+    llamas = fused_llamas()
+    model, columns = llamas.h2o, []
+    run = type(model.model.layers[0].mlp).forward
+
+    def watch(self, x, *args):
+        columns.append(x.shape[1])
+        return run(self, x, *args)
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", watch)
+
+    def last(**flags):
+        columns.clear()
+        with torch.no_grad():
+            cache = new_cache(backend="triton", prefill_chunk=chunk, **WIDE)
+            return model(**left_pad(rows), past_key_values=cache, logits_to_keep=1, **flags)
+
+    logits, layers = last().logits, len(model.model.layers)
+    assert columns[layers - 1 :: layers] == [1] * len(columns[::layers]) and min(columns[::layers]) > 1
+    assert logits.shape[1] == 1
+    for row, text in enumerate(rows):
+        assert_close(logits[row, 0], stock_logits(llamas.stock, text)[-1])
+    widest = max(map(len, rows))
+    assert [states.shape[1] for states in last(output_hidden_states=True).hidden_states] == [widest] * (layers + 1)
+    seen = []
+    handle = model.model.norm.register_forward_hook(lambda *args: seen.append(args[-1].shape[1]))
+    watched = last().logits
+    handle.remove()
+    assert sum(seen) == widest
+    assert_close(watched, logits)
+
+
 @pytest.mark.parametrize("flags", [
     {}, {"position_rolling": True}, {"prefill_chunk": 5}, {"prefill_chunk": 5, "position_rolling": True},
 ], ids=str)  # fmt: skip

@@ -356,6 +356,8 @@ def check_decode(
     assert_output(output, expected, (query, key.to(dtype), value.to(dtype)), step, tables)
     rounds_else = rope and dtype != FP32 and (device == "cuda" or int8)  # by FMA, or before the scale
     rounded = 4 * torch.finfo(dtype).eps if rounds_else else 1e-5
+    if int8 and not rope and dtype != FP32:
+        rounded = 5e-5  # queries in 16 bits
     assert_close(mass.cpu()[filled], (before[0] * decay + received)[filled], rounded, "mass")
     assert_close(count.cpu()[filled], (before[1] * decay + 1)[filled], 1e-6, "count")
     assert (mass.cpu()[~filled] == UNTOUCHED).all() and (count.cpu()[~filled] == UNTOUCHED).all(), "past a row's length"

@@ -12,7 +12,7 @@ import kernel_cases
 from kernel_cases import cases
 
 pytest.importorskip("triton")
-from h2optimizer.kernels import layer, mlp
+from h2optimizer.kernels import layer, logits, mlp
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 placed = kernel_cases.placed  # autouse
@@ -48,6 +48,31 @@ def test_residual_sum_and_norm(device, shape, dtype):
     assert torch.equal(residual, given[0]) and torch.equal(branch, given[1]), "what was given is not written"
     assert torch.equal(summed, residual + branch)
     assert_within_a_bit(normed, norm(residual + branch).detach())
+
+
+# The log-probability of a token
+
+
+@cases(
+    "rows, size, dtype",
+    [(3, 21, FP32), (2, 70, FP16)],
+    itertools.product([1, 9], [1000, 128256], [FP32, FP16, BF16]),
+)
+def test_log_probabilities_of_tokens(monkeypatch, device, rows, size, dtype):
+    """A tail that counts as logits of zero, blocks that forget the greatest logit before them or hold nothing but -inf,
+    a row's length taken for its distance to the next, or a NaN that is lost."""
+    if device == "cpu":
+        monkeypatch.setattr(logits, "BLOCK", 16)
+    given = random(rows, size + 8, device=device, dtype=dtype)[:, :size] * 8
+    given[0, :19], given[-1, 3] = -torch.inf, 30
+    tokens = torch.arange(rows, device=device) % 2 + 19
+    expected = given.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    found = logits.token_logprobs(given, tokens)
+    assert found.dtype == FP32
+    assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    given[-1, size - 1] = torch.nan
+    found = logits.token_logprobs(given, tokens)
+    assert found.isnan().tolist() == [False] * (rows - 1) + [True]
 
 
 @pytest.mark.parametrize("device", ["cpu"])

@@ -498,12 +498,29 @@ class HHCache(Cache):
 
     def with_rows(self, batch_size: int) -> HHCache:
         """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""
-        other = HHCache(self.h2o)
+        return self._with(batch_size, [layer.slots.empty_like(batch_size) for layer in self.layers])
+
+    @torch.no_grad()
+    def within(self, first: int, rows: int, prefix: Prefix | None = None) -> HHCache:
+        """A new cache in the place of neighbouring rows of this one, whose texts are forgotten.
+
+        This cache's `take_rows` then has nothing to copy. Raises: ValueError as the constructor does.
+        """
+        # kernels read nothing past a row's length, where a NaN of an earlier text may be
+        keeps = [layer.by_kernel and self.h2o.backend != "flash_attn" for layer in self.layers]
+        parts = [layer.slots.within(first, rows) for layer in self.layers]
+        for kept in (True, False):
+            Slots.clear([part for part, keep in zip(parts, keeps, strict=True) if keep == kept], states=not kept)
+        return self._with(rows, parts, prefix)
+
+    def _with(self, batch_size: int, slots: list[Slots], prefix: Prefix | None = None) -> HHCache:
+        """A new cache of empty rows with the given slots of all layers."""
+        other = HHCache(self.h2o, prefix)
         other._rows = Rows(batch_size, other.windows)
-        for layer in self.layers:
+        for layer, of in zip(self.layers, slots, strict=True):
             other.layers.append(HHLayer(self.h2o, layer.layer_idx))
             other.layers[-1].slimmer = layer.slimmer
-            other.layers[-1].own(layer.slots.empty_like(batch_size))
+            other.layers[-1].own(of)
             other.layers[-1].join(other._rows)
         return other
 

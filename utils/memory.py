@@ -22,6 +22,12 @@ def free_memory(compiled: bool = True) -> None:
     torch.cuda.empty_cache()
 
 
+def to_device(numbers, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """torch.tensor(numbers, dtype=dtype, device=device), but the host does not wait until the GPU has come so far."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def allocated() -> int:
     """Bytes of tensors on the GPU; 0 without a GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

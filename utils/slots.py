@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
 
 import torch
 
+from h2optimizer.utils.memory import to_device
 from h2optimizer.utils.step import SlimmingPlan, Step
 
 Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (all slots, indices to keep) -> [B, Hkv, m(, D)]
@@ -60,6 +62,14 @@ class Slots:
         """New empty slots of the same kind for `batch_size` rows."""
         return type(self)(*self.no_states(batch_size), self.capacities or self.capacity, self.ranked)
 
+    def within(self, first: int, rows: int) -> Slots:
+        """Slots in the place of neighbouring rows, sharing their memory, to be cleared."""
+        part = copy.copy(self)
+        for name in (*self.states, "mass", "count", "norms", "positions"):
+            if (of := getattr(self, name)) is not None:
+                setattr(part, name, of[first : first + rows])
+        return part
+
     def no_states(self, batch_size: int) -> list[torch.Tensor]:
         """No keys and values, of the shapes and dtypes that the model has: [batch_size, Hkv, 0, D]."""
         return [
@@ -86,9 +96,9 @@ class Slots:
         """Bytes of all slots, filled or not."""
         return sum(tensor.nbytes for tensor in (*self._cleared(), self.positions))
 
-    def _cleared(self) -> list[torch.Tensor]:
-        """All tensors but positions: zero where nothing has been stored."""
-        held = (getattr(self, name) for name in (*self.states, "mass", "count", "norms"))
+    def _cleared(self, states: bool = True) -> list[torch.Tensor]:
+        """All tensors but positions: zero where nothing has been stored. Without `states`, no keys and values."""
+        held = (getattr(self, name) for name in (*(self.states if states else ()), "mass", "count", "norms"))
         return [tensor for tensor in held if tensor is not None]
 
     def stored(self) -> dict[str, torch.Tensor]:
@@ -189,7 +199,7 @@ class Slots:
             if plan.ragged:
                 filled = plan.masks.filled[..., : kept.shape[2]]
                 kept = torch.where(filled if kept.ndim == 3 else filled[..., None], kept, slots)
-            slots.copy_(kept)
+            _copy(slots, kept)
             self.store(name, whole)
 
     def compact(self, source: dict[str, torch.Tensor], keep: torch.Tensor, plan: SlimmingPlan, take: Gather) -> None:
@@ -259,21 +269,23 @@ class Slots:
         if _adjacent(rows) and _adjacent(source_rows):  # one copy, where indices would take two at half the speed
             to, of = (slice(indices[0], indices[0] + len(rows)) for indices in (rows, source_rows))
             for name, slots in self.stored().items():
-                slots[to].copy_(theirs[name][of])
+                if slots[to].data_ptr() != theirs[name][of].data_ptr():  # the others were made `within` these
+                    slots[to].copy_(theirs[name][of])
             return
-        to, of = (torch.tensor(indices, device=self.device) for indices in (rows, source_rows))
+        to, of = (to_device(indices, self.device) for indices in (rows, source_rows))
         for name, slots in self.stored().items():
             slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
     @staticmethod
-    def clear(of_layers: list[Slots]) -> None:
-        """Let slots forget all tokens, in a few launches for any number of layers."""
+    def clear(of_layers: list[Slots], states: bool = True) -> None:
+        """Empty all rows, in a few launches for any number of layers; without `states`, keys and values stay."""
         alike: dict[tuple, list[torch.Tensor]] = {}
         positions: dict[tuple, list[Slots]] = {}
         for slots in of_layers:
-            for tensor in slots._cleared():
+            for tensor in slots._cleared(states):
                 alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-            positions.setdefault((slots.device, slots.capacities or slots.capacity), []).append(slots)
+            key = slots.device, slots.positions.shape, slots.capacities
+            positions.setdefault(key, []).append(slots)
         for tensors in alike.values():
             torch._foreach_zero_(tensors)
         for same in positions.values():
@@ -342,6 +354,21 @@ class HeadSlots(Slots):
 @torch.inference_mode(False)
 def _ascending(n: int, device: torch.device) -> torch.Tensor:
     return torch.arange(n, dtype=torch.int32, device=device)
+
+
+def _copy(to: torch.Tensor, of: torch.Tensor) -> None:
+    """Copy `of` to `to`, vectors eight bytes at a time: torch gives each element of strided tensors to one thread."""
+    vectors = to.ndim == 4 and to.dtype == of.dtype and to.element_size() < 8
+    if vectors and all(_in_words(tensor) for tensor in (to, of)):
+        to, of = to.view(torch.int64), of.view(torch.int64)
+    to.copy_(of)
+
+
+def _in_words(tensor: torch.Tensor) -> bool:
+    """Whether each vector of a tensor [..., D] lies in whole words of eight bytes."""
+    *strides, last = tensor.stride()
+    in_elements = (*strides, tensor.shape[-1], tensor.storage_offset())
+    return last == 1 and all(size * tensor.element_size() % 8 == 0 for size in in_elements)
 
 
 def _adjacent(rows: list[int]) -> bool:

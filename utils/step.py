@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from h2optimizer.utils.heads import HeadRows, HeadWindows, LayerRows
+from h2optimizer.utils.memory import to_device
 from h2optimizer.utils.padding import Padding, runs_without
 from h2optimizer.utils.prefix import Prefix
 
@@ -34,6 +35,7 @@ class Step:
     decays: bool = True  # stored mass decays once a forward, in its first chunk
     static: bool = False  # graph-safe: every per-step value is read on the device
     prefix: Prefix | None = None  # the first `start` of each row are its tokens, and no row has a slot yet
+    last_layer: int | None = None  # the index of the last layer, if only each row's last token is wanted from it
 
     def __post_init__(self):
         self.min_start, self.max_start = min(self.start), max(self.start)
@@ -60,14 +62,14 @@ class Step:
         if self.decode:
             brought = self.brought(device) if self.partial else 1
             return self._once(device, "start", lambda: self.rows.mirror(device)[0].long() - brought)
-        return self._once(device, "start", lambda: sent(self.start, device))
+        return self._once(device, "start", lambda: to_device(self.start, device))
 
     def brought(self, device: torch.device) -> torch.Tensor:
         """Which rows bring tokens: int32 [B], 1 or 0."""
         if self.static:
             return self.rows.brought(device)
         bring = [int(n > 0) for n in self.new]
-        return self._once(device, "brought", lambda: sent(bring, device, torch.int32))
+        return self._once(device, "brought", lambda: to_device(bring, device, torch.int32))
 
     def attended(self, device: torch.device) -> torch.Tensor:
         """How many slots each row's query sees in a decode step: int32 [B], 0 for rows that bring no token."""
@@ -82,7 +84,7 @@ class Step:
             return self.brought(device)[:, None] == 0
 
         def mask():
-            return torch.arange(self.columns, device=device) >= sent(self.new, device)[:, None]
+            return torch.arange(self.columns, device=device) >= to_device(self.new, device)[:, None]
 
         return self._once(device, "padding", mask)
 
@@ -96,7 +98,7 @@ class Step:
         if self.decode:
             positions = self.rows.mirror(device)[1].long()[:, None] - 1
             return positions + self.rows.gap(device)[:, None] if any(gaps) else positions
-        seen, gap, last = sent([seen, gaps, self.rows.seen], device)[..., None]
+        seen, gap, last = to_device([seen, gaps, self.rows.seen], device)[..., None]
         # Clamp padding to the last real token: dynamic RoPE scales with the largest position.
         return gap + torch.minimum(seen + column, last - 1)
 
@@ -114,16 +116,26 @@ class Step:
         """The query columns of each row that add mass: bool [B, columns]."""
 
         def mask():
-            first, new = sent([self.first_scored, self.new], device)[..., None].unbind(0)
+            first, new = to_device([self.first_scored, self.new], device)[..., None].unbind(0)
             column = torch.arange(self.columns, device=device)
             return (column >= first) & (column < new)
 
         return self._once(device, "scored", mask)
 
+    def wanted(self, states: torch.Tensor, layer: int) -> torch.Tensor:
+        """Of a layer's states [B, columns, n] those that something will read: all, or each row's last, [B, 1, n]."""
+        if layer != self.last_layer:
+            return states
+        last = [(new - 1) % self.columns for new in self.new]
+        if min(last) == max(last):
+            return states[:, last[0] : last[0] + 1]
+        at = self._once(states.device, "last", lambda: to_device(last, states.device))
+        return states[torch.arange(len(states), device=states.device), at][:, None]
+
     def spans(self, device: torch.device) -> torch.Tensor:
         """`start`, `new` and `first_scored` on `device`: int32 [3, B]."""
         spans = [self.start, self.new, self.first_scored]
-        return self._once(device, "spans", lambda: sent(spans, device, torch.int32))
+        return self._once(device, "spans", lambda: to_device(spans, device, torch.int32))
 
     def all_scored(self, begin: int, end: int) -> bool:
         """Whether query columns [begin, end) add mass in every row."""
@@ -177,7 +189,7 @@ class Rows:
         """int32 [2, B] on `device`: lengths and tokens seen."""
         if device not in self._mirrors:
             with torch.inference_mode(False):  # outlives the caller's inference mode
-                self._mirrors[device] = sent([self.lengths, self.seen], device, torch.int32)
+                self._mirrors[device] = to_device([self.lengths, self.seen], device, torch.int32)
         return self._mirrors[device]
 
     def lengths_there(self, device: torch.device, heads: int) -> torch.Tensor:
@@ -208,14 +220,14 @@ class Rows:
         """`gaps` on `device`, at a fixed address: int32 [B]."""
         if device not in self._gaps:
             with torch.inference_mode(False):
-                self._gaps[device] = sent(self.gaps, device, torch.int32)
+                self._gaps[device] = to_device(self.gaps, device, torch.int32)
         return self._gaps[device]
 
     def brought(self, device: torch.device) -> torch.Tensor:
         """int32 [B] on `device`, at a fixed address: which rows bring a token to a static step."""
         if device not in self._brought:
             with torch.inference_mode(False):
-                self._brought[device] = sent(self._bring, device, torch.int32)
+                self._brought[device] = to_device(self._bring, device, torch.int32)
         return self._brought[device]
 
     def bring(self, new: list[int]) -> None:
@@ -316,11 +328,6 @@ class Rows:
     def split(self, windows: HeadWindows) -> np.ndarray:
         """Slots kept by score, and newest ones, the same for all heads: int [2, 1]."""
         return windows.split
-
-
-def sent(numbers: list, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """The numbers on a device. `torch.tensor(…, device=device)` would wait for all that the device has still to do."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:

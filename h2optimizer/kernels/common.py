@@ -12,22 +12,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def online_softmax(logits, top, total):
+def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
     """Extend a running softmax by more slots (Milakov and Gimelshein, arXiv 1805.02867).
 
-    Args: logits [rows, slots] to base 2, -inf where hidden; each row's greatest logit and sum of exponentials so far,
-    in float32. Returns: both, updated, the exponentials, and the factor by which older sums shrink.
+    Args: logits [rows, slots] to base 2, -inf where hidden; v [slots, D]; each row's greatest logit, sum of
+    exponentials and weighted sum of v [rows, D] so far, in float32. Returns: the last three, updated.
     """
     higher = tl.maximum(top, tl.max(logits, 1))
     p, shrink = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
-    return higher, total * shrink + tl.sum(p, 1), p, shrink[:, None]
-
-
-@triton.jit
-def online_softmax_update(logits, v, top, total, acc, PRECISION: tl.constexpr):
-    """`online_softmax`, and the sum [rows, D] of v [slots, D] that it weights, in float32."""
-    top, total, p, shrink = online_softmax(logits, top, total)
-    return top, total, tl.dot(p.to(v.dtype), v, acc * shrink, input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return higher, total * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit

@@ -18,8 +18,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from h2optimizer.kernels.common import (
     LOG2_E,
     on_its_device,
-    online_softmax,
-    online_softmax_update,
     overlaps,
     padded,
     precision,
@@ -51,15 +49,19 @@ def _append_halves(slots, scales, at, slot, low, high, offset, inside, HALF: tl.
         scale += 0.0 * tl.sum(low + high, 0)  # a maximum passes over NaN
         tl.store(scales + slot, scale)
         divisor = tl.where(scale == 0.0, 1.0, scale)
-        low, high = _rounded(tl.div_rn(low, divisor)), _rounded(tl.div_rn(high, divisor))
+        low, high = _as_int8(tl.div_rn(low, divisor)), _as_int8(tl.div_rn(high, divisor))
     _store_halves(slots + at, low, high, offset, inside, HALF)
 
 
 @triton.jit
 def _rounded(number):
-    """The nearest int8, of ties the even one: a sum this large has no bits for a fraction."""
-    number = (number + 12582912.0) - 12582912.0  # 1.5 * 2**23
-    return tl.minimum(tl.maximum(number, -127.0), 127.0).to(tl.int8)
+    """The nearest whole number, of ties the even one: a sum this large has no bits for a fraction."""
+    return (number + 12582912.0) - 12582912.0  # 1.5 * 2**23
+
+
+@triton.jit
+def _as_int8(number):
+    return tl.minimum(tl.maximum(_rounded(number), -127.0), 127.0).to(tl.int8)
 
 
 @triton.jit
@@ -131,30 +133,74 @@ def _pairs(words, dtype: tl.constexpr, PACKED: tl.constexpr):
 
     A tile of words reaches the tensor cores like one of half precision; no instruction transposes bytes.
     """
-    if PACKED:  # two words a register, to bfloat16: 128 + the low 7 bits, minus 128, or 256 where the sign bit is set
+    if PACKED:  # two words a register, to float16: 1024 + the byte with its sign bit exchanged, minus 1024 + 128
         return tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 high, number, sign, minus;
-            mov.b32 minus, 0xbf80bf80;
-            lop3.b32 number, $2, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, sign, minus, number;
-            shr.u32 high, $2, 8;
-            lop3.b32 number, high, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 sign, high, 0x00800080, 0x43004300, 0xea;
-            fma.rn.bf16x2 $1, sign, minus, number;
+            .reg .b32 number, minus;
+            mov.b32 minus, 0xe480e480;
+            lop3.b32 number, $2, 0x00ff00ff, 0x64806480, 0x6a;
+            add.rn.f16x2 $0, number, minus;
+            shr.u32 number, $2, 8;
+            lop3.b32 number, number, 0x00ff00ff, 0x64806480, 0x6a;
+            add.rn.f16x2 $1, number, minus;
             }
             """,
-            "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
     return ((words << 8) >> 8).to(dtype), (words >> 8).to(dtype)
 
 
 @triton.jit
+def _in_two_bytes(query, parts, inside):
+    """Queries [D, columns] as int8, and the steps [columns]: query = (256 * high + low) * step, in 16 bits.
+
+    `parts` [columns] is 0 where a column holds the high bytes, 1 where it holds the low ones.
+    """
+    q = tl.load(query, mask=inside, other=0.0).to(tl.float32)
+    step = tl.max(tl.abs(q), 0) / 32512.0  # 127 * 256
+    step += 0.0 * tl.sum(q, 0)  # a maximum passes over NaN
+    q = _rounded(q / tl.where(step == 0.0, 1.0, step)[None, :])
+    high = tl.floor((q + 128.0) / 256.0)
+    return tl.where((parts == 0)[None, :], high, q - 256.0 * high).to(tl.int8), step
+
+
+@triton.jit
+def _power_of_two(scale):
+    """scale = mantissa * 2**power, both float32, with a mantissa in [1, 2). Scales below 2**-64 are taken for that."""
+    scale = tl.where(scale < 5.421010862427522e-20, 5.421010862427522e-20, scale)
+    power = (scale.to(tl.int32, bitcast=True) >> 23) - 127
+    return scale * ((127 - power) << 23).to(tl.float32, bitcast=True), power.to(tl.float32)
+
+
+@triton.jit
+def _one_of_each(repeated, N: tl.constexpr, G: tl.constexpr, REPEATS: tl.constexpr):
+    """[N, G * REPEATS], whose neighbouring columns are alike, -> [N, G]."""
+    if REPEATS == 1:
+        return repeated
+    return tl.max(tl.reshape(repeated, [N, G, REPEATS]), 2)
+
+
+@triton.jit
+def _repeated(heads, N: tl.constexpr, G: tl.constexpr, REPEATS: tl.constexpr):
+    """[N, G] -> [N, G * REPEATS]."""
+    return tl.reshape(tl.broadcast_to(heads[:, :, None], [N, G, REPEATS]), [N, G * REPEATS])
+
+
+@triton.jit
+def _weights(logits, top):
+    """Exponentials of logits [BN, G] relative to the greatest so far, this, and the factor by which older ones shrink.
+
+    A step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+    """
+    higher = tl.maximum(top, tl.max(logits, 0))
+    return tl.exp2(logits - higher[None, :]), higher, tl.exp2(top - higher)
+
+
+@triton.jit
 def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end, D: tl.constexpr, BH: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
-    """q·k [heads, BN] in float32, with keys rotated here by slot index, both halves of a head at once.
+    """q·k [BN, heads] in float32, with keys rotated here by slot index, both halves of a head at once.
 
     Keys in 8 bits are rotated without their scales.
     """
@@ -166,11 +212,11 @@ def _rotated_logits(query, inside, key, cos, sin, stride, stride_rope, slot, end
     dtype = query.dtype.element_ty
     turned_low = (low.to(tl.float32) * c - high.to(tl.float32) * s).to(dtype)
     turned_high = (high.to(tl.float32) * c + low.to(tl.float32) * s).to(dtype)
-    inside = inside[:, None] & (half < D // 2)[None, :]
-    q_low = tl.load(query[:, None] + half[None, :], mask=inside, other=0.0)
-    q_high = tl.load(query[:, None] + D // 2 + half[None, :], mask=inside, other=0.0)
-    logits = tl.dot(q_low, tl.trans(turned_low), input_precision=PRECISION)
-    return tl.dot(q_high, tl.trans(turned_high), logits, input_precision=PRECISION)
+    inside = inside[None, :] & (half < D // 2)[:, None]
+    q_low = tl.load(query[None, :] + half[:, None], mask=inside, other=0.0)
+    q_high = tl.load(query[None, :] + D // 2 + half[:, None], mask=inside, other=0.0)
+    logits = tl.dot(turned_low, q_low, input_precision=PRECISION)
+    return tl.dot(turned_high, q_high, logits, input_precision=PRECISION)
 
 
 @triton.jit
@@ -187,11 +233,11 @@ def _add_received(mass, count, received, slot, length, decay, COUNT: tl.constexp
 @triton.jit
 def _add_kept(mass, count, logits, lse, first_slot, offset_n, length, decay, COUNTED: tl.constexpr,
               COUNT: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Add the mass of logits kept in registers, [TILES, G, BN], given the heads' log-sum-exps [G]."""
-    p = tl.exp2(logits - lse[None, :, None])
-    p = tl.where((tl.arange(0, G) < COUNTED)[None, :, None], p, 0.0)
+    """Add the mass of logits kept in registers, [TILES, BN, G], given the heads' log-sum-exps [G]."""
+    p = tl.exp2(logits - lse[None, None, :])
+    p = tl.where((tl.arange(0, G) < COUNTED)[None, None, :], p, 0.0)
     slot = first_slot + tl.arange(0, TILES)[:, None] * BN + offset_n[None, :]
-    _add_received(mass, count, tl.sum(p, 1), slot, length, decay, COUNT)
+    _add_received(mass, count, tl.sum(p, 2), slot, length, decay, COUNT)
 
 
 @triton.jit
@@ -201,11 +247,14 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
                    COUNTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
                    BN: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, MORE_TILES: tl.constexpr,
                    MASS: tl.constexpr, COUNT: tl.constexpr, ROPE: tl.constexpr, RAGGED: tl.constexpr,
-                   INT8: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+                   INT8: tl.constexpr, BYTES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
                    OVERLAP: tl.constexpr):  # fmt: skip
     """One row's KV head, or one of SPLIT shares of its slots; with RAGGED the share that a line of `shares` names.
 
-    With INT8, keys and values come as int16, two numbers each, with strides to match; keys to be rotated come as int8.
+    Logits have slots for rows and query heads for columns. Tensor cores take eight columns, so heads are repeated.
+
+    With INT8, keys come as int8, and values as int16, two numbers each, with strides to match these. With BYTES too,
+    logits are products of whole numbers.
     """
     if OVERLAP:
         gdc_launch_dependents()  # the next kernel may take its place and wait there
@@ -227,88 +276,107 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
     begin = share * per_share
     end = tl.minimum(length, begin + per_share)
 
-    EACH: tl.constexpr = 2 if INT8 else 1  # numbers of an element of keys and values
-    offset_g, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD // EACH), tl.arange(0, BN)
-    real = offset_g < GROUP
-    inside = real[:, None] & (EACH * offset_d < D)[None, :]
-    query += b.to(tl.int64) * stride_qb + (h * GROUP + offset_g) * stride_qh
-    at_query = query[:, None] + EACH * offset_d[None, :]
-    q = tl.load(at_query, mask=inside, other=0.0)
-    at_key, stride_key = at, stride_n
-    if INT8:
-        if ROPE:  # whose keys come as single numbers
-            at_key, stride_key = 2 * at, 2 * stride_n
-        q_odd = tl.load(at_query + 1, mask=inside, other=0.0)
-    key += at_key
+    WORD: tl.constexpr = 2 if INT8 else 1  # numbers of an element of values
+    REPEATS: tl.constexpr = GP // G  # columns of a head
+    offset_c, offset_d, offset_n = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BN)
+    offset_w, offset_g = tl.arange(0, BD // WORD), tl.arange(0, G)
+    own, real = offset_c // REPEATS, offset_g < GROUP
+    query += b.to(tl.int64) * stride_qb + h * GROUP * stride_qh
+    if BYTES:  # pairs of columns hold the high and low bytes of a head's query
+        PAIRS: tl.constexpr = GP // 2 if GP // 2 > G else G
+        column = tl.arange(0, 2 * PAIRS)
+        pair = column // 2 // (PAIRS // G)
+        inside = (pair < GROUP)[None, :] & (offset_d < D)[:, None]
+        q, step = _in_two_bytes(query + (pair * stride_qh)[None, :] + offset_d[:, None], column % 2, inside)
+        step = tl.max(tl.reshape(step, [G, 2 * (PAIRS // G)]), 1)
+    else:
+        inside = (own < GROUP)[None, :] & (offset_d < D)[:, None]
+        q = tl.load(query + (own * stride_qh)[None, :] + offset_d[:, None], mask=inside, other=0.0)
     value += at
     if INT8:
+        key += 2 * at
+        stride_key = 2 * stride_n
         key_scales += first
         value_scales += first
+    else:
+        key += at
+        stride_key = stride_n
     mass += first
     count += first
-    at_logits = logits + (first * GROUP + offset_g.to(tl.int64) * slots)[:, None]
+    at_logits = logits + (first * GROUP + offset_g.to(tl.int64) * slots)[None, :]
 
-    top = tl.full([GP], -float("inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, BD // EACH], tl.float32)
+    top = tl.full([G], -float("inf"), tl.float32)
+    totals = tl.zeros([BN, G], tl.float32)  # summed over the slots of a tile at the end
+    acc = tl.zeros([BD // WORD, GP], tl.float32)
     if INT8:
         acc_odd = acc
     if TILES > 0:
-        kept = tl.full([TILES, G, BN], -float("inf"), tl.float32)
+        kept = tl.full([TILES, BN, G], -float("inf"), tl.float32)
     if MORE_TILES > 0:
-        more = tl.full([MORE_TILES, G, BN], -float("inf"), tl.float32)
+        more = tl.full([MORE_TILES, BN, G], -float("inf"), tl.float32)
     for i in range(begin, end, BN):
         slot = i + offset_n
-        if ROPE:
-            s = _rotated_logits(query, real, key, cos, sin, stride_key, stride_rope, slot, end, D, BD // 2, PRECISION)
-        elif INT8:
-            even, odd = _pairs(_load_rows(key, stride_n, slot, end, offset_d, D // 2), q.dtype, PACKED)
-            s = tl.dot(q, tl.trans(even), input_precision=PRECISION)
-            s = tl.dot(q_odd, tl.trans(odd), s, input_precision=PRECISION)
+        if BYTES:
+            s = tl.dot(_load_rows(key, stride_key, slot, end, offset_d, D), q)
+            high, low = tl.split(tl.reshape(s, [BN, PAIRS, 2]))
+            s = _one_of_each((256 * high + low).to(tl.float32), BN, G, PAIRS // G) * step[None, :]
+        elif ROPE:
+            s = _rotated_logits(query + own * stride_qh, own < GROUP, key, cos, sin, stride_key, stride_rope, slot, end,
+                                D, BD // 2, PRECISION)  # fmt: skip
+            s = _one_of_each(s, BN, G, REPEATS)
         else:
-            s = tl.dot(q, tl.trans(_load_rows(key, stride_n, slot, end, offset_d, D)), input_precision=PRECISION)
+            k = _load_rows(key, stride_key, slot, end, offset_d, D).to(q.dtype)
+            s = _one_of_each(tl.dot(k, q, input_precision=PRECISION), BN, G, REPEATS)
         if INT8:
-            s *= (tl.load(key_scales + slot, mask=slot < end, other=0.0) * scale_log2)[None, :]
+            s *= (tl.load(key_scales + slot, mask=slot < end, other=0.0) * scale_log2)[:, None]
         else:
             s *= scale_log2
-        s = tl.where((slot < end)[None, :], s, -float("inf"))
-        if INT8:
-            top, total, p, shrink = online_softmax(s, top, total)
-            # 128 scales, taken back below: float16 has no room for a probability times a scale
-            p *= tl.load(value_scales + slot, mask=slot < end, other=0.0)[None, :] * 128.0
-            even, odd = _pairs(_load_rows(value, stride_n, slot, end, offset_d, D // 2), q.dtype, PACKED)
-            p = p.to(q.dtype)
-            acc = tl.dot(p, even, acc * shrink, input_precision=PRECISION)
-            acc_odd = tl.dot(p, odd, acc_odd * shrink, input_precision=PRECISION)
+        s = tl.where((slot < end)[:, None], s, -float("inf"))
+        seen = (slot < end)[None, :] & (offset_w < D // WORD)[:, None]
+        v = tl.load(value + slot[None, :] * stride_n + offset_w[:, None], mask=seen, other=0)
+        if INT8:  # probabilities times the values' scales: relative to the greatest product, or float16 has no room
+            mantissa, power = _power_of_two(tl.load(value_scales + slot, mask=slot < end, other=0.0))
+            p, top, shrink = _weights(s + power[:, None], top)
+            totals = totals * shrink[None, :] + tl.exp2(s - top[None, :])
+            p *= mantissa[:, None]
         else:
-            v = _load_rows(value, stride_n, slot, end, offset_d, D)
-            top, total, acc = online_softmax_update(s, v, top, total, acc, PRECISION)
+            p, top, shrink = _weights(s, top)
+            totals = totals * shrink[None, :] + p
+        p, shrink = _repeated(p, BN, G, REPEATS), _repeated(shrink[None, :], 1, G, REPEATS)
+        if INT8:
+            even, odd = _pairs(v, tl.float16 if PACKED else query.dtype.element_ty, PACKED)
+            p = p.to(even.dtype)
+            acc = tl.dot(even, p, acc * shrink, input_precision=PRECISION)
+            acc_odd = tl.dot(odd, p, acc_odd * shrink, input_precision=PRECISION)
+        else:
+            acc = tl.dot(v, p.to(v.dtype), acc * shrink, input_precision=PRECISION)
         if MASS and (RAGGED or TILES == 0):
-            shown = real[:, None] & (slot < end)[None, :]
+            shown = real[None, :] & (slot < end)[:, None]
             if TILES > 0:
                 shown = shown & (split > 1)
-            tl.store(at_logits + slot[None, :], s, mask=shown)
+            tl.store(at_logits + slot[:, None], s, mask=shown)
         if TILES > 0:
             tile = i // BN
-            s = tl.sum(tl.reshape(tl.where(real[:, None], s, 0.0), [GP // G, G, BN]), 0)  # padding heads are zero
             kept = tl.where((tl.arange(0, TILES) == tile)[:, None, None], s[None, :, :], kept)
             if MORE_TILES > 0:
                 more = tl.where((tl.arange(0, MORE_TILES) + TILES == tile)[:, None, None], s[None, :, :], more)
 
+    total = tl.sum(totals, 0)
+    inside = ((offset_c % REPEATS == 0) & (own < GROUP))[None, :] & (WORD * offset_w < D)[:, None]
     finishes: tl.constexpr = TILES > 0 or not MASS  # a program that has a head to itself
     if RAGGED and finishes:
         alone = split == 1
     else:
         alone = SPLIT == 1 and finishes
     if alone:
-        at_output = output + ((b * HEADS + h) * GROUP + offset_g)[:, None] * D + EACH * offset_d[None, :]
+        at_output = output + ((b * HEADS + h) * GROUP + own)[None, :] * D + WORD * offset_w[:, None]
         divisor = tl.where(total == 0.0, 1.0, total)  # a row without a token sees nothing: zero, not NaN
+        divisor = _repeated(divisor[None, :], 1, G, REPEATS)
         if INT8:
-            divisor *= 128.0
-            tl.store(at_output + 1, (acc_odd / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
-        tl.store(at_output, (acc / divisor[:, None]).to(output.dtype.element_ty), mask=inside)
+            tl.store(at_output + 1, (acc_odd / divisor).to(output.dtype.element_ty), mask=inside)
+        tl.store(at_output, (acc / divisor).to(output.dtype.element_ty), mask=inside)
         if TILES > 0:
-            lse = tl.sum(tl.reshape(tl.where(real, top + tl.log2(total), 0.0), [GP // G, G]), 0)
+            lse = tl.where(real, top + tl.log2(total), 0.0)
             _add_kept(mass, count, kept, lse, 0, offset_n, length, decay, COUNTED, COUNT, TILES, G, BN)
             if MORE_TILES > 0:
                 _add_kept(
@@ -318,11 +386,10 @@ def _decode_kernel(query, key, value, key_scales, value_scales, lengths, cos, si
         of_group = part * GROUP + offset_g
         tl.store(sums + of_group * 2, top, mask=real)
         tl.store(sums + of_group * 2 + 1, total, mask=real)
-        at_partial = partial + of_group[:, None] * BD + EACH * offset_d[None, :]
+        at_partial = partial + (part * GROUP + own)[None, :] * BD + WORD * offset_w[:, None]
         if INT8:
-            acc *= 1.0 / 128.0
-            tl.store(at_partial + 1, acc_odd * (1.0 / 128.0), mask=real[:, None])
-        tl.store(at_partial, acc, mask=real[:, None])
+            tl.store(at_partial + 1, acc_odd, mask=inside)
+        tl.store(at_partial, acc, mask=inside)
 
 
 @triton.jit
@@ -538,9 +605,8 @@ def decode_attention(
     of_a_thread = triton.cdiv(longest * group_width, 32 * 4)  # logits, when four warps keep them
     keeping = (ragged or split == 1) and mass is not None and of_a_thread <= MOST_KEPT and halves
     alone = len(plan.blocks) == 0 if ragged else split == 1 and (mass is None or keeping)
-    # two warps: more programs at once; but tiles of 8 bits are converted, for which four hide more
-    small = keeping and 2 * of_a_thread <= MOST_KEPT and not scales
-    tile = 32 if small or rope is not None else 64  # tiles of cosines and sines take shared memory too
+    small = keeping and 2 * of_a_thread <= MOST_KEPT  # two warps: more programs at once
+    tile = 32 if rope is not None or (small and not scales) else 64  # cosines and sines take shared memory too
     tile = max(16, min(tile, 16384 // (width * query.element_size())))
     tiles = triton.cdiv(longest, tile)
     kept = triton.next_power_of_2(tiles + 1) // 2 if keeping else 0
@@ -560,16 +626,17 @@ def decode_attention(
     added = (output if mass is None else mass, output if count is None else count)
     cos, sin = (output, output) if rope is None else rope
     if scales:
-        keys, values = keys if rope is not None else keys.view(torch.int16), values.view(torch.int16)
+        values = values.view(torch.int16)
     shape = dict(HEADS=heads, GROUP=group, COUNTED=1 if first_head else group, D=dim, BD=width,
                  G=group_width, SPLIT=split, COUNT=count is not None, RAGGED=ragged)  # fmt: skip
     _decode_kernel[(batch * lines,) if ragged else (programs, split)](
         query, keys, values, *(scales or (None, None)), lengths, cos, sin, output, *added, logits, sums, partial,
         offsets, plan.shares if ragged else None, *query.stride()[:2], *_of_heads(lengths), *_slot_strides(values),
         cos.stride(0), batch, slots, scaling * LOG2_E.value, float(decay),
-        **shape, GP=max(16, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
-        ROPE=rope is not None, INT8=bool(scales), PACKED=query.is_cuda and query.dtype == torch.bfloat16,
-        PRECISION=precision(query.dtype), OVERLAP=overlap, num_warps=2 if small else 4, num_stages=3,
+        **shape, GP=max(8, group_width), BN=tile, TILES=kept, MORE_TILES=more, MASS=mass is not None,
+        ROPE=rope is not None, INT8=bool(scales), BYTES=bool(scales) and rope is None and halves,
+        PACKED=query.is_cuda and halves, PRECISION=precision(query.dtype), OVERLAP=overlap,
+        num_warps=2 if small else 4, num_stages=3,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     if not alone:
