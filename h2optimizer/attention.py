@@ -258,7 +258,7 @@ def _kernels_apply(inputs: Inputs) -> bool:
     """Whether the Triton kernels support these states."""
     query, key, value = inputs.states
     return (
-        kernels_take(query)
+        kernels_take(query.dtype, query.shape[-1])
         and key.dtype == value.dtype == query.dtype
         and not (torch.is_grad_enabled() and any(states.requires_grad for states in inputs.states))
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -53,13 +53,24 @@ def is_replayable(model) -> bool:
     if sharded and not model.capture_sharded:
         return False
     devices = set()
-    for module in model.modules():  # once: `generate` asks before each prefill, while the device is idle
-        devices.update(parameter.device for parameter in module._parameters.values() if parameter is not None)
+    for module in _modules(model):
+        devices.update([parameter.device for parameter in module._parameters.values() if parameter is not None])
         # a divided layer has its original forward plus a sum over the model's shards
         replaced = "forward" in vars(module) and not (sharded and is_divided(module))
         if replaced or has_foreign_hooks(module):
             return False
     return len(devices) <= 1
+
+
+def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """As `model.modules()`, in another order and several times faster: `generate` walks while the device is idle."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            waiting.extend(module._modules.values())
+            yield module
 
 
 class Decoder:
@@ -134,9 +145,9 @@ class Decoder:
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
         """Set the next input tokens of all rows, or restart only the rows given."""
-        at = to_device(range(len(self.token)) if rows is None else rows, self.token.device)
-        self.finished.index_copy_(0, at, self.ends(tokens))
-        self.token.index_copy_(0, at, tokens)
+        at = slice(None) if rows is None else to_device(rows, self.token.device)
+        self.finished[at] = self.ends(tokens)
+        self.token[at] = tokens
 
     @torch.inference_mode(False)  # a change of mode would make torch.compile recompile, possibly during a capture
     @torch.no_grad()
@@ -221,6 +232,10 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _addresses(model) -> list[int]:
     """Identities of the model's modules and addresses of its tensors."""
-    held = [*model.parameters(), *model.buffers()]
-    tensors = [plain.data_ptr() for tensor in held for plain in plain_tensors(tensor)]
-    return [*map(id, model.modules()), *tensors]
+    addresses = []
+    for module in _modules(model):
+        addresses.append(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                addresses += [plain.data_ptr() for plain in plain_tensors(tensor)]
+    return addresses

@@ -80,6 +80,8 @@ class MergedLinear:
 
     def is_current(self, *layers: torch.nn.Module) -> bool:
         """Whether the layers still consist of views of the merged weight, and bias, and nothing else."""
+        if self._is_made_of(layers):
+            return True
         merged = Stored(self.weight, self.scale, self.bias)
         at = merged.addresses
         for layer in layers:
@@ -89,11 +91,33 @@ class MergedLinear:
             at = tuple(None if part is None else address + part.nbytes for address, part in zip(at, parts, strict=True))
         return True
 
+    def _is_made_of(self, layers: tuple[torch.nn.Module, ...]) -> bool:
+        """`is_current` where all parameters are plain: each forward asks, and addresses alone answer at once."""
+        at, bias_at = self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr()
+        for layer in layers:
+            held = vars(layer)
+            if type(layer) is not torch.nn.Linear or "forward" in held or _has_own_hooks(layer):
+                return False
+            weight, bias = held["_parameters"].get("weight"), held["_parameters"].get("bias")
+            if type(weight) is not torch.nn.Parameter or weight.data_ptr() != at or weight.dtype != self.weight.dtype:
+                return False
+            at += weight.nbytes
+            if (None if bias is None else bias.data_ptr()) != bias_at:
+                return False
+            if bias is not None:
+                bias_at += bias.nbytes
+        return not _has_any_global_hook()
+
+    def merge(self, *layers: torch.nn.Module) -> None:
+        """Merge the layers' weights, if they can be merged and are not yet."""
+        if self.weight is None and len(layers) == 1 and type(getattr(layers[0], "weight", None)) is torch.nn.Parameter:
+            return  # asked at each `generate`, and nothing to gain
+        if self.weight is None or not self.is_current(*layers):
+            self._merge(layers)
+
     @torch.no_grad()
     @torch.inference_mode(False)  # weights outlive the caller's inference mode
-    def merge(self, *layers: torch.nn.Module) -> None:
-        if self.weight is not None and self.is_current(*layers):
-            return
+    def _merge(self, layers: tuple[torch.nn.Module, ...]) -> None:
         self.weight = self.scale = self.bias = None
         parts = [stored(layer) for layer in layers]
         if any(part is None for part in parts) or len({part.kinds for part in parts}) != 1:
@@ -155,12 +179,18 @@ def _is_plain(parameter: torch.Tensor) -> bool:
 
 def is_hooked(module: torch.nn.Module) -> bool:
     """Whether a call runs more than the module's forward: hooks of its own, or such as run for all modules."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+    return _has_own_hooks(module) or bool(_has_any_global_hook())
+
+
+def _has_own_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def has_foreign_hooks(module: torch.nn.Module) -> bool:
     """Whether a forward has hooks besides those that transformers leaves after a request for outputs or gradient
     checkpointing, which are idle without one."""
+    if not is_hooked(module):
+        return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return bool(_has_any_global_hook()) or not all(
         str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
@@ -183,7 +213,8 @@ def rotate(
 
     in_place: the kernel may write over the states.
     """
-    suited = by_kernel and kernels_take(states) and (states.dtype, states.shape[-1]) == (cos.dtype, cos.shape[-1])
+    dtype, head_dim = states.dtype, states.shape[-1]
+    suited = by_kernel and kernels_take(dtype, head_dim) and (dtype, head_dim) == (cos.dtype, cos.shape[-1])
     if not suited or _needs_gradients(states):
         return attention.rotate(states, cos[:, None], sin[:, None])
     from h2optimizer.kernels import layer
@@ -233,7 +264,7 @@ class FusedRMSNorm:
     def add(self, residual: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """residual + branch, [..., n]."""
         weight = self.weight
-        plain = type(residual) is type(branch) is type(weight.data) is torch.Tensor
+        plain = type(residual) is type(branch) is torch.Tensor and type(weight) in (torch.nn.Parameter, torch.Tensor)
         alike = residual.dtype == branch.dtype == weight.dtype and residual.device == branch.device == weight.device
         if not (plain and alike) or residual.shape != branch.shape or weight.dtype not in KERNEL_DTYPES:
             return residual + branch
@@ -242,16 +273,20 @@ class FusedRMSNorm:
         from h2optimizer.kernels import layer
 
         summed, normed = layer.add_and_normalise(residual, branch, weight, self.variance_epsilon)
-        self._ready = summed, summed._version, normed
+        self._keep((summed, summed._version, normed))
         return summed
+
+    def _keep(self, ready: tuple[torch.Tensor, int, torch.Tensor] | None) -> None:
+        vars(self)["_ready"] = ready  # a module's attributes are slow to set
 
     def forget(self) -> None:
         """Drop the norm of a sum that another product normalises itself."""
-        self._ready = None
+        self._keep(None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and self._ready is not None:
-            (summed, version, normed), self._ready = self._ready, None
+            summed, version, normed = self._ready
+            self._keep(None)
             if summed is hidden_states and version == summed._version:
                 return normed
         several_on_cpu = hidden_states.shape[1] != 1 and not hidden_states.is_cuda
@@ -293,8 +328,9 @@ class FusedDecoderLayer:
         hidden_states, attended = (
             cache.step.wanted(states, self.self_attn.layer_idx) for states in (hidden_states, attended)
         )
-        hidden_states = _add(hidden_states, attended, self.post_attention_layernorm)
-        return _add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)), self.next_norm)
+        norm = self.post_attention_layernorm
+        hidden_states = _add(hidden_states, attended, norm)
+        return _add(hidden_states, self.mlp(norm(hidden_states)), self.next_norm)
 
     def _takes_few(self, states: torch.Tensor) -> bool:
         """Whether the states [B, columns, n] are those of a decode step of a few rows, whose norms nobody looks at."""

@@ -229,11 +229,8 @@ class KeptCaches:
         self.decoders: WeakKeyDictionary[HHCache, dict[Hashable, Decoder]] = WeakKeyDictionary()
 
     def take(self, key: Hashable) -> HHCache | None:
-        """An empty cache for this key, owned by the caller until it is put back; None if there is none."""
-        cache = self._caches.pop(key, None)
-        if cache is not None:
-            cache.reset()
-        return cache
+        """A cache for this key, owned by the caller until it is put back; it must be reset. None if there is none."""
+        return self._caches.pop(key, None)
 
     def put(self, key: Hashable, cache: HHCache) -> None:
         self._caches[key] = cache
@@ -311,12 +308,14 @@ def sample(
     others = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
     pad = generation_config._pad_token_tensor
     pad = 0 if pad is None else int(pad)
+    # everything is read from the device before the prefill, for which it would wait
+    ends = None if eos is None else tuple(eos.tolist())
     max_length = stopping_criteria.max_length
     at_a_time = 1 if outlives and (eos is not None or others) else CHUNK
 
     key = (len(input_ids), cache.h2o, model.dtype, model.device)
     if not outlives and (kept := model.kept_caches.take(key)) is not None:
-        kept.follow(cache.prefix)
+        kept.follow(cache.prefix)  # which resets it
         cache = kwargs[CACHE_ARGUMENT] = kept
     logits = None
     while logits is None:
@@ -328,7 +327,7 @@ def sample(
         if logits is None:  # retry with the kept caches freed
             torch.cuda.empty_cache()
             cache.reset()
-    decoder = _decoder_of(model, cache, logits_processor, generation_config.do_sample, eos, pad)
+    decoder = _decoder_of(model, cache, logits_processor, generation_config.do_sample, eos, ends, pad)
 
     new = decoder.choose(logits)
     decoder.start(new)
@@ -373,10 +372,15 @@ def sample(
     return input_ids
 
 
-def _decoder_of(model, cache: HHCache, processors: LogitsProcessorList, do_sample: bool, eos, pad: int) -> Decoder:
-    """A decoder over this cache with these sampling settings, reused from an earlier call if possible."""
+def _decoder_of(
+    model, cache: HHCache, processors: LogitsProcessorList, do_sample: bool, eos, ends: tuple | None, pad: int
+) -> Decoder:
+    """A decoder over this cache with these sampling settings, reused from an earlier call if possible.
+
+    ends: the numbers in `eos`.
+    """
     settings = [(type(p).__name__, *sorted((k, str(v)) for k, v in vars(p).items())) for p in processors]
-    key = (*settings, do_sample, None if eos is None else tuple(eos.tolist()), pad)
+    key = (*settings, do_sample, ends, pad)
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
         scores = processors(None, logits.float())

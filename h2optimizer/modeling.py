@@ -4,6 +4,7 @@ A family mixes them into its classes of transformers, see `llama.py` and the fil
 transformers' code is marked `# H2O:`.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
@@ -86,11 +87,15 @@ class H2OAttention:
         merged = self.merged.product(hidden_states, *projections)
         return [projection(hidden_states) for projection in projections] if merged is None else [merged]
 
-    def heads_of(self, projected: list[torch.Tensor]) -> list[torch.Tensor]:
+    def heads_of(self, projected: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Query, key and value [B, heads, columns, D], views of what `project` returns."""
-        if len(projected) == 1:
-            projected = projected[0].split(self.merged.widths, dim=-1)
-        return [states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in projected]
+        heads = [states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in projected]
+        return heads if len(heads) > 1 else heads[0].split_with_sizes(self._merged_heads, 1)
+
+    @property
+    def _merged_heads(self) -> list[int]:
+        """Heads of query, key and value in a merged product."""
+        return [width // self.head_dim for width in self.merged.widths]
 
     def _attend(self, projected, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None, cache: HHCache):
         """Run query, key and value [B, columns, heads * D] through a backend: [B, columns, Hq * D].
@@ -101,17 +106,20 @@ class H2OAttention:
         backend = resolve_backend(h2o.backend, projected[0].device.type)
         # H2O: nobody else reads a merged product, so it is rotated where it is, and attention reads strided views
         turn = partial(rotate, by_kernel=backend in KERNEL_BACKENDS, in_place=len(projected) == 1)
-        query_states, key_states, value_states = self.heads_of(projected)
 
         rope, rolling = position_embeddings, h2o.position_rolling
         if rope is not None and not rolling and len(projected) == 1:  # queries and keys lie side by side
-            both = projected[0][..., : sum(self.merged.widths[:2])].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            heads = query_states.shape[1], key_states.shape[1]
-            query_states, key_states = turn(both, *rope).split(heads, dim=1)
-        elif rope is not None and not rolling:
-            query_states, key_states = turn(query_states, *rope), turn(key_states, *rope)
+            queries, keys, values = self._merged_heads
+            heads = projected[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            both, value_states = heads.split_with_sizes([queries + keys, values], 1)
+            query_states, key_states = turn(both, *rope).split_with_sizes([queries, keys], 1)
+        else:
+            query_states, key_states, value_states = self.heads_of(projected)
+            if rope is not None and not rolling:
+                query_states, key_states = turn(query_states, *rope), turn(key_states, *rope)
         keys, values = cache.update(key_states, value_states, self.layer_idx, slimmer=slimmer_of(backend))
-        keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
+        if keys.dtype != query_states.dtype or values.dtype != query_states.dtype:
+            keys, values = keys.to(query_states.dtype), values.to(query_states.dtype)
         layer, key_rope = cache.layers[self.layer_idx], None
         prefix = None if layer.before is None else layer.before[:2]  # H2O: keys and values, one copy for all rows
         seen = layer.seen_by(step)  # H2O: a head with a window of its own is a row of its own

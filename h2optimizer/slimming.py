@@ -26,8 +26,12 @@ class KernelSlimmer(TorchSlimmer):
 
         return MAX_SLOTS
 
+    def _ranks(self, slimming: Slimming) -> bool:
+        """Whether the kernels that pick take so many slots."""
+        return max(slimming.plan.slots, slimming.plan.capacity) <= self.most_slots
+
     def pick(self, slimming: Slimming) -> torch.Tensor:
-        if not _ranks(slimming) or not slimming.plan.even:
+        if not self._ranks(slimming) or not slimming.plan.even:
             return super().pick(slimming)
         _select(slimming, move=False)
         return slimming.kept[..., : slimming.plan.window]
@@ -35,7 +39,7 @@ class KernelSlimmer(TorchSlimmer):
     def slim(self, slimming: Slimming) -> None:
         from h2optimizer.kernels import slimming as kernels
 
-        slots, plan, kept, ranks = slimming.slots, slimming.plan, slimming.kept, _ranks(slimming)
+        slots, plan, kept, ranks = slimming.slots, slimming.plan, slimming.kept, self._ranks(slimming)
         if not ranks and (slimming.fills_holes or not plan.even):
             super().slim(slimming)
             return
@@ -50,11 +54,6 @@ class KernelSlimmer(TorchSlimmer):
         _compact(slimming)
         if not ranks:  # otherwise `_select` has moved the rest already
             slots.compact(slimming.moved(states=False) | {"positions": slimming.positions}, keep, plan, gather)
-
-
-def _ranks(slimming: Slimming) -> bool:
-    """Whether the kernels that pick take so many slots."""
-    return max(slimming.plan.slots, slimming.plan.capacity) <= KernelSlimmer().most_slots
 
 
 def _heads(slimming: Slimming):
@@ -81,9 +80,9 @@ def _select(slimming: Slimming, move: bool) -> None:
     from h2optimizer.kernels import slimming as kernels
 
     slots, plan, (rank, scores, salt) = slimming.slots, slimming.plan, _rank(slimming)
-    mass, norms = (getattr(slots, name) if name in slots.ranked else None for name in ("mass", "norms"))
+    mass, norms = [getattr(slots, name) if name in slots.ranked else None for name in ("mass", "norms")]
     sources = [slimming.stored(name) for name in ("mass", "count", "norms")]
-    source_mass, source_count, source_norms = (None if source is None else source.contiguous() for source in sources)
+    source_mass, source_count, source_norms = [None if of is None else of.contiguous() for of in sources]
     kernels.select(
         slots.positions, mass, slots.count, source_mass, source_count, plan.slots, plan.mirror, slimming.kept,
         int(plan.heavy[0]), int(plan.recent[0]), rank, salt, move, scores, norms, source_norms, _heads(slimming),

@@ -581,21 +581,26 @@ def test_kernels_slim_a_prefix_where_it_lies(device, tokens, most, flags, monkey
 def test_decode_slimmings_launch_the_same_thing(device, rolling, kernels, monkeypatch):
     """An argument that follows the step or lies elsewhere: a CUDA graph would repeat the first one's. Or something that
     is allocated at the first slimming, which would belong to the graph's memory."""
-    launches = []
-    for name in ("_select", "_compact", "_fill_holes"):
-        kernel = getattr(slimming, name)
+    launches, fill_holes, run = [], slimming._fill_holes, slimming.Launch._run
 
-        class Spy:
-            def __getitem__(self, grid, kernel=kernel):
-                def launch(*args, **options):
-                    flat = [part for arg in args for part in (arg if isinstance(arg, tuple) else [arg])]
-                    shown = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in flat]
-                    launches[-1].append((grid, shown, options))
-                    return kernel[grid](*args, **options)
+    def record(grid, args, options):
+        flat = [part for arg in args for part in (arg if isinstance(arg, tuple) else [arg])]
+        launches[-1].append((grid, [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in flat], options))
 
-                return launch
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                record(grid, args, options)
+                return fill_holes[grid](*args, **options)
 
-        monkeypatch.setattr(slimming, name, Spy())
+            return launch
+
+    def run_and_record(self, tensors, *rest):
+        record(self._grid, (*tensors, *self._arguments), self._options)
+        run(self, tensors, *rest)
+
+    monkeypatch.setattr(slimming, "_fill_holes", Spy())
+    monkeypatch.setattr(slimming.Launch, "_run", run_and_record)
     cache = new_cache(window_length=8, update_interval=2, backend="triton", position_rolling=rolling)
 
     def slim(layer_idx):

@@ -6,6 +6,7 @@ Models", arXiv 2306.14048. Keeping the four oldest slots instead is StreamingLLM
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from numbers import Integral
 
@@ -27,10 +28,22 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CACHE_ARGUMENT = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
-def kernels_take(states: torch.Tensor) -> bool:
-    """Whether the Triton kernels support the dtype and head_dim of states [B, H, n, D]."""
-    head_dim = states.shape[-1]
-    return states.dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * states.element_size() % 16 == 0
+def kernels_take(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the Triton kernels support such states."""
+    return dtype in KERNEL_DTYPES and head_dim <= 256 and head_dim * dtype.itemsize % 16 == 0
+
+
+def without_gradients(method):
+    """As `torch.no_grad`, which is entered only if gradients are recorded: a layer calls so much in each forward."""
+
+    @functools.wraps(method)
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class HHLayer(CacheLayerMixin):
@@ -68,7 +81,7 @@ class HHLayer(CacheLayerMixin):
         """Use these slots from now on."""
         self.slots, self.keys, self.values = slots, slots.keys, slots.values
         self.device, (self.dtype, dtype_of_values) = slots.device, slots.dtypes
-        takes = kernels_take(slots.no_states(1)[0]) and self.dtype == dtype_of_values
+        takes = kernels_take(self.dtype, slots.head_dim) and self.dtype == dtype_of_values
         self.by_kernel = self.slimmer.by_kernel and takes
         if slots.offsets is not None:  # torch does not slim these without waiting for the device
             self.by_kernel &= slots.capacity <= self.slimmer.most_slots
@@ -77,10 +90,7 @@ class HHLayer(CacheLayerMixin):
     def join(self, rows: Rows) -> None:
         """Read row lengths from the device mirror, and allocate now what must not be allocated in a CUDA graph."""
         self.rows = rows if rows.windows.even else LayerRows(rows, self.layer_idx, self.slots.heads, self.device)
-        lengths = self.rows.mirror(self.device)[0]
-        self.lengths = (
-            lengths[:, None].expand(-1, self.slots.heads) if self.rows is rows else lengths.view(-1, self.slots.heads)
-        )
+        self.lengths = self.rows.lengths_there(self.device, self.slots.heads)
         self.kept = self.rows.kept(self.slots) if self.slimmer.by_kernel else None
 
     def seen_by(self, step: Step) -> Step:
@@ -102,7 +112,7 @@ class HHLayer(CacheLayerMixin):
         if held != (new := (key_states.shape[1], key_states.shape[3])):
             raise ValueError(f"this HHCache holds {held} KV heads and head_dim, the model has {new}: reset() it first")
         step = self.seen_by(step)
-        key_states, value_states = (to_rows(states, step) for states in (key_states, value_states))
+        key_states, value_states = to_rows(key_states, step), to_rows(value_states, step)
         if step.decode:
             extended = None
             if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
@@ -130,6 +140,9 @@ class HHLayer(CacheLayerMixin):
             if self.before is not None:
                 self._add_to_prefix(name, addition)
                 continue
+            if not step.decode and not step.max_start:  # nothing is stored yet
+                self.block[name] = addition.clone() if name == "count" else addition
+                continue
             slots = self.slots.load(name)
             old = slots[:, :, : step.width if step.decode else step.max_start]
             if decay != 1.0 and step.decays and step.max_start:
@@ -139,8 +152,7 @@ class HHLayer(CacheLayerMixin):
                 self.slots.store(name, slots)
             else:
                 total = addition.clone() if name == "count" else addition
-                if step.max_start:  # the old are shaped as their rows, which in an empty cache are not the heads
-                    total[:, :, : step.max_start].add_(old)
+                total[:, :, : step.max_start].add_(old)
                 self.block[name] = total
 
     def _add_to_prefix(self, name: str, addition: torch.Tensor) -> None:
@@ -172,7 +184,8 @@ class HHLayer(CacheLayerMixin):
         block, self.block = self.block, None
         before, self.before = self.before, None
         if block is not None:
-            block = {name: to_rows(old, len(self.rows.mirror(self.device)[0])) for name, old in block.items()}
+            rows = self.rows.mirror(self.device).shape[1]
+            block = {name: to_rows(old, rows) for name, old in block.items()}
             if before is not None and self.slots.norms is not None:
                 block["norms"] = followed_by(before.norms, block["norms"])
         capacity = self.slots.capacity
@@ -196,10 +209,14 @@ class HHLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.slots.reorder(beam_idx)
 
-    def reset(self) -> None:
+    def drop_block(self) -> None:
+        """Forget a forward that did not finish."""
         self.block = self.before = None
+
+    def reset(self) -> None:
+        self.drop_block()
         if self.is_initialized:
-            self.slots.clear()
+            Slots.clear([self.slots])
 
     # transformers asks each layer for mask sizes and lengths; here only the whole cache knows them.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -258,7 +275,7 @@ class HHCache(Cache):
         """Restore a copy. What layers share with their slots and rows must be shared again: pickle copies it."""
         vars(self).update(state)
         if self._rows is not None:
-            self._rows.plans.clear()
+            self._rows.forget_shared()
         for layer in self.layers:
             if layer.is_initialized:
                 layer.own(layer.slots)
@@ -392,18 +409,18 @@ class HHCache(Cache):
             self.layers.append(HHLayer(self.h2o, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states, self.step, slimmer or TorchSlimmer())
 
-    @torch.no_grad()
+    @without_gradients
     def add_mass(self, mass: torch.Tensor, layer_idx: int) -> None:
         """Add the mass [B, Hkv, width] float32 that this forward's queries gave to the slots, after `score_decay`."""
         self.layers[layer_idx].add_mass(mass, self.step)
 
-    @torch.no_grad()
+    @without_gradients
     def update_slimmingH(self, layer_idx: int) -> None:
         """Slim a layer in place: after a decode step, few slots move."""
         static = self.step is not None and self.step.static
         self.layers[layer_idx].slim(self.windows, by_mask=False, static=static)
 
-    @torch.no_grad()
+    @without_gradients
     def update_slimming(self, layer_idx: int) -> None:
         """Slim a layer as H2O does, by a boolean mask over the slots and a copy. The resulting cache is the same."""
         self.layers[layer_idx].slim(self.windows, by_mask=True)
@@ -476,7 +493,8 @@ class HHCache(Cache):
         if self._rows is not None:
             self._rows.clear()
         for layer in self.layers:
-            layer.reset()
+            layer.drop_block()
+        Slots.clear([layer.slots for layer in self.layers if layer.is_initialized])
 
     def with_rows(self, batch_size: int) -> HHCache:
         """A new cache of `batch_size` empty rows with slots like this one's, for `take_rows`."""
@@ -488,11 +506,10 @@ class HHCache(Cache):
 
         This cache's `take_rows` then has nothing to copy. Raises: ValueError as the constructor does.
         """
+        parts = [layer.slots.within(first, rows) for layer in self.layers]
         # kernels read nothing past a row's length, where a NaN of an earlier text may be
-        parts = [
-            layer.slots.within(first, rows, cleared=not layer.by_kernel or self.h2o.backend == "flash_attn")
-            for layer in self.layers
-        ]
+        by_kernel = all(layer.by_kernel for layer in self.layers) and self.h2o.backend != "flash_attn"
+        Slots.clear(parts, states=not by_kernel)
         return self._with(rows, parts, prefix)
 
     def _with(self, batch_size: int, slots: list[Slots], prefix: Prefix | None = None) -> HHCache:

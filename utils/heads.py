@@ -214,6 +214,10 @@ class LayerRows:
         """int32 [2, B * heads] on `device`: lengths and tokens seen."""
         return self.rows.heads.mirror(self.layer, self.heads, device)
 
+    def lengths_there(self, device: torch.device, heads: int) -> torch.Tensor:
+        """int32 [B, heads]: the heads' lengths, at a fixed address on `device`."""
+        return self.mirror(device)[0].view(-1, heads)
+
     def brought(self, device: torch.device) -> torch.Tensor:
         """Which rows bring a token to a static step: int32 [B * heads]."""
         rows = len(self.rows.lengths)

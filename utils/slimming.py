@@ -50,8 +50,8 @@ class Slimming:
         if self.block is None:
             return self.slots.stored().get(name)
         of = self.block.get(name)
-        rows = len(self.slots.keys)  # of the batch, where the plan's are heads
-        return of if of is None or len(of) == rows else of.view(rows, -1, *of.shape[2:])
+        rows = self.slots.keys.shape[0]  # of the batch, where the plan's are heads
+        return of if of is None or of.shape[0] == rows else of.view(rows, -1, *of.shape[2:])
 
     @cached_property
     def _source(self) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -40,8 +41,12 @@ class Slots:
         self.capacity = capacity
         batch, self.heads, _, self.head_dim = key_states.shape
         self._allocate(key_states, value_states, (batch, self.heads, capacity), ranked)
-        positions = torch.arange(capacity, dtype=torch.int32, device=self.device)
-        self.positions = positions.expand(batch, self.heads, -1).contiguous()
+        positions = self._first_positions().expand(batch, self.heads, -1)
+        self.positions = positions.clone(memory_format=torch.contiguous_format)
+
+    def _first_positions(self) -> torch.Tensor:
+        """The positions of a row that has seen no token, int32, on the device: to be copied."""
+        return _ascending(self.capacity, self.device)
 
     def _allocate(self, key_states, value_states, slots: tuple[int, ...], ranked: tuple[str, ...]) -> None:
         """Everything but positions. Keys come first: a window far beyond memory fails at once."""
@@ -57,16 +62,12 @@ class Slots:
         """New empty slots of the same kind for `batch_size` rows."""
         return type(self)(*self.no_states(batch_size), self.capacities or self.capacity, self.ranked)
 
-    def within(self, first: int, rows: int, cleared: bool) -> Slots:
-        """Empty slots in the place of neighbouring rows, sharing their memory.
-
-        Unless `cleared`, keys and values stay until others are written over them.
-        """
+    def within(self, first: int, rows: int) -> Slots:
+        """Slots in the place of neighbouring rows, sharing their memory and what they hold: to be cleared."""
         part = copy.copy(self)
         for name in (*self.states, "mass", "count", "norms", "positions"):
             if (of := getattr(self, name)) is not None:
                 setattr(part, name, of[first : first + rows])
-        part.clear(states=cleared)
         return part
 
     def no_states(self, batch_size: int) -> list[torch.Tensor]:
@@ -78,11 +79,11 @@ class Slots:
 
     def suit(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether states match the dtypes, device, heads and head_dims of these slots."""
-        pairs = zip(self.no_states(1), (key_states, value_states), strict=True)
+        mine = zip(self.dtypes, (self.keys, self.values), (key_states, value_states), strict=True)
         return all(
-            (mine.dtype, mine.device, mine.shape[1], mine.shape[3])
+            (dtype, self.device, self.heads, of.shape[-1])
             == (states.dtype, states.device, states.shape[1], states.shape[3])
-            for mine, states in pairs
+            for dtype, of, states in mine
         )
 
     @property
@@ -95,9 +96,9 @@ class Slots:
         """Bytes of all slots, filled or not."""
         return sum(tensor.nbytes for tensor in (*self._cleared(), self.positions))
 
-    def _cleared(self) -> list[torch.Tensor]:
-        """All tensors but positions: zero where nothing has been stored."""
-        held = (getattr(self, name) for name in (*self.states, "mass", "count", "norms"))
+    def _cleared(self, states: bool = True) -> list[torch.Tensor]:
+        """All tensors but positions, or without those of `states`: zero where nothing has been stored."""
+        held = (getattr(self, name) for name in (*(self.states if states else ()), "mass", "count", "norms"))
         return [tensor for tensor in held if tensor is not None]
 
     def stored(self) -> dict[str, torch.Tensor]:
@@ -275,15 +276,22 @@ class Slots:
         for name, slots in self.stored().items():
             slots.index_copy_(0, to, theirs[name].index_select(0, of))
 
-    def clear(self, states: bool = True) -> None:
-        """Empty all rows; without `states`, keys and values stay."""
-        kept = () if states else tuple(getattr(self, name) for name in self.states)
-        for slots in self._cleared():
-            if not any(slots is of for of in kept):
-                slots.zero_()
-        positions = self.load("positions")
-        positions.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
-        self.store("positions", positions)
+    @staticmethod
+    def clear(of_layers: list[Slots], states: bool = True) -> None:
+        """Let slots forget all tokens, in a few launches for any number of layers; without `states`, keys and values
+        stay."""
+        alike: dict[tuple, list[torch.Tensor]] = {}
+        positions: dict[tuple, list[Slots]] = {}
+        for slots in of_layers:
+            for tensor in slots._cleared(states):
+                alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            positions.setdefault((slots.device, slots.capacities or slots.capacity), []).append(slots)
+        for tensors in alike.values():
+            torch._foreach_zero_(tensors)
+        for same in positions.values():
+            whole = same[0].positions.copy_(same[0]._first_positions())
+            if len(same) > 1:
+                torch._foreach_copy_([slots.positions for slots in same[1:]], [whole] * (len(same) - 1))
 
 
 class HeadSlots(Slots):
@@ -308,14 +316,17 @@ class HeadSlots(Slots):
         self._allocate(key_states, value_states, (batch, sum(capacities)), tuple(ranked))
         begins = [0, *itertools.accumulate(capacities)]
         self.offsets = torch.tensor(begins, dtype=torch.int32, device=device)
-        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in capacities])
         # where the slots of the buffer lie in [Hkv, longest], and those in the buffer; past a head's end its last slot
         heads = torch.arange(self.heads).repeat_interleave(torch.tensor(capacities))
-        self._to_buffer = (heads * self.capacity + positions).to(device)
+        positions = self._first_positions()
+        self._to_buffer = heads.to(device) * self.capacity + positions
         slot = torch.arange(self.capacity).expand(self.heads, -1)
         last = torch.tensor(capacities)[:, None] - 1
         self._to_heads = (torch.tensor(begins[:-1])[:, None] + slot.minimum(last)).flatten().to(device)
-        self.positions = positions.to(device).expand(batch, -1).contiguous()
+        self.positions = positions.expand(batch, -1).contiguous()
+
+    def _first_positions(self) -> torch.Tensor:
+        return torch.cat([torch.arange(n, dtype=torch.int32) for n in self.capacities]).to(self.device)
 
     def load(self, name: str) -> torch.Tensor:
         slots = getattr(self, name)[:, self._to_heads]
@@ -352,6 +363,12 @@ def _in_words(tensor: torch.Tensor) -> bool:
     *strides, last = tensor.stride()
     in_elements = (*strides, tensor.shape[-1], tensor.storage_offset())
     return last == 1 and all(size * tensor.element_size() % 8 == 0 for size in in_elements)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _ascending(n: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.int32, device=device)
 
 
 def _adjacent(rows: list[int]) -> bool:

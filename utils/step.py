@@ -180,6 +180,7 @@ class Rows:
         self._brought: dict[torch.device, torch.Tensor] = {}
         self._gaps: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}
+        self._lengths: dict[tuple, torch.Tensor] = {}  # views of the mirrors
         self._kept: dict[tuple, torch.Tensor] = {}
         self.plans: dict[tuple, SlimmingPlan] = {}
         self.heads = None if windows.even else HeadRows(self, windows)
@@ -190,6 +191,18 @@ class Rows:
             with torch.inference_mode(False):  # outlives the caller's inference mode
                 self._mirrors[device] = to_device([self.lengths, self.seen], device, torch.int32)
         return self._mirrors[device]
+
+    def lengths_there(self, device: torch.device, heads: int) -> torch.Tensor:
+        """int32 [B, heads]: each row's length, at a fixed address on `device`."""
+        key = device, heads
+        if key not in self._lengths:
+            self._lengths[key] = self.mirror(device)[0, :, None].expand(-1, heads)
+        return self._lengths[key]
+
+    def forget_shared(self) -> None:
+        """Drop what would have to share memory with the mirrors, in a copy that does not."""
+        self.plans.clear()
+        self._lengths.clear()
 
     def kept(self, slots) -> torch.Tensor:
         """int32 [B, KV heads, capacity], at a fixed address: what the phases of a slimming by kernels pass on."""
@@ -329,7 +342,7 @@ def plan_of(rows: Rows | LayerRows, *key) -> SlimmingPlan:
 def to_rows(states: torch.Tensor, step: Step | int) -> torch.Tensor:
     """States [B, H, n(, D)] for the rows of a step, or so many: [rows, H / heads, n(, D)] if heads are rows."""
     rows = step if isinstance(step, int) else len(step.new)
-    return states if len(states) == rows else states.reshape(rows, -1, *states.shape[2:])
+    return states if states.shape[0] == rows else states.reshape(rows, -1, *states.shape[2:])
 
 
 class SlotMasks(NamedTuple):

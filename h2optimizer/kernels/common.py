@@ -1,10 +1,12 @@
 """Helpers shared by the kernels."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -67,3 +69,53 @@ def on_its_device(launch):
             return launch(*args, **kwargs)
 
     return launch_there
+
+
+class Launch:
+    """A launch of a kernel of which only the tensors are still open. It is made once for some shapes, and runs often.
+
+    `kernel[grid](…)` binds, inspects and compares all arguments in Python, each time, which takes longer than a small
+    kernel runs. It returns the compiled kernel, and that one can be launched directly, as in Triton's tutorial on fused
+    softmax. It fits all tensors of the same dtypes that are aligned to 16 bytes as the first ones were.
+
+    Args:
+        kernel: its parameters are tensors, then numbers, then constants.
+        programs: the size of its grid.
+        numbers: in the order of the kernel's parameters.
+        options: of the compiler.
+        constants: by name.
+    """
+
+    def __init__(self, kernel, programs: int, *numbers, options: dict, **constants):
+        self._kernel, self._grid, self._options = kernel, (programs, 1, 1), options
+        names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
+        self._arguments = (*numbers, *(constants[name] for name in names))
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __call__(self, *tensors: torch.Tensor | TensorDescriptor | None) -> None:
+        """Launch on the current stream of the tensors' device. Their kinds, and which are None, may change."""
+        key, addresses = [], 0
+        for given in tensors:
+            if given is None:
+                key.append(None)
+                continue
+            tensor = given.base if isinstance(given, TensorDescriptor) else given
+            key.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+        device = tensor.get_device()
+        key = (device, *key) if addresses % 16 == 0 else None
+        if _device_count() < 2:
+            self._run(tensors, key)
+        else:
+            with torch.cuda.device(device):  # otherwise Triton uses the current one
+                self._run(tensors, key)
+
+    def _run(self, tensors: tuple, key: tuple | None) -> None:
+        """key: what the tensors were compiled for; None if they are not aligned."""
+        run = self._compiled.get(key)
+        if run is not None:
+            run(*tensors, *self._arguments)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+        if key is not None and compiled is not None:  # the interpreter compiles nothing
+            self._compiled[key] = compiled[self._grid]

@@ -4,11 +4,13 @@ and rotation.
 All are bound by memory, so each reads its inputs once and writes its results where the next reader wants them.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from h2optimizer.kernels.common import on_its_device, rotated_halves
+from h2optimizer.kernels.common import Launch, rotated_halves
 
 NORM_TILE, NORM_WARPS = 4096, 8  # elements and warps of a program
 HEADS_TILE, HEADS_WARPS = 1024, 4  # the same of heads: few rows should still fill the device
@@ -33,7 +35,14 @@ def _add_and_normalise_kernel(residual, branch, weight, summed, normed, rows, ep
     tl.store(normed + at, (rounded * factor[None, :]).to(own.dtype), mask=inside)
 
 
-@on_its_device
+@functools.lru_cache
+def _addition(rows: int, size: int, eps: float) -> Launch:
+    block = triton.next_power_of_2(size)
+    tile, options = max(1, NORM_TILE // block), dict(num_warps=NORM_WARPS)
+    programs = triton.cdiv(rows, tile)
+    return Launch(_add_and_normalise_kernel, programs, rows, eps, SIZE=size, ROWS=tile, BLOCK=block, options=options)
+
+
 def add_and_normalise(
     residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,12 +52,9 @@ def add_and_normalise(
     """
     residual, branch, size = residual.contiguous(), branch.contiguous(), weight.numel()
     with torch.inference_mode(False):
-        summed = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    normed, rows, block = torch.empty_like(residual), residual.numel() // size, triton.next_power_of_2(size)
-    tile = max(1, NORM_TILE // block)
-    _add_and_normalise_kernel[(triton.cdiv(rows, tile),)](
-        residual, branch, weight, summed, normed, rows, eps, SIZE=size, ROWS=tile, BLOCK=block, num_warps=NORM_WARPS
-    )
+        summed = torch.empty_like(residual)
+    normed = torch.empty_like(residual)
+    _addition(residual.numel() // size, size, eps)(residual, branch, weight, summed, normed)
     return summed, normed
 
 
@@ -69,7 +75,16 @@ def _normalise_heads_kernel(states, query_weight, key_weight, rows, stride, eps,
     tl.store(at, (rounded * factor).to(own.dtype), mask=inside)
 
 
-@on_its_device
+@functools.lru_cache
+def _head_norms(tokens: int, width: int, dim: int, queries: int, heads: int, eps: float) -> Launch:
+    rows, block = tokens * heads, triton.next_power_of_2(dim)
+    tile, options = max(1, HEADS_TILE // block), dict(num_warps=HEADS_WARPS)
+    return Launch(
+        _normalise_heads_kernel, triton.cdiv(rows, tile), rows, width, eps, QUERIES=queries, HEADS=heads, D=dim,
+        ROWS=tile, BLOCK=block, options=options,
+    )  # fmt: skip
+
+
 def normalise_heads(
     states: torch.Tensor,
     query_weight: torch.Tensor,
@@ -86,14 +101,10 @@ def normalise_heads(
 
     Returns: states.
     """
-    dim, width = len(query_weight), states.shape[-1]
-    assert states.is_contiguous() and len(key_weight) == dim
-    heads, block = (query_width + key_width) // dim, triton.next_power_of_2(dim)
-    rows, tile = states.numel() // width * heads, max(1, HEADS_TILE // block)
-    _normalise_heads_kernel[(triton.cdiv(rows, tile),)](
-        states, query_weight, key_weight, rows, width, eps, QUERIES=query_width // dim, HEADS=heads, D=dim, ROWS=tile,
-        BLOCK=block, num_warps=HEADS_WARPS,
-    )  # fmt: skip
+    dim, width = query_weight.shape[0], states.shape[-1]
+    assert states.is_contiguous() and key_weight.shape[0] == dim
+    heads = query_width // dim, (query_width + key_width) // dim
+    _head_norms(states.numel() // width, width, dim, *heads, eps)(states, query_weight, key_weight)
     return states
 
 
@@ -117,7 +128,18 @@ def _rotate_kernel(states, output, cos, sin, rows, columns, stride_b, stride_h, 
     tl.store(target + D // 2, high, mask=inside)
 
 
-@on_its_device
+@functools.lru_cache
+def _rotation(shape: tuple, strides: tuple, output_strides: tuple, turn_b: int, turn_n: int) -> Launch:
+    batch, heads, columns, dim = shape
+    rows, block = batch * columns * heads, triton.next_power_of_2(dim // 2)
+    tile = max(1, ROTATION_TILE // block)
+    options = dict(num_warps=ROTATION_WARPS, enable_fp_fusion=False)  # rounds after the product and after the sum
+    return Launch(
+        _rotate_kernel, triton.cdiv(rows, tile), rows, columns, *strides[:3], *output_strides[:3], turn_b, turn_n,
+        HEADS=heads, D=dim, ROWS=tile, BLOCK=block, options=options,
+    )  # fmt: skip
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, in_place: bool) -> torch.Tensor:
     """RoPE on [B, H, n, D], rounded as transformers' apply_rotary_pos_emb rounds.
 
@@ -130,12 +152,8 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, in_place:
     """
     batch, heads, columns, dim = states.shape
     output = states if in_place else states.new_empty(batch, columns, heads, dim).transpose(1, 2)
-    assert cos.stride() == sin.stride() and all(of.stride(-1) == 1 for of in (states, cos))
-    rows, block = batch * columns * heads, triton.next_power_of_2(dim // 2)
-    tile = max(1, ROTATION_TILE // block)
-    _rotate_kernel[(triton.cdiv(rows, tile),)](
-        states, output, cos, sin, rows, columns, *states.stride()[:3], *output.stride()[:3],
-        cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), HEADS=heads, D=dim, ROWS=tile, BLOCK=block,
-        num_warps=ROTATION_WARPS, enable_fp_fusion=False,  # as torch rounds: after the product and after the sum
-    )  # fmt: skip
+    strides, (turn_b, turn_n, turn_d) = states.stride(), cos.stride()
+    assert sin.stride() == cos.stride() and turn_d == strides[3] == 1
+    launch = _rotation(states.shape, strides, output.stride(), turn_b if cos.shape[0] > 1 else 0, turn_n)
+    launch(states, output, cos, sin)
     return output

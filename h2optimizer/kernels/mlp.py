@@ -1,10 +1,12 @@
 """The gated activation of an MLP in one launch, from the merged output of gate and up."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from h2optimizer.kernels.common import on_its_device
+from h2optimizer.kernels.common import Launch
 
 TILE, WARPS = 1024, 4  # elements and warps of a program
 
@@ -23,16 +25,22 @@ def _silu_and_multiply_kernel(gate_up, output, rows, size, ROWS: tl.constexpr, B
     tl.store(output + row[:, None] * size + column[None, :], (active * up).to(gate.dtype), mask=inside)
 
 
-@on_its_device
-def run_silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [..., n] of [..., 2 n], contiguous, float32 or half precision (SwiGLU, arXiv 2002.05202)."""
-    size = gate_up.shape[-1] // 2
-    output, rows = gate_up.new_empty(*gate_up.shape[:-1], size), gate_up.numel() // (2 * size)
-    assert gate_up.is_contiguous()
+@functools.lru_cache
+def _activation(rows: int, size: int) -> Launch:
     block = min(TILE, triton.next_power_of_2(size))
     tile = TILE // block
     programs = triton.cdiv(rows, tile) * triton.cdiv(size, block)  # in one dimension: the others end at 65,535
-    _silu_and_multiply_kernel[(programs,)](gate_up, output, rows, size, ROWS=tile, BLOCK=block, num_warps=WARPS)
+    return Launch(
+        _silu_and_multiply_kernel, programs, rows, size, ROWS=tile, BLOCK=block, options=dict(num_warps=WARPS)
+    )
+
+
+def run_silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [..., n] of [..., 2 n], contiguous, float32 or half precision (SwiGLU, arXiv 2002.05202)."""
+    size = gate_up.shape[-1] // 2
+    output = gate_up.new_empty(*gate_up.shape[:-1], size)
+    assert gate_up.is_contiguous()
+    _activation(gate_up.numel() // (2 * size), size)(gate_up, output)
     return output
 
 

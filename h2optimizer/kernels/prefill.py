@@ -8,12 +8,15 @@ because each program keeps its tile of keys and walks over the queries.
 Keys and values of batch 1 serve all rows: those of a shared prefix, with starts at its end.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from h2optimizer.kernels.common import LOG2_E, on_its_device, online_softmax_update, padded, precision
+from h2optimizer.kernels.common import LOG2_E, Launch, online_softmax_update, padded, precision
 
 
 @triton.jit
@@ -134,20 +137,22 @@ def _merge_kernel(output, lse, first, first_lse, second, second_lse, columns, bl
     tl.store(lse + head.to(tl.int64) * columns + column, top + tl.log2(total) / LOG2_E, mask=there)
 
 
-def _tiles(states: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor of states [B, H, n, D] for loads of [rows, D], zero past n and past D up to a power of two."""
-    if states.stride(3) != 1 or any(s * states.itemsize % 16 for s in states.stride()[:3]) or states.data_ptr() % 16:
+def _tiles(states: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of states [B, H, n, D] for loads of [rows, width], zero past n and past D."""
+    (b, h, n, d), size = states.stride(), states.itemsize
+    if d != 1 or b * size % 16 or h * size % 16 or n * size % 16 or states.data_ptr() % 16:
         states = states.clone(memory_format=torch.contiguous_format)  # contiguous() would not fix misalignment
-    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, padded(states.shape[3])])
+    return TensorDescriptor(states, list(states.shape), list(states.stride()), [1, 1, rows, width])
 
 
-def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
+@functools.lru_cache
+def _blocks(dim: int, dtype: torch.dtype, device: torch.device, mass: bool) -> tuple[int, int, dict]:
     """Queries and slots per tile, and launch options: the fastest on an H200; elsewhere, those that spill least."""
-    if query.dtype == torch.float32:  # no tensor cores, so operands are in registers
+    if dtype == torch.float32:  # no tensor cores, so operands are in registers
         return 16, 16, dict(num_warps=4, num_stages=2)
-    if query.shape[-1] > 128:
+    if dim > 128:
         return (64, 64, dict(num_warps=4, num_stages=3)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
-    if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return (64, 128, dict(num_warps=8, num_stages=2)) if mass else (64, 32, dict(num_warps=4, num_stages=2))
     # Mass: three programs per multiprocessor, at 168 registers a thread, hide each other's latency.
     return (
@@ -155,7 +160,29 @@ def _blocks(query: torch.Tensor, mass: bool) -> tuple[int, int, dict]:
     )
 
 
-@on_its_device
+class Plan(NamedTuple):
+    """How queries [B, Hq, columns, D] and keys [B or 1, Hkv, width, D] are loaded, and the launch."""
+
+    rows: int  # queries of a tile
+    slots: int  # keys of a tile
+    width: int  # of both: D up to a power of two
+    launch: Launch
+
+
+@functools.lru_cache
+def _attention_plan(queries: tuple, keys: tuple, strides: tuple, scaling: float, prefix: bool, dtype, device) -> Plan:
+    """strides: the output's over rows and columns."""
+    (batch, heads, columns, dim), kv_heads = queries, keys[1]
+    rows, slots, options = _blocks(dim, dtype, device, mass=False)
+    blocks = triton.cdiv(columns, rows)
+    launch = Launch(
+        _attention_kernel, blocks * batch * heads, batch, columns, blocks, *strides, scaling * LOG2_E.value,
+        HEADS=kv_heads, GROUP=heads // kv_heads, PREFIX=prefix, D=dim, BM=rows, BN=slots, BD=padded(dim),
+        PRECISION=precision(dtype), options=options,
+    )  # fmt: skip
+    return Plan(rows, slots, padded(dim), launch)
+
+
 def attention_with_lse(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -179,17 +206,26 @@ def attention_with_lse(
     batch, q_heads, columns, dim = query.shape
     output = query.new_empty(batch, columns, q_heads, dim)
     lse = query.new_empty(batch, q_heads, columns, dtype=torch.float32)
-    rows, slots, options = _blocks(query, mass=False)
-    blocks = triton.cdiv(columns, rows)
-    _attention_kernel[(blocks * batch * q_heads,)](
-        _tiles(query, rows), _tiles(key, slots), _tiles(value, slots), spans, output, lse, batch, columns, blocks,
-        output.stride(0), output.stride(1), scaling * LOG2_E.value, HEADS=key.shape[1], GROUP=q_heads // key.shape[1],
-        PREFIX=prefix, D=dim, BM=rows, BN=slots, BD=padded(dim), PRECISION=precision(query.dtype), **options,
-    )  # fmt: skip
+    strides = output.stride()[:2]
+    rows, slots, width, launch = _attention_plan(
+        query.shape, key.shape, strides, scaling, prefix, query.dtype, query.device
+    )
+    tiles = _tiles(query, rows, width), _tiles(key, slots, width), _tiles(value, slots, width)
+    launch(*tiles, spans, output, lse)
     return output.transpose(1, 2), lse
 
 
-@on_its_device
+@functools.lru_cache
+def _merging(shape: tuple, *strides: tuple) -> Launch:
+    batch, heads, columns, dim = shape
+    blocks = triton.cdiv(columns, 32)
+    numbers = [stride for of in strides for stride in of]
+    return Launch(
+        _merge_kernel, blocks * batch * heads, columns, blocks, *numbers, HEADS=heads, D=dim, BM=32, BD=padded(dim),
+        options=dict(num_warps=4),
+    )  # fmt: skip
+
+
 def merge_attention(
     first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,16 +240,26 @@ def merge_attention(
     batch, heads, columns, dim = first.shape
     output = first.new_empty(batch, columns, heads, dim)
     lse = first_lse.new_empty(batch, heads, columns)
-    blocks = triton.cdiv(columns, 32)
-    _merge_kernel[(blocks * batch * heads,)](
-        output, lse, first, first_lse, second, second_lse, columns, blocks, *output.stride()[:2], *first.stride()[:3],
-        *second.stride()[:3], *first_lse.stride()[:2], *second_lse.stride()[:2],
-        HEADS=heads, D=dim, BM=32, BD=padded(dim), num_warps=4,
-    )  # fmt: skip
+    strides = output.stride()[:2], first.stride()[:3], second.stride()[:3]
+    launch = _merging(first.shape, *strides, first_lse.stride()[:2], second_lse.stride()[:2])
+    launch(output, lse, first, first_lse, second, second_lse)
     return output.transpose(1, 2), lse
 
 
-@on_its_device
+@functools.lru_cache
+def _mass_plan(queries: tuple, keys: tuple, scaling: float, counted: int, dtype, device) -> Plan:
+    """counted: query heads of a group that add mass."""
+    (batch, heads, columns, dim), (key_rows, kv_heads, width, _) = queries, keys
+    rows, slots, options = _blocks(dim, dtype, device, mass=True)
+    blocks = triton.cdiv(width, slots)
+    launch = Launch(
+        _mass_kernel, blocks * batch * kv_heads * counted, batch, columns, width, blocks, scaling * LOG2_E.value,
+        HEADS=kv_heads, GROUP=heads // kv_heads, COUNTED=counted, SHARED=key_rows < batch, BM=rows, BN=slots,
+        BD=padded(dim), PRECISION=precision(dtype), options=options,
+    )  # fmt: skip
+    return Plan(rows, slots, padded(dim), launch)
+
+
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, spans: torch.Tensor, scaling: float, first_head: bool
 ) -> torch.Tensor:
@@ -229,15 +275,9 @@ def attention_mass(
 
     Returns: float32 [B, Hkv, width], zero past a row's slots.
     """
-    (batch, q_heads), (keys, kv_heads, width, dim) = query.shape[:2], key.shape
-    group = q_heads // kv_heads
-    counted = 1 if first_head else group
-    mass = torch.empty(batch, kv_heads, counted, width, dtype=torch.float32, device=key.device)
-    rows, slots, options = _blocks(query, mass=True)
-    blocks = triton.cdiv(width, slots)
-    _mass_kernel[(blocks * batch * kv_heads * counted,)](
-        _tiles(query, rows), _tiles(key, slots), lse, spans, mass, batch, query.shape[2], width, blocks,
-        scaling * LOG2_E.value, HEADS=kv_heads, GROUP=group, COUNTED=counted, SHARED=keys < batch, BM=rows, BN=slots,
-        BD=padded(dim), PRECISION=precision(query.dtype), **options,
-    )  # fmt: skip
+    queries, keys = query.shape, key.shape
+    counted = 1 if first_head else queries[1] // keys[1]
+    mass = key.new_empty(queries[0], keys[1], counted, keys[2], dtype=torch.float32)
+    rows, slots, width, launch = _mass_plan(queries, keys, scaling, counted, query.dtype, query.device)
+    launch(_tiles(query, rows, width), _tiles(key, slots, width), lse, spans, mass)
     return mass.sum(2) if counted > 1 else mass[:, :, 0]

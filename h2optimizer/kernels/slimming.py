@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from h2optimizer.kernels.common import on_its_device
+from h2optimizer.kernels.common import Launch, on_its_device
 
 RANKS = ("mass", "mean", "random", "oldest", "order")
 MAX_SLOTS = 32768  # most slots that `select` can rank: one tile in registers
@@ -50,7 +50,14 @@ def classes_of(capacities: tuple[int, ...], device: torch.device) -> tuple[tuple
     )
 
 
-@on_its_device
+@functools.lru_cache
+def _selection(programs: int, most: int, *numbers: int, **constants) -> Launch:
+    """most: slots of a head, here or in the source."""
+    tile = triton.next_power_of_2(most)
+    options = dict(num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128)
+    return Launch(_select, programs, *numbers, TILE=tile, **constants, options=options)
+
+
 def select(
     positions: torch.Tensor,
     mass: torch.Tensor | None,
@@ -93,16 +100,19 @@ def select(
     _check(rank, scores)
     ragged = heads is not None
     in_place = ragged and heads.in_place
-    batch, capacity = len(positions), positions.shape[-1]
+    batch, capacity = positions.shape[0], positions.shape[-1]
+    offsets, split = (heads.offsets, heads.split) if ragged else (None, None)
     count_heads, classes = _classes(positions, heads)
     for longest, which in classes:
-        tile = triton.next_power_of_2(longest if in_place else max(width, longest))
-        _select[(batch * len(which),)](
-            positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept,
-            heads.offsets if ragged else None, heads.split if ragged else None, which if ragged else None,
-            batch, count_heads, len(which), width, capacity, kept.shape[-1], heavy, recent, _as_int32(salt),
-            RANK=rank, MASS=mass is not None, COUNT=count is not None, NORMS=norms is not None, MOVE=move, TILE=tile,
-            IN_PLACE=in_place, RAGGED=ragged, num_warps=min(16, max(1, tile // 256)), num_stages=1, maxnreg=128,
+        chosen = len(which)
+        launch = _selection(
+            batch * chosen, longest if in_place else max(width, longest), batch, count_heads, chosen, width, capacity,
+            kept.shape[-1], heavy, recent, _as_int32(salt), RANK=rank, MASS=mass is not None, COUNT=count is not None,
+            NORMS=norms is not None, MOVE=move, IN_PLACE=in_place, RAGGED=ragged,
+        )  # fmt: skip
+        launch(
+            positions, mass, count, norms, source_mass, source_count, source_norms, scores, mirror, kept, offsets,
+            split, which if ragged else None,
         )  # fmt: skip
 
 
@@ -178,7 +188,15 @@ def hand_over(keep: torch.Tensor, kept: torch.Tensor) -> None:
     kept[..., -1] = (keep == torch.arange(window, device=keep.device)).sum(dim=-1)
 
 
-@on_its_device
+@functools.lru_cache
+def _compaction(rows: int, head_dim: int, tiling: tuple[int, int, int], *numbers: int, **constants) -> Launch:
+    chunk, slots, warps = tiling
+    return Launch(
+        _compact, rows * 2 * triton.cdiv(head_dim, chunk), *numbers, D=head_dim, CHUNK=chunk, SLOTS=slots, **constants,
+        options=dict(num_warps=warps, num_stages=1),
+    )  # fmt: skip
+
+
 def compact(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -201,19 +219,18 @@ def compact(
         prefix: keys and values [1, Hkv, P, D], contiguous, of the source's first slots in all rows; source_keys and
             source_values then begin after them.
     """
-    batch, capacity, head_dim = len(keys), keys.shape[-2], keys.shape[-1]
+    batch, capacity, head_dim = keys.shape[0], keys.shape[-2], keys.shape[-1]
     count_heads = keys.shape[1] if heads is None else len(heads.offsets) - 1
-    chunk, slots, warps = _tiling(batch * count_heads, head_dim, keys.itemsize, window)
     in_place = source_keys is keys
     strides = (0,) * 6 if in_place else (*source_keys.stride()[:3], *source_values.stride()[:3])
     prefix_keys, prefix_values = prefix or (None, None)
-    _compact[(batch * count_heads * 2 * triton.cdiv(head_dim, chunk),)](
-        keys, values, source_keys, source_values, prefix_keys, prefix_values, mirror, kept,
-        None if heads is None else heads.offsets, None if heads is None else heads.split, count_heads, capacity,
-        kept.shape[-1], window, 0 if prefix is None else prefix_keys.shape[2], *strides,
-        D=head_dim, CHUNK=chunk, SLOTS=slots, IN_PLACE=in_place, RAGGED=heads is not None, PREFIX=prefix is not None,
-        num_warps=warps, num_stages=1,
+    offsets, split = (None, None) if heads is None else (heads.offsets, heads.split)
+    rows, shared = batch * count_heads, 0 if prefix is None else prefix_keys.shape[2]
+    launch = _compaction(
+        rows, head_dim, _tiling(rows, head_dim, keys.itemsize, window), count_heads, capacity, kept.shape[-1], window,
+        shared, *strides, IN_PLACE=in_place, RAGGED=heads is not None, PREFIX=prefix is not None,
     )  # fmt: skip
+    launch(keys, values, source_keys, source_values, prefix_keys, prefix_values, mirror, kept, offsets, split)
 
 
 @functools.lru_cache
