@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -54,7 +54,7 @@ def is_replayable(model) -> bool:
         return False
     devices = set()
     for module in _modules(model):
-        devices.update([held.device for held in module._parameters.values() if held is not None])
+        devices.update([parameter.device for parameter in module._parameters.values() if parameter is not None])
         # a divided layer has its original forward plus a sum over the model's shards
         replaced = "forward" in vars(module) and not (sharded and is_divided(module))
         if replaced or has_foreign_hooks(module):
@@ -62,15 +62,15 @@ def is_replayable(model) -> bool:
     return len(devices) <= 1
 
 
-def _modules(model: torch.nn.Module) -> Iterable[torch.nn.Module]:
+def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """As `model.modules()`, in another order and several times faster: `generate` walks while the device is idle."""
-    found, waiting = {}, [model]
+    seen, waiting = set(), [model]
     while waiting:
         module = waiting.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            waiting += module._modules.values()
-    return found.values()
+        if module is not None and module not in seen:
+            seen.add(module)
+            waiting.extend(module._modules.values())
+            yield module
 
 
 class Decoder:
@@ -145,9 +145,9 @@ class Decoder:
 
     def start(self, tokens: torch.Tensor, rows: list[int] | None = None) -> None:
         """Set the next input tokens of all rows, or restart only the rows given."""
-        at = to_device(range(len(self.token)) if rows is None else rows, self.token.device)
-        self.finished.index_copy_(0, at, self.ends(tokens))
-        self.token.index_copy_(0, at, tokens)
+        at = slice(None) if rows is None else to_device(rows, self.token.device)
+        self.finished[at] = self.ends(tokens)
+        self.token[at] = tokens
 
     @torch.inference_mode(False)  # a change of mode would make torch.compile recompile, possibly during a capture
     @torch.no_grad()

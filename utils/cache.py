@@ -506,11 +506,10 @@ class HHCache(Cache):
 
         This cache's `take_rows` then has nothing to copy. Raises: ValueError as the constructor does.
         """
-        # kernels read nothing past a row's length, where a NaN of an earlier text may be
-        keeps = [layer.by_kernel and self.h2o.backend != "flash_attn" for layer in self.layers]
         parts = [layer.slots.within(first, rows) for layer in self.layers]
-        for kept in (True, False):
-            Slots.clear([part for part, keep in zip(parts, keeps, strict=True) if keep == kept], states=not kept)
+        # kernels read nothing past a row's length, where a NaN of an earlier text may be
+        by_kernel = all(layer.by_kernel for layer in self.layers) and self.h2o.backend != "flash_attn"
+        Slots.clear(parts, states=not by_kernel)
         return self._with(rows, parts, prefix)
 
     def _with(self, batch_size: int, slots: list[Slots], prefix: Prefix | None = None) -> HHCache:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+AT_ONCE = 2**16  # bytes of pageable memory that CUDA takes without waiting
 
 
 def free_memory(compiled: bool = True) -> None:
@@ -25,7 +26,9 @@ def free_memory(compiled: bool = True) -> None:
 def to_device(numbers, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """torch.tensor(numbers, dtype=dtype, device=device), but the host does not wait until the GPU has come so far."""
     tensor = torch.as_tensor(numbers, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes > AT_ONCE:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def allocated() -> int:

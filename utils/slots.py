@@ -63,7 +63,7 @@ class Slots:
         return type(self)(*self.no_states(batch_size), self.capacities or self.capacity, self.ranked)
 
     def within(self, first: int, rows: int) -> Slots:
-        """Slots in the place of neighbouring rows, sharing their memory, to be cleared."""
+        """Slots in the place of neighbouring rows, sharing their memory and what they hold: to be cleared."""
         part = copy.copy(self)
         for name in (*self.states, "mass", "count", "norms", "positions"):
             if (of := getattr(self, name)) is not None:
@@ -97,7 +97,7 @@ class Slots:
         return sum(tensor.nbytes for tensor in (*self._cleared(), self.positions))
 
     def _cleared(self, states: bool = True) -> list[torch.Tensor]:
-        """All tensors but positions: zero where nothing has been stored. Without `states`, no keys and values."""
+        """All tensors but positions, or without those of `states`: zero where nothing has been stored."""
         held = (getattr(self, name) for name in (*(self.states if states else ()), "mass", "count", "norms"))
         return [tensor for tensor in held if tensor is not None]
 
@@ -278,14 +278,14 @@ class Slots:
 
     @staticmethod
     def clear(of_layers: list[Slots], states: bool = True) -> None:
-        """Empty all rows, in a few launches for any number of layers; without `states`, keys and values stay."""
+        """Let slots forget all tokens, in a few launches for any number of layers; without `states`, keys and values
+        stay."""
         alike: dict[tuple, list[torch.Tensor]] = {}
         positions: dict[tuple, list[Slots]] = {}
         for slots in of_layers:
             for tensor in slots._cleared(states):
                 alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-            key = slots.device, slots.positions.shape, slots.capacities
-            positions.setdefault(key, []).append(slots)
+            positions.setdefault((slots.device, slots.capacities or slots.capacity), []).append(slots)
         for tensors in alike.values():
             torch._foreach_zero_(tensors)
         for same in positions.values():
@@ -350,12 +350,6 @@ class HeadSlots(Slots):
                 buffer[at] = new
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _ascending(n: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(n, dtype=torch.int32, device=device)
-
-
 def _copy(to: torch.Tensor, of: torch.Tensor) -> None:
     """Copy `of` to `to`, vectors eight bytes at a time: torch gives each element of strided tensors to one thread."""
     vectors = to.ndim == 4 and to.dtype == of.dtype and to.element_size() < 8
@@ -369,6 +363,12 @@ def _in_words(tensor: torch.Tensor) -> bool:
     *strides, last = tensor.stride()
     in_elements = (*strides, tensor.shape[-1], tensor.storage_offset())
     return last == 1 and all(size * tensor.element_size() % 8 == 0 for size in in_elements)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _ascending(n: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.int32, device=device)
 
 
 def _adjacent(rows: list[int]) -> bool:
