@@ -189,12 +189,10 @@ def _has_own_hooks(module: torch.nn.Module) -> bool:
 def has_foreign_hooks(module: torch.nn.Module) -> bool:
     """Whether a forward has hooks besides those that transformers leaves after a request for outputs or gradient
     checkpointing, which are idle without one."""
-    if not is_hooked(module):
-        return False
+    if _has_any_global_hook():
+        return True
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return bool(_has_any_global_hook()) or not all(
-        str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
-    )
+    return bool(hooks) and not all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def is_watched(module: torch.nn.Module) -> bool:
@@ -325,10 +323,8 @@ class FusedDecoderLayer:
             hidden_states, _ = self.self_attn(hidden_states=hidden_states, norm=self.input_layernorm, **kwargs)
             return self.mlp(hidden_states, norm=self.post_attention_layernorm)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states, attended = (
-            cache.step.wanted(states, self.self_attn.layer_idx) for states in (hidden_states, attended)
-        )
-        norm = self.post_attention_layernorm
+        step, layer_idx, norm = cache.step, self.self_attn.layer_idx, self.post_attention_layernorm
+        hidden_states, attended = step.wanted(hidden_states, layer_idx), step.wanted(attended, layer_idx)
         hidden_states = _add(hidden_states, attended, norm)
         return _add(hidden_states, self.mlp(norm(hidden_states)), self.next_norm)
 

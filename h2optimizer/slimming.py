@@ -58,11 +58,11 @@ class KernelSlimmer(TorchSlimmer):
 
 def _heads(slimming: Slimming):
     """What the kernels need to know of heads with windows of their own."""
-    from h2optimizer.kernels.slimming import Heads, classes_of
-
     plan, slots = slimming.plan, slimming.slots
     if plan.even:
         return None
+    from h2optimizer.kernels.slimming import Heads, classes_of
+
     return Heads(slots.offsets, plan.split_there, classes_of(slots.capacities, slots.device), slimming.block is None)
 
 
