@@ -298,9 +298,7 @@ def kernel_decode_step(
     h2o, slots, lengths = layer.h2o, layer.slots, layer.lengths
     if step.partial:
         lengths = layer.seen_by(step).attended(layer.device).view(len(lengths), -1).expand_as(lengths)
-    # as a custom operator only under torch.compile: operator dispatch costs the host 20 us
-    run = decode.decode_step if torch.compiler.is_compiling() else decode.run_decode_step
-    return run(
+    return decode.decode_step(
         projected, *(rope or (None, None)), slots.keys, slots.values, slots.mass if step.scored else None,
         slots.count if step.scored else None, slots.norms, lengths, slots.offsets, slots.capacities, scaling,
         float(h2o.score_decay), h2o.group_reduce == "first", h2o.position_rolling and rope is not None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -114,17 +113,6 @@ class Decoder:
             and not any(name in model.model.rotary_emb.rope_type for name in ("dynamic", "longrope"))
             and is_replayable(model)
         )
-        self._forward = decode_logits
-        if self.static and cache.h2o.compile:
-            model.merge_projections()  # a compiled merged product no longer checks its layers for changes
-            # Coordinate descent turns batch-1 products into reductions that read at full bandwidth. Sums read by
-            # several kernels are stored; otherwise each product would add up the residual stream for every weight.
-            options = {"coordinate_descent_tuning": True, "realize_reads_threshold": 1}
-            on_gpu = device.type == "cuda"
-            backend = {"backend": "inductor", "options": options} if on_gpu else {"backend": "aot_eager"}
-            # torch.compile gives up after eight recompilations of a code object, so each decoder gets its own
-            forward = types.FunctionType(decode_logits.__code__.replace(), decode_logits.__globals__)
-            self._forward = torch.compile(forward, fullgraph=True, dynamic=False, **backend)
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._ran: set[str] = set()  # names run once, whose kernels are therefore compiled
         self._pool = None
@@ -149,7 +137,6 @@ class Decoder:
         self.finished[at] = self.ends(tokens)
         self.token[at] = tokens
 
-    @torch.inference_mode(False)  # a change of mode would make torch.compile recompile, possibly during a capture
     @torch.no_grad()
     def decode(self, steps: int, new: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run up to CHUNK steps without waiting for the device; returns tokens and log-probabilities [B, steps].
@@ -192,8 +179,7 @@ class Decoder:
             position_ids = torch.arange(cache.longest, device=self.token.device)[None]
         else:
             position_ids = step.positions(self.token.device)
-        forward = decode_logits if step.partial else self._forward  # partial steps are not worth a second compilation
-        self._keep(forward(self._model(), self.token[:, None], position_ids, cache))
+        self._keep(decode_logits(self._model(), self.token[:, None], position_ids, cache))
 
     def _keep(self, logits: torch.Tensor) -> None:
         tokens = torch.where(self.finished, self.pad_token_id, self.choose(logits))

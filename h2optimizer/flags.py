@@ -195,12 +195,6 @@ def add_cache_flags(parser: argparse.ArgumentParser, always: bool = False, windo
         help=f"record decode steps as CUDA graphs, with backends triton and flash_attn {default_of('capture')}",
     )
     add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="also compile the recorded steps, with backend triton: takes about 45 s per batch size "
-        f"{default_of('compile')}",
-    )
-    add(
         "--group_reduce",
         choices=("sum", "first"),
         help="query heads of a KV head that mass is taken from; sum: all of them; first: the first one "
@@ -307,7 +301,7 @@ def in_flags(message: str) -> str:
         message = message.replace(field, flag)
     message = message.replace("score_every_step=False", "--no-score_every_step")
     message = re.sub(r"(?<![-/\w])head_budgets\b(?!\.)", "--head_budgets", message)  # not a file's name
-    message = re.sub(r"\b(capture|compile)=True", r"--\1", message)
+    message = re.sub(r"\bcapture=True", "--capture", message)
     message = re.sub(r"\b(backend|slimming)='(\w+)'", r"--\1 \2", message)
     return message if message.startswith("--") else f"--{message}"
 
@@ -317,12 +311,9 @@ def attention_backend(h2o: H2OConfig | None, device: torch.device) -> str | None
     if h2o is None:
         return None
     try:
-        backend = resolve_backend(h2o.backend, device.type)
+        return resolve_backend(h2o.backend, device.type)
     except ValueError as error:
         raise InputError(in_flags(str(error))) from None
-    if h2o.compile and backend != "triton":
-        raise InputError(f"--compile: needs --backend triton, but the backend here is {backend}; leave --compile out")
-    return backend
 
 
 def check_loading_flags(args: argparse.Namespace, processes: Processes) -> None:
@@ -338,9 +329,8 @@ def check_loading_flags(args: argparse.Namespace, processes: Processes) -> None:
     }.items():
         if args.device_map is not None and given:
             raise InputError(f"--device_map: uses one process and all devices; leave it out, or {flag}")
-    for flag, given in {"quantize": args.quantize, "compile": getattr(args, "compile", False)}.items():
-        if given and args.tensor_parallel:
-            raise InputError(f"--{flag}: does not work with --tensor_parallel; leave one of them out")
+    if args.quantize and args.tensor_parallel:
+        raise InputError("--quantize: does not work with --tensor_parallel; leave one of them out")
     if processes.size > 1 and args.device not in ("auto", "cpu"):
         raise InputError(
             f"--device {args.device}: each of the {processes.size} processes uses its own GPU; leave it out"

@@ -66,7 +66,7 @@ class MergedLinear:
         """Whether the product of these inputs is the layers' own."""
         if self.weight is None:
             return False
-        if not (torch.compiler.is_compiling() or self.is_current(*layers)):
+        if not self.is_current(*layers):
             return False
         if not torch.is_grad_enabled():  # asked first: parameters() is slow
             return True
@@ -228,8 +228,8 @@ def normalise_heads(
     A merged product is normalised where it is, in one launch, if nothing has replaced the norms. `widths` are its
     parts. Otherwise the norms are called.
     """
-    norms, compiling = (query_norm, key_norm), torch.compiler.is_compiling()
-    if len(projected) == 1 and not compiling and all(_normalises(norm, projected[0]) for norm in norms):
+    norms = query_norm, key_norm
+    if len(projected) == 1 and all(_normalises(norm, projected[0]) for norm in norms):
         from h2optimizer.kernels import layer
 
         weights = query_norm.weight, key_norm.weight
@@ -282,7 +282,7 @@ class FusedRMSNorm:
         self._keep(None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and self._ready is not None:
+        if self._ready is not None:
             summed, version, normed = self._ready
             self._keep(None)
             if summed is hidden_states and version == summed._version:
@@ -314,7 +314,7 @@ class FusedDecoderLayer:
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         cache = kwargs.get(CACHE_ARGUMENT)
-        if args or torch.compiler.is_compiling() or not isinstance(cache, HHCache):
+        if args or not isinstance(cache, HHCache):
             return super().forward(hidden_states, *args, **kwargs)
         if not has_kernels(cache.h2o, hidden_states.device):
             return super().forward(hidden_states, **kwargs)
@@ -354,10 +354,8 @@ def _add(residual: torch.Tensor, branch: torch.Tensor, norm: torch.nn.Module) ->
 
 
 def _is_silu(activation: torch.nn.Module) -> bool:
-    """Whether an activation is no more than SiLU. Steps are compiled only without hooks and replacements."""
-    if type(activation) is not SILU:
-        return False
-    return torch.compiler.is_compiling() or not (is_hooked(activation) or "forward" in vars(activation))
+    """Whether an activation is no more than SiLU."""
+    return type(activation) is SILU and not (is_hooked(activation) or "forward" in vars(activation))
 
 
 class FusedMLP:
@@ -378,6 +376,4 @@ class FusedMLP:
             return super().forward(x)
         from h2optimizer.kernels import mlp
 
-        compiling = torch.compiler.is_compiling()
-        activate = mlp.silu_and_multiply if compiling else mlp.run_silu_and_multiply
-        return self.down(activate(gate_up), self.down_proj)
+        return self.down(mlp.silu_and_multiply(gate_up), self.down_proj)

@@ -41,7 +41,6 @@ class H2OConfig:
     slots: str = "auto"  # storage of keys and values: "auto" = the model's dtype; "int8" = 8 bits, half of bf16's bytes
     prefill_chunk: int | None = None  # prompt tokens between slimmings: memory for window + chunk; None = all, exact
     capture: bool = True  # decode with CUDA graphs if device, backend and generate's options allow it
-    compile: bool = False  # torch.compile the captured steps: about 45 s per batch size, then faster steps
 
     def __post_init__(self):
         for name, allowed in {
@@ -54,7 +53,7 @@ class H2OConfig:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("score_every_step", "position_rolling", "capture", "compile"):
+        for name in ("score_every_step", "position_rolling", "capture"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         at_least = {
@@ -99,12 +98,6 @@ class H2OConfig:
             raise ValueError(
                 "backend='flash_attn' returns no attention scores, so it cannot run decode steps that need them: set "
                 "score_every_step=False, so that only steps that slim need them, or backend='triton'"
-            )
-
-        if self.compile and (not self.capture or self.backend not in ("auto", "triton") or self.slimming != "H"):
-            raise ValueError(
-                "compile=True compiles captured Triton steps: it needs capture=True, slimming='H' and backend='auto' "
-                "or backend='triton'"
             )
 
     def _resolve_budgets(self) -> None:

@@ -12,8 +12,7 @@ parts; a flag gives the sizes of each:
   cache could do; transformers offers no such cache without a mask. Both loops are eager, so the host bounds them at
   small batches. `tokens_per_s_x` compares with DynamicCache at its best batch size.
 - first (--first): the first step of a call compared with later ones, (2 tokens - 1 token), if the batch size was seen
-  before; and the whole first and second call of a batch size. The first call compiles and records. Inductor caches
-  compiled code on disk, so --compile is new only for a size that no earlier part or run had.
+  before; and the whole first and second call of a batch size. The first call compiles kernels and records.
 
 Weights and kernel launches bound small batches; slots bound large ones. `floor_ms` is the time to read weights, keys,
 values and mass once at --bandwidth. Its bytes are counted, not measured, and exclude slimming. Launches and host waits
@@ -117,7 +116,6 @@ def make_systems(args, model, stock) -> dict[str, System]:
         systems.append(h2o("H2O score_queries=64", score_queries=64))
     else:
         systems += [h2o(UNCAPTURED, capture=False), h2o("H2O score_every_step=False", score_every_step=False)]
-        systems += [h2o("H2O compile", compile=True)] * args.compile
     for backend in args.backends:
         try:
             resolve_backend(backend, args.device)
@@ -350,8 +348,6 @@ def measure_batches(
 
 def decode_rows(args, model, stock) -> Iterator[dict]:
     h2o = {"H2O": args.h2o}
-    if args.compile:
-        h2o["H2O compile"] = dataclasses.replace(args.h2o, compile=True)
     if args.update_interval > 1:
         h2o["H2O N=1"] = dataclasses.replace(args.h2o, update_interval=1)
     for context in args.contexts:
@@ -396,9 +392,7 @@ def first_rows(args, model, stock) -> Iterator[dict]:
     for length, batch in args.first:
         prompt = torch.randint(1, model.config.vocab_size, (batch, length), device=args.device)
         systems[UNCAPTURED].generate(prompt.repeat(2, 1), 2)  # Triton's kernels compile, at another batch size
-        for name in (STOCK, "H2O", "H2O compile"):
-            if name not in systems:
-                continue
+        for name in (STOCK, "H2O"):
             system = systems[name]
             result = attempt(name, measure_first, system, prompt, args)
             system.forget()
@@ -505,9 +499,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--systems", nargs="+", help="generate part: run only these systems, named as in the table (default: all)"
     )
     parser.add_argument("--no-static", dest="static", action="store_false", help="leave out stock's static cache")
-    parser.add_argument(
-        "--compile", action="store_true", help="also run with compile=True; takes half a minute per size"
-    )
     parser.add_argument("--prefill_only", action="store_true", help="skip decode; also run with score_queries=64")
     parser.add_argument(
         "--contexts", type=counts, default="", help="decode part: context lengths, comma-separated (default: none)"

@@ -153,9 +153,9 @@ def measure_stock(stock, requests: list[Sequence], batch: int) -> dict[str, floa
     )
 
 
-def measure_batcher(args, model, requests: list[Sequence], **flags) -> dict[str, float]:
+def measure_batcher(args, model, requests: list[Sequence]) -> dict[str, float]:
     """All requests through a `Batcher` that has been warmed up on some of them."""
-    batcher, rows = make_batcher(args, model, requests, **flags)
+    batcher, rows = make_batcher(args, model, requests)
     some = again(requests[:rows])  # as many as rows, because steps of fewer are recorded apart
     for sequence in some[WHOLE:]:
         sequence.prompt = sequence.prompt[:SHORTEST]
@@ -167,10 +167,9 @@ def measure_batcher(args, model, requests: list[Sequence], **flags) -> dict[str,
     return {"rows": rows, "setup_s": setup_s} | result
 
 
-def make_batcher(args, model, requests: list[Sequence], **flags) -> tuple[Batcher, int]:
+def make_batcher(args, model, requests: list[Sequence]) -> tuple[Batcher, int]:
     """A batcher for these requests, and its number of rows."""
-    settings = {"window_length": args.window_length, "update_interval": args.update_interval}
-    model.h2o = H2OConfig(**settings, **flags)
+    model.h2o = H2OConfig(window_length=args.window_length, update_interval=args.update_interval)
     rows = args.batch_size
     if rows == "auto":
         longest, tokens = max(len(r.prompt) for r in requests), max(r.max_tokens for r in requests)
@@ -213,8 +212,6 @@ def systems_of(args, model, stock, requests: list[Sequence]) -> dict[str, tuple]
         sample = requests[: SAMPLED_BATCHES * batch]
         systems[f"stock, batches of {batch}"] = stock, partial(measure_stock, stock, sample, batch)
     systems["H2O batcher"] = model, partial(measure_batcher, args, model, requests)
-    if args.compile:
-        systems["H2O batcher compile"] = model, partial(measure_batcher, args, model, requests, compile=True)
     return systems
 
 
@@ -281,7 +278,7 @@ def memory_bytes() -> int:
 def soak(args, model) -> dict:
     """Run many mixed requests through one batcher: wrong results, and memory after each tenth of the requests."""
     requests = make_requests(args, args.work[0], soak=True)
-    batcher, rows = make_batcher(args, model, requests, compile=args.compile)
+    batcher, rows = make_batcher(args, model, requests)
     returned, memory, begin = Counter(), [], time.perf_counter()
     for done, sequence in enumerate(batcher.run(requests), start=1):
         returned[id(sequence)] += 1
@@ -362,7 +359,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=16,
         help="batch size of the stock model; 0: skip (default: %(default)s)",
     )
-    parser.add_argument("--compile", action="store_true", help="also run the batcher with compile=True")
     parser.add_argument(
         "--quantize",
         choices=("torchao-float8",),
@@ -374,9 +370,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=5,
         help="turns of a prefill and its matrix products (default: %(default)s)",
     )
-    parser.add_argument(
-        "--soak", action="store_true", help="look for lost requests and leaked memory instead; works with --compile"
-    )
+    parser.add_argument("--soak", action="store_true", help="look for lost requests and leaked memory instead")
     args = parser.parse_args(argv)
     try:
         H2OConfig(window_length=args.window_length, update_interval=args.update_interval)

@@ -72,7 +72,7 @@ def decode_attention(
 
 
 @torch.no_grad()  # a kernel has no gradients
-def run_silu_and_multiply(gate_up):
+def silu_and_multiply(gate_up):
     assert gate_up.is_contiguous()
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
@@ -124,7 +124,7 @@ def install(monkeypatch):
     """Let the triton backend run on these instead of its kernels."""
     doubles = {
         decode: (append, decode_attention),
-        mlp: (run_silu_and_multiply,),
+        mlp: (silu_and_multiply,),
         layer: (add_and_normalise, normalise_heads),
         float8: (quantize_rows,),
         products: (product,),

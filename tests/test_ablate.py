@@ -537,11 +537,11 @@ def test_values_are_of_the_fields_types(ablate):
 
 def test_cells_that_cannot_work_are_left_out(sweep):
     """One bad pair in a grid that ends the sweep, or that is dropped without a word."""
-    outcome = sweep("--window_length", "8", "64", "--num_heavy_hitters", "16", "--compile", "false", "true")
+    outcome = sweep("--window_length", "8", "64", "--num_heavy_hitters", "16", "--backend", "sdpa", "flash_attn")
     assert [cell["h2o"] and cell["h2o"]["window_length"] for cell in outcome.cells] == [None, 64]
     few, *slow = outcome.errors
     assert few.startswith("left out: ") and "window_length=8" in few and "num_heavy_hitters=16" in few
-    assert len(slow) == 2 and "compile" in slow[1] and "sdpa" in slow[1]
+    assert len(slow) == 2 and "flash_attn" in slow[1] and "score_every_step" in slow[1]
 
 
 @pytest.mark.parametrize(

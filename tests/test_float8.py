@@ -148,17 +148,6 @@ def test_steps_of_weights_that_have_moved_are_not_replayed(quantize, captured):
     assert not decoder.is_current()
 
 
-def test_a_quantised_model_decodes_compiled(quantize, captured):
-    """A product, or a quantisation by a kernel, that does not compile as one graph."""
-    model = make_llamas(dtype=torch.bfloat16, hidden_size=32, intermediate_size=32, num_hidden_layers=1).h2o
-    quantize(model.model)
-    tokens = []
-    for how in ({"compile": True}, {"capture": False}):
-        model.h2o = recorded_steps.settings(**how)
-        tokens.append(sequences(recorded_steps.run(model, max_new_tokens=7)))
-    assert tokens[0] == tokens[1] and len(captured) == 1
-
-
 def test_checkpoint_loaded_in_float8(quantize, monkeypatch, tmp_path):
     """Logits from 8 bits, a format that a saved checkpoint does not name, or merged weights that are saved twice."""
     path, gpu = make_checkpoint(tmp_path / "model", hidden_size=64), torch.device("cuda")

@@ -33,7 +33,7 @@ def fused_llamas(dtype=torch.float32, **config):
 def launched(monkeypatch):
     """The names of the kernels that ran, in order."""
     names = []
-    for module, name in ((layer, "add_and_normalise"), (layer, "rotate"), (mlp, "run_silu_and_multiply")):
+    for module, name in ((layer, "add_and_normalise"), (layer, "rotate"), (mlp, "silu_and_multiply")):
         run = getattr(module, name)
 
         def launch(*args, run=run, name=name, **kwargs):
@@ -104,7 +104,7 @@ def test_prompts_and_turns_are_stock_llamas(heads, flags, launched):
     chunks = [4, 2, 1] if "prefill_chunk" in flags else [1, 1, 1]
     forwards, layers = sum(chunks), llamas.h2o.config.num_hidden_layers
     assert launched.count("add_and_normalise") == 2 * layers * forwards
-    assert launched.count("run_silu_and_multiply") == layers * forwards
+    assert launched.count("silu_and_multiply") == layers * forwards
     # one launch turns a product's queries and keys; the step's are the decode kernel's
     assert launched.count("rotate") == layers * (forwards - 1)
 

@@ -171,17 +171,6 @@ def test_frequencies_that_follow_the_length(fresh):
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("flags", [{}, {"position_rolling": True, "score_norm": "mean"}], ids=str)
-def test_compiled_steps_give_the_same_tokens(fresh, flags):
-    """A compiled step that computes something else: float32, where rounding decides nothing."""
-    model = make_llamas(num_hidden_layers=1).h2o.to("cuda")
-    rows, flags, tokens = [prompt(13), prompt(3)], {"update_interval": 4, **flags}, []
-    for how in ({"compile": True}, {"compile": False}):
-        tokens.append(tokens_of(model, rows, True, 40, {**flags, **how}))
-        assert set(kept_decoder(model)._graphs) == {"scored", "slimming"}
-    assert tokens[0] == tokens[1]
-
-
 @pytest.mark.parametrize("flags", [
     {"update_interval": 4}, {"update_interval": 1}, {"update_interval": 4, "position_rolling": True},
     {"update_interval": 4, "backend": "sdpa"}, None,

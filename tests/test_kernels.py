@@ -709,7 +709,7 @@ def test_strides_do_not_show_in_an_append(device, dtype, layout):
 @cases("decay, first_head, counted", [(0.5, False, True), (1.0, True, False)], [(0.5, False, True), (1.0, True, False)])
 @pytest.mark.parametrize("rolling", [False, True])
 def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling):
-    """An argument that the step hands on to the wrong place, as a function or as the operator that is compiled."""
+    """An argument that the step hands on to the wrong place."""
     step, lengths = decode_step([7, 1, 20]), torch.tensor([7, 1, 20], dtype=torch.int32, device=device)
     query, keys, values = make_states(step, "gqa3", 16, FP32, device, as_slots, 24)
     keys, values = keys.nan_to_num(), values.nan_to_num()
@@ -719,13 +719,12 @@ def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling)
     projected = [states.transpose(1, 2).reshape(len(states), 1, -1) for states in (query, key, value)]
     whole = [torch.cat(projected, dim=-1)]
     step_tables = [table[None] if rolling else table[:, None] for table in (cos, sin)]
-    runs = [(run, states) for run in (decode.run_decode_step, decode.decode_step) for states in (projected, whole)]
     results = []
-    for run, states in [(None, None), *runs]:
+    for states in (None, projected, whole):
         own_keys, own_values = keys.clone(), values.clone()
         mass, count = torch.ones(2, 3, 2, 24, device=device)
         count = count if counted else None
-        if run is None:
+        if states is None:
             rotated = decode.append(query, key, value, cos, sin, own_keys, own_values, lengths, rolling)
             output = decode.decode_attention(
                 rotated, own_keys, own_values, lengths, SCALING, mass=mass, count=count, decay=decay,
@@ -733,8 +732,10 @@ def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling)
             )  # fmt: skip
         else:
             of_heads = lengths[:, None].expand(3, 2)
-            output = run(states, *step_tables, own_keys, own_values, mass, count, None, of_heads, None, [], SCALING,
-                         decay, first_head, rolling, None, None).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
+            output = decode.decode_step(
+                states, *step_tables, own_keys, own_values, mass, count, None, of_heads, None, [], SCALING, decay,
+                first_head, rolling, None, None,
+            ).view(3, 1, -1, 16).transpose(1, 2)  # fmt: skip
         results.append([output, own_keys, own_values, mass] + [count] * counted)
     for result in results[1:]:
         for each, expected in zip(result, results[0], strict=True):

@@ -97,7 +97,7 @@ def test_second_launches(device):
             torch.testing.assert_close(normed.float(), expected, atol=1e-2, rtol=1e-2)
 
             gate, up = random(1, 3, 64, dtype=dtype).chunk(2, -1)
-            active = mlp.run_silu_and_multiply(torch.cat([gate, up], -1))
+            active = mlp.silu_and_multiply(torch.cat([gate, up], -1))
             torch.testing.assert_close(active, torch.nn.functional.silu(gate) * up, atol=1e-2, rtol=1e-2)
 
             query, key = random(1, 2, 5, 16, dtype=dtype), random(1, 1, 5, 16, dtype=dtype)

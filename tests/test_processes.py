@@ -400,7 +400,6 @@ def test_what_one_process_finds_wrong_takes_one_line(start):
     (3, SPLIT, ["--tensor_parallel", "3 processes", "2 KV heads", "start 1 or 2"]),
     (2, ["--device", "cuda:1"], ["--device cuda:1", "leave it out"]),
     (2, [*SPLIT, "--quantize", "bitsandbytes-int4"], ["--quantize", "--tensor_parallel"]),
-    (2, [*SPLIT, *H2O, "--compile"], ["--compile", "--tensor_parallel"]),
     (2, ["--no-such-flag"], ["--no-such-flag", "--help"]),
     (2, ["--score", "sink"], ["--score", "--enable_h2o_generation"]),
     (2, [*SPLIT, "--input-path", "/nowhere"], ["--input-path /nowhere"]),

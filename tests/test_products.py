@@ -70,7 +70,8 @@ def assert_as_good_as_torch(inputs, weight, given, tile=None):
     eager = by_torch(inputs, weight, **given)
     exact = by_torch(inputs.double(), weight.double(), **as_double(given))
     assert output.dtype == inputs.dtype and output.shape == eager.shape
-    allowed = 2 * (eager.double() - exact).abs().max() + 1e-6
+    # in float32 the GPU's exponential and division are approximate, to a few units of the last place
+    allowed = (4 if inputs.dtype == FP32 else 2) * (eager.double() - exact).abs().max() + 1e-6
     assert (output.double() - exact).abs().max() <= allowed
 
 

@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM
 import run_summarization
 from checkpoints import make_requests, write_requests
 from h2optimizer import H2OConfig, H2OLlamaForCausalLM, batching
-from h2optimizer.flags import h2o_config
 from h2optimizer.utils.cache import HHCache
 from summaries import (  # noqa: F401
     H2O,
@@ -245,15 +244,13 @@ EVERY_FLAG = {
     "slots": ("--slots int8", "int8"),
     "prefill_chunk": ("--prefill_chunk 11", 11),
     "capture": ("--no-capture", False),
-    "compile": ("--compile", True),
 }
 
 
 def test_every_flag_reaches_the_cache(run, caches):
     """A flag that is parsed and then forgotten; a field of H2OConfig without a flag."""
     assert set(EVERY_FLAG) == {field.name for field in dataclasses.fields(H2OConfig)}
-    alone = ("compile", "head_budgets")  # the one needs capture, the other slims in place
-    together = {name: of_field for name, of_field in EVERY_FLAG.items() if name not in alone}
+    together = {name: of_field for name, of_field in EVERY_FLAG.items() if name != "head_budgets"}  # slims in place
     given = [word for flag, _ in together.values() for word in flag.split()]
     run(make_requests(1, max_tokens=6), "--enable_h2o_generation", *given)
     assert len(caches) == 2
@@ -261,12 +258,6 @@ def test_every_flag_reaches_the_cache(run, caches):
         assert cache.h2o == H2OConfig(**{name: value for name, (_, value) in together.items()})
         assert cache.layers[0].keys.shape[2] == 20 + 3
     assert all(getattr(H2OConfig(), name) != value for name, (_, value) in EVERY_FLAG.items()), "tells nothing"
-
-
-def test_compile_reaches_the_cache():
-    """As every flag; what it needs is not here, so nothing is run with it."""
-    args = run_summarization.parse_args(["--enable_h2o_generation", "--compile"])
-    assert h2o_config(args) == H2OConfig(compile=True)
 
 
 PLAN = {"windows": [[1, 1], [2, 7]]}
@@ -311,18 +302,6 @@ def test_plan_without_slots_to_divide(refused, no_model, tmp_path):
     path.write_text(json.dumps(PLAN))
     words = ["--num_window_length=20: 19 of its slots", "give at least 21, or raise num_heavy_hitter_tokens"]
     refused(make_requests(1), *PLANNED, str(path), "--num_heavy_hitter_tokens", "1", words=words)
-
-
-def test_compile_without_its_kernels(refused, no_model):
-    """A flag that is taken and does nothing, or is refused in the words of another file."""
-    refused(make_requests(1), "--enable_h2o_generation", "--compile", words=["--compile: ", "--backend triton", "sdpa"])
-    for flags in ("--no-capture", "--slimming mask", "--backend eager"):
-        outcome = refused(
-            make_requests(1),
-            *["--enable_h2o_generation", "--compile", *flags.split()],
-            words="--compile compiles captured Triton steps: it needs --capture, --slimming H and --backend auto",
-        )
-        assert "=" not in outcome.stderr[0] and "'" not in outcome.stderr[0]
 
 
 def test_no_capture_changes_no_text(run):

@@ -649,7 +649,7 @@ def decode_attention(
     return output
 
 
-def run_decode_step(
+def decode_step(
     projected: list[torch.Tensor],
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
@@ -697,17 +697,3 @@ def run_decode_step(
         offsets=offsets, capacities=tuple(capacities), scales=scales, **added,
     )  # fmt: skip
     return output.view(batch, 1, -1)
-
-
-# the same as one operator, which torch.compile takes as it is
-decode_step = torch.library.custom_op(
-    "h2optimizer::decode_step",
-    run_decode_step,
-    mutates_args=("keys", "values", "mass", "count", "norms", "key_scales", "value_scales"),
-)
-
-
-@decode_step.register_fake
-def _(projected, cos, sin, keys, values, mass, count, norms, lengths, *args):
-    size, of_keys = projected[0].shape[-1], lengths.shape[1] * keys.shape[-1]
-    return projected[0].new_empty(len(keys), 1, size if len(projected) > 1 else size - 2 * of_keys)

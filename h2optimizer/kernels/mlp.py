@@ -35,19 +35,10 @@ def _activation(rows: int, size: int) -> Launch:
     )
 
 
-def run_silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [..., n] of [..., 2 n], contiguous, float32 or half precision (SwiGLU, arXiv 2002.05202)."""
     size = gate_up.shape[-1] // 2
     output = gate_up.new_empty(*gate_up.shape[:-1], size)
     assert gate_up.is_contiguous()
     _activation(gate_up.numel() // (2 * size), size)(gate_up, output)
     return output
-
-
-# A custom operator keeps torch.compile from fusing it into the next product, where it would run for every weight.
-silu_and_multiply = torch.library.custom_op("h2optimizer::silu_and_multiply", run_silu_and_multiply, mutates_args=())
-
-
-@silu_and_multiply.register_fake
-def _(gate_up):
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
