@@ -398,7 +398,7 @@ def print_report(report: dict) -> None:
     print(
         f"\nfloor_ms at {report['bandwidth_TBps']:g} TB/s, ms at {report['share']:.0%} of it. On an H200 measured steps"
     )
-    print("took 1.1 times ms with a full cache in place, 1.1 to 1.4 times with H2O: a gain below a quarter may vanish.")
+    print("took 1.1 times ms with a full cache in place, 1.0 to 1.2 times with H2O: a gain below a fifth may vanish.")
     if report["gpus"] > 1:
         print("Bytes and rows are per GPU. The time of all-reduces, two per layer and step, is not counted.")
     if report["tflops"] is None:
