@@ -85,6 +85,12 @@ def gqa():
     return make_llamas()
 
 
+def by_groups(names, others=()):
+    """Parametrize over `llamas` and a variant's name: all `names` with GQA, and `others` with MHA and MQA too."""
+    pairs = [("gqa", name) for name in names] + [(group, name) for group in ("mha", "mqa") for name in others]
+    return pytest.mark.parametrize("llamas, variant", pairs, indirect=["llamas"])
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Random tokens, none of them the padding token 0."""
     return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
