@@ -29,6 +29,9 @@ from h2optimizer.utils.slots import gather
 from h2optimizer.utils.step import Rows, Step
 from oracle import Oracle
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import interpreter  # noqa: F401
+
 pytest.register_assert_rewrite("gpu_models", "recorded_steps")  # their asserts say what was compared, too
 torch.set_num_threads(1)
 
