@@ -68,7 +68,8 @@ def test_captured_tokens_and_cache_are_the_stock_loops(llamas, captured, variant
 )
 def test_on_the_kernels_themselves(interpreted, captured, flags):
     """What torch that stands for the kernels would hide: their arguments in a static step."""
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    kv_heads = 2 if "head_budgets" in flags else 1
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
     llamas = make_llamas(hidden_size=32, intermediate_size=32, **sizes)
     flags = of_llamas(flags, llamas)
     outputs, caches = both_ways(llamas.h2o, captured, [prompt(10), prompt(3)], flags, own=True, max_new_tokens=4)

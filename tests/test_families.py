@@ -51,6 +51,11 @@ FLAGS = {
     "uneven rolling": {"update_interval": 2, "head_budgets": uneven, "position_rolling": True, "prefill_chunk": 5},
     "8 bits": {"update_interval": 3, "slots": "int8"},
 }
+IN_PAIRS = pytest.mark.parametrize("family, variant", [
+    *(("mistral", name) for name in ("H2O", "uneven rolling")),
+    *(("qwen2", name) for name in ("rotation", "rolling", "8 bits")),
+    *(("qwen3", name) for name in ("H2O", "rolling", "8 bits")), *(("smollm3", name) for name in FLAGS),
+], indirect=["family"])  # fmt: skip
 ROWS = [prompt(13), prompt(3), prompt(8)]
 
 
@@ -73,10 +78,10 @@ def test_a_wide_window_is_stock(family, backend, rolling):
         assert_close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_a_narrow_window_is_the_oracles(family, flags):
+@IN_PAIRS
+def test_a_narrow_window_is_the_oracles(family, variant):
     """Prompt, steps, a turn and steps after it. With rolling, keys of layers without rotation that are rotated."""
-    flags = of_llamas({"window_length": 8, **flags}, family)
+    flags = of_llamas({"window_length": 8, **FLAGS[variant]}, family)
     steps = [[token] for token in prompt(8, 1)]
     caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]
     rounded = 200 if "slots" in flags else 1  # a number halfway between two falls to either side
@@ -133,10 +138,10 @@ def doubles(monkeypatch):
     kernel_doubles.install(monkeypatch)
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_recorded_steps_are_the_stock_loops(family, doubles, monkeypatch, flags):
+@IN_PAIRS
+def test_recorded_steps_are_the_stock_loops(family, doubles, monkeypatch, variant):
     """Products of some weights without their biases, or a step that is not recorded."""
-    flags = of_llamas({"window_length": 8, **flags}, family)
+    flags = of_llamas({"window_length": 8, **FLAGS[variant]}, family)
     expected = generate(with_flags(family, **flags), ROWS, 12).sequences
     captured = count_captured(monkeypatch)
     model = with_flags(family, **flags, backend="triton")
