@@ -76,9 +76,7 @@ VARIANTS = {
 
 DECODE = [[token] for token in prompt(20, 1)]
 TURNS = [prompt(13), *DECODE[:4], prompt(5, 2), *DECODE[4:8]]  # a due decode step in both, for every update_interval
-IN_ALL_GROUPS = (
-    "H2O", "first head's mean", "mean of some", "rolling chunks", "value mass of some", "uneven H2O", "uneven rolling",
-)  # fmt: skip
+IN_ALL_GROUPS = ("H2O", "first head's mean", "rolling chunks", "uneven H2O")
 
 
 @by_groups(VARIANTS, IN_ALL_GROUPS)
@@ -117,7 +115,7 @@ def test_prompts_around_the_window(gqa, length):
     conversation(gqa, caches, flags, [prompt(length), *([token] for token in prompt(10, 1))])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries(
         {

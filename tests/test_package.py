@@ -70,7 +70,7 @@ def test_both_names_at_once():
     """A thread that gets a second module, or waits for ever, while others import the same ones."""
     code = """
 import importlib, sys, threading
-modules = ["cli", "rouge", "requests", "padding", "memory", "schedule"]
+modules = ["cli", "rouge", "requests", "figures", "results", "schedule"]
 def load(*names):
     for name in names: importlib.import_module(name)
 threads = [threading.Thread(target=load, args=["h2optimizer.utils." + module]) for module in modules]

@@ -138,7 +138,7 @@ def test_texts_are_those_without_sharing(gqa, monkeypatch, variant, rows):
     assert all(0 <= sequence.prompt_computed <= len(sequence.prompt) for sequence in shared)
 
 
-@examples(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(10, 10_000), rows=st.integers(1, 9), tokens=st.integers(0, 40))
 @pytest.mark.parametrize("flags", [{}, None], ids=["h2o", "full"])
 def test_random_trees_within_memory(gqa, monkeypatch, flags, seed, rows, tokens):
