@@ -24,7 +24,7 @@ cd "$scratch/user"
 quietly() { "$@" > output.txt 2> messages.txt || { cat output.txt messages.txt; exit 1; }; } # of libraries
 quietly "$python" - <<'PY'
 import importlib.metadata, io, json, os, sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import utils.cache
@@ -47,6 +47,10 @@ for command in package.entry_points:
         except SystemExit as end:
             assert not end.code, command
     assert shown.getvalue().startswith(f"usage: {command.name} "), (command, shown.getvalue()[:200])
+sys.argv = ["/bin/h2optimizer-summarize"]
+with redirect_stderr(io.StringIO()) as said:
+    assert package.entry_points["h2optimizer-summarize"].load()() == 2
+assert said.getvalue().startswith("error: the following arguments are required: --input-path, --model-name"), said.getvalue()
 
 tokenizer = AutoTokenizer.from_pretrained(os.environ["TOKENIZER"])
 heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -62,5 +66,3 @@ quietly h2optimizer-summarize --model-name tiny --input-path requests.jsonl --ou
   --device cpu --enable_h2o_generation --score streaming_llm
 grep -q 'cache settings from tiny/h2o_config.json: window_length=16, update_interval=4; not from there: --score$' messages.txt
 "$python" -c 'import json; (of,) = open("out.jsonl"); assert json.loads(of)["cache"]["slots_kept"] < 24, of'
-! h2optimizer-summarize 2> messages.txt
-grep -q '^error: the following arguments are required: --input-path, --model-name' messages.txt

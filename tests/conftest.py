@@ -29,6 +29,9 @@ from h2optimizer.utils.slots import gather
 from h2optimizer.utils.step import Rows, Step
 from oracle import Oracle
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import interpreter  # noqa: F401
+
 pytest.register_assert_rewrite("gpu_models", "recorded_steps")  # their asserts say what was compared, too
 torch.set_num_threads(1)
 
@@ -83,6 +86,12 @@ def llamas(request):
 @pytest.fixture(scope="session")
 def gqa():
     return make_llamas()
+
+
+def by_groups(names, others=()):
+    """Parametrize over `llamas` and a variant's name: all `names` with GQA, and `others` with MHA and MQA too."""
+    pairs = [("gqa", name) for name in names] + [(group, name) for group in ("mha", "mqa") for name in others]
+    return pytest.mark.parametrize("llamas, variant", pairs, indirect=["llamas"])
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -37,9 +37,11 @@ def assert_is_stock(llamas, rows, new, **flags):
     assert cache.evictions == [0] * len(rows) and cache.lengths == cache.seen
 
 
-@pytest.mark.parametrize("lengths", [(12,), (12, 3, 7)], ids=["one row", "left-padded"])
-@pytest.mark.parametrize("rolling", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("llamas, lengths, rolling, backend", [
+    *(("gqa", (12, 3, 7), *how) for how in itertools.product((False, True), BACKENDS)),
+    ("gqa", (12,), False, "sdpa"), ("gqa", (12,), True, "eager"), ("mha", (12, 3, 7), False, "sdpa"),
+    ("mqa", (12, 3, 7), True, "eager"),
+], ids=str, indirect=["llamas"])  # fmt: skip
 def test_a_wide_window_is_stock(llamas, backend, rolling, lengths):
     """An approximation where none is asked for; the window is exactly as wide as it has to be."""
     rows = [prompt(length) for length in lengths]
@@ -95,7 +97,7 @@ def test_other_llamas(config):
             torch.nn.init.normal_(module.bias)
     llamas.h2o.load_state_dict(llamas.stock.state_dict())
     rows = [prompt(25), prompt(9)]
-    for rolling, backend in itertools.product((False, True), BACKENDS):
+    for rolling, backend in zip((False, True), BACKENDS, strict=True):
         assert_is_stock(llamas, rows, 6, window_length=64, backend=backend, position_rolling=rolling)
         flags = {"window_length": 8, "update_interval": 2, "position_rolling": rolling}
         conversation(
@@ -173,7 +175,7 @@ def test_checkpoints_as_earlier_versions_wrote_them(tmp_path, rope):
 # Outputs
 
 
-def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
+def test_a_prompts_logits_are_stocks_whatever_the_window(gqa):
     """A prefill that slims before it attends; and hidden states, labels and logits_to_keep of a padded batch, whose
     tokens lie in several chunks."""
     rows = [prompt(20), prompt(7)]
@@ -181,10 +183,10 @@ def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) < 2, -100)  # nothing predicts the first
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        expected = llamas.stock(**inputs, position_ids=positions, labels=labels, output_hidden_states=True)
+        expected = gqa.stock(**inputs, position_ids=positions, labels=labels, output_hidden_states=True)
         for chunk, given_positions in itertools.product((None, 6), ({}, {"position_ids": positions})):
             window = 4 if chunk is None else 20
-            outputs = llamas.h2o(
+            outputs = gqa.h2o(
                 **inputs,
                 **given_positions,
                 labels=labels,
@@ -200,7 +202,7 @@ def test_a_prompts_logits_are_stocks_whatever_the_window(llamas):
                 assert_close(hidden[real], stock[real], 1e-5)
         for chunk, keep in itertools.product((None, 6), (1, 3, torch.tensor([4, 19]))):
             cache = new_cache(window_length=20, prefill_chunk=chunk)
-            logits = llamas.h2o(**inputs, logits_to_keep=keep, past_key_values=cache).logits
+            logits = gqa.h2o(**inputs, logits_to_keep=keep, past_key_values=cache).logits
             columns = slice(-keep, None) if isinstance(keep, int) else keep
             assert_close(logits[0], expected.logits[0, columns], 1e-5)
             assert_close(logits[1, -1], expected.logits[1, -1], 1e-5)

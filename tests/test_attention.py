@@ -192,14 +192,14 @@ def test_blocks_fit_in_the_caches(monkeypatch, n):
 
 
 @pytest.mark.parametrize("score_queries", [None, 100])
-def test_prefill_memory_is_linear_in_the_prompt(monkeypatch, llamas, score_queries):
+def test_prefill_memory_is_linear_in_the_prompt(monkeypatch, gqa, score_queries):
     """An n x n tensor anywhere in a prefill: 20 GiB at 8k tokens in the predecessor."""
 
     def largest(backend, n):
         set_block(monkeypatch, (2, 8))
         cache = new_cache(window_length=32, backend=backend, score_queries=score_queries)
         with LargestOutput() as recorded:
-            forward(llamas.h2o, [prompt(n)], cache)
+            forward(gqa.h2o, [prompt(n)], cache)
         assert cache.lengths == [32] and cache.layers[0].slots.mass.sum() > 0
         return recorded.numel
 

@@ -18,7 +18,20 @@ from h2optimizer.utils.cache import CACHE_ARGUMENT, HHCache
 from h2optimizer.utils.costs import floor_ms, slots_read
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-ATTENTION = ("--prefill", "40", "--decode", "2x20", "--slimming", "2", "--window_length", "16", "--repeats", "1")
+HEADS = ("--query_heads", "2", "--kv_heads", "1", "--head_dim", "32")
+ATTENTION = (
+    "--prefill",
+    "40",
+    "--decode",
+    "2x20",
+    "--slimming",
+    "2",
+    "--window_length",
+    "16",
+    "--repeats",
+    "1",
+    *HEADS,
+)
 TINY = ("--shape", "tiny", "--window_length", "16", "--update_interval", "2")
 DECODE = (*TINY, "--repeats", "1", "--new_tokens", "4")
 REQUESTS = (*TINY, "--prompt_tokens", "24", "--new_tokens", "5", "--batch_size", "3")
@@ -57,7 +70,8 @@ def test_wrong_attention_is_seen(capsys, monkeypatch):
     decode = pytest.importorskip("h2optimizer.kernels.decode")
     right = decode.decode_attention
     monkeypatch.setattr(decode, "decode_attention", lambda *args, **kwargs: 1.1 * right(*args, **kwargs))
-    assert load("bench_attention").main(["--prefill", "", "--decode", "2x20", "--slimming", "", "--repeats", "1"]) == 1
+    cases = ("--prefill", "", "--decode", "2x20", "--slimming", "", "--repeats", "1", *HEADS)
+    assert load("bench_attention").main([*cases]) == 1
     captured = capsys.readouterr()
     assert "wrong: decode 2x20, ours, mass: output_error" in captured.err
     assert len(json.loads(captured.out.splitlines()[-1])["wrong"]) == 3

@@ -9,7 +9,17 @@ from transformers import DynamicCache, LogitsProcessor, TextStreamer
 from transformers.generation import StoppingCriteria
 
 import recorded_steps
-from conftest import VOCAB, assert_same_cache, left_pad, make_llamas, of_llamas, prompt, set_checkpointing, uneven
+from conftest import (
+    VOCAB,
+    assert_same_cache,
+    by_groups,
+    left_pad,
+    make_llamas,
+    of_llamas,
+    prompt,
+    set_checkpointing,
+    uneven,
+)
 from h2optimizer.batching import Batcher, Sequence
 from h2optimizer.utils.cache import HHCache
 from recorded_steps import ROWS, both_ways, decoders_of, eos_cases, run, sequences, settings
@@ -43,11 +53,11 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_captured_tokens_and_cache_are_the_stock_loops(llamas, captured, flags):
+@by_groups(FLAGS, ["rotation", "first head", "uneven"])
+def test_captured_tokens_and_cache_are_the_stock_loops(llamas, captured, variant):
     """A step that tells the device something which a graph would hold fixed, a slimming on another step, a mass or
     count that is added twice or not at all: tokens and the whole cache of left-padded rows."""
-    outputs, caches = both_ways(llamas.h2o, captured, flags=of_llamas(flags, llamas), own=True)
+    outputs, caches = both_ways(llamas.h2o, captured, flags=of_llamas(FLAGS[variant], llamas), own=True)
     assert sequences(outputs[0]) == sequences(outputs[1])
     assert_same_cache(*caches)
     assert min(caches[0].evictions) >= 1
@@ -58,15 +68,16 @@ def test_captured_tokens_and_cache_are_the_stock_loops(llamas, captured, flags):
 )
 def test_on_the_kernels_themselves(interpreted, captured, flags):
     """What torch that stands for the kernels would hide: their arguments in a static step."""
-    llamas = make_llamas(hidden_size=32, intermediate_size=32, num_key_value_heads=2, num_hidden_layers=1)
+    kv_heads = 2 if "head_budgets" in flags else 1
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
+    llamas = make_llamas(hidden_size=32, intermediate_size=32, **sizes)
     flags = of_llamas(flags, llamas)
-    outputs, caches = both_ways(llamas.h2o, captured, [prompt(10), prompt(3)], flags, own=True, max_new_tokens=5)
+    outputs, caches = both_ways(llamas.h2o, captured, [prompt(10), prompt(3)], flags, own=True, max_new_tokens=4)
     assert sequences(outputs[0]) == sequences(outputs[1])
     assert_same_cache(*caches)
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("new_tokens", [1, 2, 15, 16, 17, 18, 33])
+@pytest.mark.parametrize("new_tokens, own", [*((n, True) for n in (1, 2, 15, 16, 17, 18, 33)), (1, False), (17, False)])
 def test_any_number_of_tokens(model, captured, new_tokens, own):
     """A token too many or too few around the chunks that are decoded at once, or a cache that ends a step ahead."""
     outputs, caches = both_ways(model, captured, own=own, max_new_tokens=new_tokens)
@@ -84,8 +95,9 @@ def test_prompts_of_any_length(model, captured, rows):
     assert_same_cache(*caches)
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("case", ["one", "each", "late", "at once"])
+@pytest.mark.parametrize(
+    "case, own", [("one", True), ("each", True), ("late", True), ("at once", True), ("each", False)]
+)
 def test_end_of_sequence(model, captured, case, own):
     """Tokens after a row's end, other padding than the stock loop's, columns after the last row's end, or a cache that
     has seen more than the sequences hold."""
@@ -143,12 +155,12 @@ SAMPLING = {
 }
 
 
-@pytest.mark.parametrize("case", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("case", SAMPLING)
 def test_sampling_with_a_seed_is_the_stock_loops(model, captured, case):
     """Another distribution, or random numbers drawn in another order."""
-    eos = eos_cases(model)["each"]
-    for more in ({}, {"eos_token_id": eos}, {"num_return_sequences": 2}):
-        outputs, _ = both_ways(model, captured, do_sample=True, own=True, **case, **more)
+    more_of = {"top_p": [{"eos_token_id": eos_cases(model)["each"]}], "all": [{"num_return_sequences": 2}]}
+    for more in ({}, *more_of.get(case, [])):
+        outputs, _ = both_ways(model, captured, do_sample=True, own=True, **SAMPLING[case], **more)
         assert sequences(outputs[0]) == sequences(outputs[1])
         assert sequences(outputs[0]) != sequences(run(model))
 
@@ -164,8 +176,9 @@ class EndsAfter(StoppingCriteria):
         return input_ids.shape[1] >= self.columns
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("columns", [(14, 14, 14), (15, 20, 30), (30, 45, 31), (14, 99, 15)], ids=str)
+@pytest.mark.parametrize("columns, own", [
+    ((14, 14, 14), True), ((15, 20, 30), True), ((30, 45, 31), False), ((14, 99, 15), True),
+], ids=str)  # fmt: skip
 def test_other_criteria_see_every_prefix(model, captured, columns, own):
     """A prefix that is not shown, rows that go on after they were ended, or more columns than the last of them has."""
     for eos in (None, eos_cases(model)["each"]):

@@ -116,22 +116,22 @@ def test_plan_needs_slots_to_divide(tmp_path):
         H2OConfig(head_budgets=str(tmp_path / "none.json"))
 
 
-def test_new_flags_take_effect_at_the_next_generate(llamas):
+def test_new_flags_take_effect_at_the_next_generate(gqa):
     """Flags copied at construction; and a cache that is given keeps its own, whatever the model's have become."""
     flags = {"window_length": 8, "update_interval": 4}
-    model = with_flags(llamas, **flags)
+    model = with_flags(gqa, **flags)
     for changes in ({"update_interval": 1}, {"window_length": 5}, {"position_rolling": True}, {"num_heavy_hitters": 0}):
         flags |= changes
         given_cache = HHCache(model.h2o)
         before = given_cache.h2o
         model.h2o = dataclasses.replace(model.h2o, **changes)
-        oracle = new_oracle(llamas, **flags)
+        oracle = new_oracle(gqa, **flags)
         result = generate(model, [prompt(12)], 9)
         assert new_tokens(result, [prompt(12)])[0] == oracle.generate(prompt(12), 9)
         assert_row_is_oracles(result.past_key_values, 0, oracle)
         generate(model, [prompt(12)], 9, past_key_values=given_cache)
         assert given_cache.h2o == before != model.h2o and max(given_cache.lengths) <= before.capacity
-        old = new_oracle(llamas, **{**flags, **{name: getattr(before, name) for name in changes}})
+        old = new_oracle(gqa, **{**flags, **{name: getattr(before, name) for name in changes}})
         old.generate(prompt(12), 9)
         assert given_cache.evictions == [old.evictions] and given_cache.lengths == [old.length()]
 

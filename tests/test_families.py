@@ -51,6 +51,11 @@ FLAGS = {
     "uneven rolling": {"update_interval": 2, "head_budgets": uneven, "position_rolling": True, "prefill_chunk": 5},
     "8 bits": {"update_interval": 3, "slots": "int8"},
 }
+IN_PAIRS = pytest.mark.parametrize("family, variant", [
+    *(("mistral", name) for name in ("H2O", "uneven rolling")),
+    *(("qwen2", name) for name in ("rotation", "rolling", "8 bits")),
+    *(("qwen3", name) for name in ("H2O", "rolling", "8 bits")), *(("smollm3", name) for name in FLAGS),
+], indirect=["family"])  # fmt: skip
 ROWS = [prompt(13), prompt(3), prompt(8)]
 
 
@@ -73,14 +78,14 @@ def test_a_wide_window_is_stock(family, backend, rolling):
         assert_close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_a_narrow_window_is_the_oracles(family, flags):
+@IN_PAIRS
+def test_a_narrow_window_is_the_oracles(family, variant):
     """Prompt, steps, a turn and steps after it. With rolling, keys of layers without rotation that are rotated."""
-    flags = of_llamas({"window_length": 8, **flags}, family)
-    steps = [[token] for token in prompt(12, 1)]
+    flags = of_llamas({"window_length": 8, **FLAGS[variant]}, family)
+    steps = [[token] for token in prompt(8, 1)]
     caches = [new_cache(**flags, backend=backend) for backend in BACKENDS]
     rounded = 200 if "slots" in flags else 1  # a number halfway between two falls to either side
-    blocks = [prompt(13), *steps[:6], prompt(5, 2), *steps[6:]]
+    blocks = [prompt(13), *steps[:4], prompt(5, 2), *steps[4:]]
     assert conversation(family, caches, flags, blocks, rounded).evictions >= 2
 
 
@@ -133,10 +138,10 @@ def doubles(monkeypatch):
     kernel_doubles.install(monkeypatch)
 
 
-@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_recorded_steps_are_the_stock_loops(family, doubles, monkeypatch, flags):
+@IN_PAIRS
+def test_recorded_steps_are_the_stock_loops(family, doubles, monkeypatch, variant):
     """Products of some weights without their biases, or a step that is not recorded."""
-    flags = of_llamas({"window_length": 8, **flags}, family)
+    flags = of_llamas({"window_length": 8, **FLAGS[variant]}, family)
     expected = generate(with_flags(family, **flags), ROWS, 12).sequences
     captured = count_captured(monkeypatch)
     model = with_flags(family, **flags, backend="triton")
@@ -383,8 +388,8 @@ def work(tmp_path, capsys):
     return work
 
 
-def test_programs_take_checkpoints(checkpoint, work, tmp_path):
-    """A program that loads Llamas alone, or compares with a baseline of another family."""
+def test_summaries_of_checkpoints(checkpoint, work, tmp_path):
+    """A cache, or weights that are spread over devices, that change what a family says while nothing is dropped."""
     model, out = [*SMALL, checkpoint], lambda name: ["--output-path", tmp_path / name]
     wide = ["--enable_h2o_generation", "--num_window_length", 250]
     for name, flags in {"full": [], "h2o": wide, "auto": ["--device_map", "auto", *wide]}.items():
@@ -397,6 +402,11 @@ def test_programs_take_checkpoints(checkpoint, work, tmp_path):
     tokens = [[choice["logprobs"]["tokens"] for choices in of for choice in choices] for of in texts]
     assert tokens[0] == tokens[1] == tokens[2]
 
+
+@pytest.mark.parametrize("checkpoint", ["qwen3", "smollm3"], indirect=True)
+def test_programs_take_checkpoints(checkpoint, work, tmp_path):
+    """A program that loads Llamas alone, or compares with a baseline of another family."""
+    model, out = [*SMALL, checkpoint], lambda name: ["--output-path", tmp_path / name]
     plan = ["--widths", "4,8", "--recent", 4, "--texts", 1, "--max_new_tokens", 4]
     work(load("calibrate"), *model, *out("plan.json"), *plan)
     budgets = ["--enable_h2o_generation", "--num_window_length", 16, "--head_budgets", tmp_path / "plan.json"]
@@ -427,6 +437,7 @@ def test_lm_eval_takes_checkpoints(checkpoint):
         assert abs(ours - theirs) < 1e-3 * abs(theirs) and greedy == same
 
 
+@pytest.mark.parametrize("checkpoint", ["mistral", "smollm3"], indirect=True)  # without layer types, and with them
 def test_short_sliding_windows_get_one_line(checkpoint, work, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     slides = SLIDING[config["model_type"]] | {"sliding_window": 16}

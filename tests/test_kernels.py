@@ -125,16 +125,14 @@ SPANS = {
     "ragged chunk": dict(start=[66, 5, 0, 31], new=[3, 33, 21, 0]),
 }
 SOME = [
-    ("prefill", "mha", 64, FP32, True),
-    ("ragged", "gqa3", 64, FP16, False),
-    ("ragged chunk", "gqa3", 16, FP32, True),
-    ("last queries", "gqa4", 96, FP32, False),
-    ("ragged chunk", "mqa", 128, FP16, False),
-    ("chunk", "gqa8", 16, FP16, True),
-    ("ragged chunk", "gqa8", 16, FP32, True),
-    ("last queries", "mqa", 80, FP16, False),
-    ("ragged", "mqa", 128, FP32, True),
-    ("ragged", "mha", 256, FP16, False),
+    ("prefill", (1, 2), 64, FP32, True),
+    ("ragged", (2, 2), 64, FP16, False),
+    ("ragged chunk", (2, 2), 16, FP32, True),
+    ("last queries", (1, 3), 96, FP32, False),
+    ("ragged chunk", (1, 2), 128, FP16, False),
+    ("chunk", (1, 8), 16, FP16, True),
+    ("last queries", (2, 1), 80, FP16, False),
+    ("ragged", (1, 1), 256, FP16, False),
 ]
 EVERY = [
     *itertools.product(SPANS, HEADS, [64], [FP32, BF16], [False, True]),
@@ -167,7 +165,7 @@ AFTER_PREFIX = {  # tokens of the prefix, and the rows' own
         ("one token", (2, 1), 64, FP16, False),
         ("ragged", (1, 2), 16, FP32, True),
         ("one row", (2, 2), 16, FP32, False),
-        ("last queries", "gqa4", 96, FP16, False),
+        ("last queries", (1, 3), 96, FP16, False),
         ("tiles", (1, 2), 80, FP16, True),
     ],
     [
@@ -388,12 +386,11 @@ PLANS = KEPT | IN_MEMORY
 @cases(
     "plan, heads, dtype",
     [
-        *itertools.product(["one tile", "a power of two", "17 tiles"], ["gqa3"], [FP16]),
-        ("21 tiles", "mqa", FP16),
+        ("one tile", "gqa3", FP16),
+        *itertools.product(["a power of two", "17 tiles", "21 tiles"], ["mqa"], [FP16]),
         *((plan, heads, FP16) for plan, heads in OF_WIDE_GROUPS.items()),
-        *itertools.product(["in memory", "2 shares", "8 shares", "more shares than tiles"], ["gqa3"], [FP32]),
-        ("64 shares, most of them empty", "mqa", FP32),
-        ("in memory", "gqa4", FP16),
+        *itertools.product(["in memory", "2 shares"], ["gqa3"], [FP32]),
+        *itertools.product(["more shares than tiles", "64 shares, most of them empty"], ["mqa"], [FP32]),
         ("8 shares", "mqa", FP16),
     ],
     [
@@ -421,10 +418,10 @@ def test_however_the_slots_are_divided(planned, device, plan, heads, dtype):
     itertools.product([1, 2, 8], [False, True], [FP32, FP16, BF16]),
 )
 def test_every_length_up_to_the_capacity(planned, device, shares, in_memory, dtype):
-    """Off by one at any length: a row for each, from 1 to as many as there are slots (on a CPU, in two shares, only
-    around the ends of a tile)."""
+    """Off by one at any length: a row for each, from 1 to as many as there are slots (on a CPU only around the
+    ends of a tile)."""
     slots = 600 if device == "cuda" else 66 if shares > 1 else 34
-    lengths = [n for n in range(1, slots + 1) if device == "cuda" or shares == 1 or (n + 1) % 16 < 3]
+    lengths = [n for n in range(1, slots + 1) if device == "cuda" or n < 3 or (n + 1) % 16 < 3]
     planned(shares, len(lengths), in_memory)
     check_decode(lengths, slots, "mqa", 256, dtype, device)
 
@@ -493,16 +490,22 @@ def test_keys_and_values_of_8_bits(planned, device, dim, heads, dtype, rope, sha
     check_decode(lengths, slots, heads, dim, dtype, device, rope=rope, int8=True)
 
 
-@cases("decay", [(1.0,), (0.0,), (0.9,)], [(1.0,), (0.0,), (0.9,)])
-@pytest.mark.parametrize("shares, dtype", [(1, FP16), (2, FP32)])
+@cases(
+    "shares, dtype, decay",
+    [(1, FP16, 0.9), (2, FP32, 0.9), (1, FP16, 0.0), (2, FP32, 1.0)],
+    [(*how, decay) for how in ((1, FP16), (2, FP32)) for decay in (1.0, 0.0, 0.9)],
+)
 def test_mass_decays_before_the_addition(planned, device, shares, dtype, decay):
     """Decay of what is just being added, no decay, or a count that decays in another way."""
     planned(shares, 2 * HEADS["gqa3"][0])
     check_decode([70, 9], 140, "gqa3", 16, dtype, device, decay=decay)
 
 
-@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
-@pytest.mark.parametrize("layout", [as_model, off_alignment, apart])
+@cases(
+    "dtype, layout",
+    [(FP32, as_model), (FP16, off_alignment), (FP32, apart)],
+    itertools.product([FP32, FP16, BF16], [as_model, off_alignment, apart]),
+)
 def test_strides_do_not_show_in_a_decode_step(planned, device, dtype, layout):
     """Strides of slots taken for granted, or loads that need an aligned address."""
     planned(1, 6)
@@ -538,8 +541,7 @@ def test_two_decode_steps_give_the_same_bits(planned, device, shares, in_memory,
 
 
 @on_each_device
-@pytest.mark.parametrize("rope", [False, True])
-@pytest.mark.parametrize("shares, in_memory, dtype", WAYS)
+@pytest.mark.parametrize("shares, in_memory, dtype, rope", [(*WAYS[0], False), (*WAYS[1], True), (*WAYS[2], True)])
 def test_output_and_mass_do_not_depend_on_what_is_asked(planned, device, shares, in_memory, dtype, rope):
     """A count that shows in the mass, or a step that is not scored with another output: N would change what is
     computed."""
@@ -653,7 +655,7 @@ def check_append(lengths, slots, heads, dim, dtype, device, *, rolling=False, on
 
 @cases(
     "heads, dim, dtype",
-    [*itertools.product(["mha", "gqa3", "mqa"], [16, 80], [FP32, FP16]), ("gqa4", 64, FP32), ("gqa3", 128, FP16)],
+    [("mha", 16, FP32), ("gqa3", 80, FP16), ("mqa", 80, FP32), ("gqa3", 128, FP16)],
     itertools.product(HEADS, [16, 64, 80, 96, 128, 256], [FP32, FP16, BF16]),
 )
 @pytest.mark.parametrize("how", ["a row each", "one row", "rolling"])
@@ -699,15 +701,21 @@ def test_appended_in_8_bits(device, heads, dim, dtype, rolling):
     assert_close(norms[0, :, 6], value[0, :, 0].float().norm(dim=-1), 1e-6, "norms")
 
 
-@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
-@pytest.mark.parametrize("layout", [as_slots, as_model, off_alignment])
+@cases(
+    "dtype, layout",
+    [(FP32, as_slots), (FP16, as_model), (FP32, off_alignment)],
+    itertools.product([FP32, FP16, BF16], [as_slots, as_model, off_alignment]),
+)
 def test_strides_do_not_show_in_an_append(device, dtype, layout):
     """Strides of the merged product taken for granted."""
     check_append([7, 1, 20], 20, "gqa3", 80, dtype, device, layout=layout)
 
 
-@cases("decay, first_head, counted", [(0.5, False, True), (1.0, True, False)], [(0.5, False, True), (1.0, True, False)])
-@pytest.mark.parametrize("rolling", [False, True])
+@cases(
+    "decay, first_head, counted, rolling",
+    [(0.5, False, True, True), (1.0, True, False, False)],
+    [(*asked, rolling) for asked in ((0.5, False, True), (1.0, True, False)) for rolling in (False, True)],
+)
 def test_a_decode_step_is_its_parts(device, decay, first_head, counted, rolling):
     """An argument that the step hands on to the wrong place."""
     step, lengths = decode_step([7, 1, 20]), torch.tensor([7, 1, 20], dtype=torch.int32, device=device)
@@ -762,9 +770,12 @@ def uneven_states(dtype, device):
     return [states.to(device) for states in (keys, values, lengths, offsets, mass)]
 
 
-@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
-@pytest.mark.parametrize("processors", [1, 2, 132])
-@pytest.mark.parametrize("rope, scored", [(False, True), (True, True), (False, False)])
+@cases(
+    "dtype, processors, rope, scored",
+    [(FP16, 132, False, True), (FP16, 1, True, True), (FP32, 132, True, True), (FP16, 2, False, False)],
+    [(dtype, processors, *asked) for dtype in (FP32, FP16, BF16) for processors in (1, 2, 132)
+     for asked in ((False, True), (True, True), (False, False))],
+)  # fmt: skip
 def test_heads_of_their_own_capacities_attend_as_alone(monkeypatch, device, dtype, processors, rope, scored):
     """Another head's slots, length or mass, or a share of a long head's slots that is lost or counted twice."""
     monkeypatch.setattr(decode, "_processors", lambda device: processors)
@@ -792,8 +803,11 @@ def test_heads_of_their_own_capacities_attend_as_alone(monkeypatch, device, dtyp
             assert torch.equal(count[:, there], own_count[:, 0])
 
 
-@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
-@pytest.mark.parametrize("processors, rope", [(1, False), (132, False), (132, True)])
+@cases(
+    "dtype, processors, rope",
+    [(FP32, 132, False), (FP16, 1, False), (FP16, 132, True)],
+    [(dtype, *how) for dtype in (FP32, FP16, BF16) for how in ((1, False), (132, False), (132, True))],
+)
 def test_heads_of_their_own_capacities_in_8_bits(monkeypatch, device, dtype, processors, rope):
     """Scales of another head, or counted from the row's first slot in every head."""
     monkeypatch.setattr(decode, "_processors", lambda device: processors)
@@ -820,8 +834,7 @@ def test_heads_of_their_own_capacities_in_8_bits(monkeypatch, device, dtype, pro
     assert_close(mass.nan_to_num(), expected_mass.nan_to_num(), tolerance)
 
 
-@cases("dtype", [(FP32,), (FP16,)], [(FP32,), (FP16,), (BF16,)])
-@pytest.mark.parametrize("rolling", [False, True])
+@cases("dtype, rolling", [(FP32, False), (FP16, True)], itertools.product([FP32, FP16, BF16], [False, True]))
 def test_heads_of_their_own_capacities_append_as_alone(device, dtype, rolling):
     """A token in another head's slots, a norm that is not its value's, or a token that a row does not bring."""
     keys, values, lengths, offsets, norms = uneven_states(dtype, device)

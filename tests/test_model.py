@@ -52,10 +52,10 @@ def test_rolled_positions_stay_below_the_capacity(gqa):
     assert highest[0] == 9 and max(highest[1:]) == model.h2o.capacity - 1 == 10
 
 
-def test_addresses_never_change(llamas):
+def test_addresses_never_change(gqa):
     """Slots that are allocated anew on the way: no captured graph would survive it."""
     for slimming in ("H", "mask"):
-        model = with_flags(llamas, window_length=8, update_interval=3, slimming=slimming, score_norm="mean")
+        model = with_flags(gqa, window_length=8, update_interval=3, slimming=slimming, score_norm="mean")
         cache = HHCache(model.h2o)
         forward(model, [prompt(12), prompt(5)], cache)
         at = addresses(cache)

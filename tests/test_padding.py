@@ -82,22 +82,22 @@ def test_tokens_cannot_be_masked_after_the_fact(gqa, change):
     forward(model, [prompt(3), prompt(3)], cache)  # the refusal did no harm
 
 
-def test_later_forwards_take_a_mask_of_all_or_of_the_new_columns(llamas):
+def test_later_forwards_take_a_mask_of_all_or_of_the_new_columns(gqa):
     """A mask read from the wrong end: the first columns of the conversation for the turn's own."""
     flags = {"window_length": 8, "update_interval": 2}
     rows, turn = [prompt(11), prompt(4)], [prompt(2, 1), prompt(5, 1)]
     logits = []
     for whole in (False, True):
         cache = new_cache(**flags)
-        forward(llamas.h2o, rows, cache)
+        forward(gqa.h2o, rows, cache)
         inputs = left_pad(turn)
         if whole:
             inputs["attention_mask"] = torch.cat([left_pad(rows)["attention_mask"], inputs["attention_mask"]], dim=1)
         with torch.no_grad():
-            logits.append(llamas.h2o(**inputs, past_key_values=cache).logits)
+            logits.append(gqa.h2o(**inputs, past_key_values=cache).logits)
     assert torch.equal(*logits)
     for b in range(2):
-        oracle = new_oracle(llamas, **flags)
+        oracle = new_oracle(gqa, **flags)
         oracle.forward(rows[b])
         assert_close(logits[0][b, 5 - len(turn[b]) :], oracle.forward(turn[b]))
 
@@ -138,12 +138,12 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_masks_of_any_pattern(llamas, mask, chunk):
+def test_masks_of_any_pattern(gqa, mask, chunk):
     """Padding on the right or inside, in the first forward and in a later one: real columns say what stock Llama says
     of them, padded ones what the token before them says, and slots are those of the tokens alone, in order."""
     mask, rows = torch.tensor(mask), torch.tensor([prompt(7), prompt(7, 1)])
-    model = with_flags(llamas, window_length=32, prefill_chunk=chunk)
-    cache, full = HHCache(model.h2o), DynamicCache(config=llamas.stock.config)
+    model = with_flags(gqa, window_length=32, prefill_chunk=chunk)
+    cache, full = HHCache(model.h2o), DynamicCache(config=gqa.stock.config)
     # Padding between a forward's tokens takes positions, as in stock Llama; padding around them takes none.
     first, last = mask.argmax(1, keepdim=True), 6 - mask.flip(1).argmax(1, keepdim=True)
     positions = (torch.arange(7) - first).clamp(min=0)
@@ -151,11 +151,11 @@ def test_masks_of_any_pattern(llamas, mask, chunk):
         for turn in range(2):
             seen = mask.repeat(1, turn + 1)
             logits = model(rows, attention_mask=seen, past_key_values=cache).logits
-            expected = llamas.stock(
+            expected = gqa.stock(
                 rows, attention_mask=seen, position_ids=positions + turn * (last - first + 1), **{CACHE_ARGUMENT: full}
             ).logits
             if not turn:
-                unasked = llamas.stock(rows, attention_mask=mask).logits
+                unasked = gqa.stock(rows, attention_mask=mask).logits
                 assert_close(unasked[mask.bool()], expected[mask.bool()], 1e-4)
             for b in range(2):
                 newest = None
@@ -169,10 +169,10 @@ def test_masks_of_any_pattern(llamas, mask, chunk):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_no_output_depends_on_a_token_to_its_right(llamas, mask):
+def test_no_output_depends_on_a_token_to_its_right(gqa, mask):
     """Padding that is computed beside the tokens of its row, and so sees later ones."""
     mask, rows = torch.tensor(mask), torch.tensor([prompt(7), prompt(7, 1)])
-    model = with_flags(llamas, window_length=8, update_interval=1)
+    model = with_flags(gqa, window_length=8, update_interval=1)
     with torch.no_grad():
         first = model(rows, attention_mask=mask, past_key_values=HHCache(model.h2o), output_hidden_states=True)
         for column in range(1, 7):
@@ -184,9 +184,9 @@ def test_no_output_depends_on_a_token_to_its_right(llamas, mask):
                 assert torch.equal(ours[:, :column], theirs[:, :column]), f"column {column}"
 
 
-def test_generate_from_prompts_padded_on_the_right(llamas):
+def test_generate_from_prompts_padded_on_the_right(gqa):
     """The logits of a padded last column: a row goes on from its last token, as alone."""
-    model, rows = with_flags(llamas, window_length=8, update_interval=2), [prompt(11), prompt(5), prompt(8)]
+    model, rows = with_flags(gqa, window_length=8, update_interval=2), [prompt(11), prompt(5), prompt(8)]
     ids = torch.tensor([row + [0] * (11 - len(row)) for row in rows])
     result = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=9, do_sample=False)
     for b, row in enumerate(rows):

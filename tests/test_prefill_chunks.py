@@ -20,14 +20,14 @@ from conftest import (
 from h2optimizer.utils.cache import HHCache
 
 
-def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):
+def test_chunks_of_a_prompt_are_forwards_of_their_own(gqa):
     """generate's prefill_chunk_size: chunks of which some hold only padding of a row."""
     flags = {"window_length": 8, "update_interval": 3}
-    model, rows = with_flags(llamas, **flags), [prompt(17), prompt(6)]
+    model, rows = with_flags(gqa, **flags), [prompt(17), prompt(6)]
     cache = HHCache(model.h2o)
     result = generate(model, rows, 6, past_key_values=cache, prefill_chunk_size=5)
     for b, row in enumerate(rows):
-        oracle = new_oracle(llamas, **flags)
+        oracle = new_oracle(gqa, **flags)
         padding = 17 - len(row)
         chunks = [row[max(0, begin - padding) : max(0, begin + 5 - padding)] for begin in range(0, 17, 5)]
         for index, chunk in enumerate(chunks[:-1]):
@@ -36,8 +36,8 @@ def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):
             oracle.clock = index + 1
         assert_follows_oracle(result, b, oracle, chunks[-1])
         assert_row_is_oracles(cache, b, oracle)
-    expected = generate(llamas.stock, rows, 4).sequences
-    model = with_flags(llamas, window_length=64, update_interval=3)
+    expected = generate(gqa.stock, rows, 4).sequences
+    model = with_flags(gqa, window_length=64, update_interval=3)
     for size in (1, 5, 16):  # the mask must be read even for chunks of one column, as no decode step's is
         assert torch.equal(generate(model, rows, 4, prefill_chunk_size=size).sequences, expected)
 
@@ -45,8 +45,10 @@ def test_chunks_of_a_prompt_are_forwards_of_their_own(llamas):
 CHUNKED = [{}, {"score_queries": 4}, {"score_decay": 0.5, "score_norm": "mean"}, {"position_rolling": True}]
 
 
-@pytest.mark.parametrize("flags", CHUNKED, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("llamas, backend, flags", [
+    *(("gqa", BACKENDS[i % 2], flags) for i, flags in enumerate(CHUNKED)), ("gqa", "sdpa", CHUNKED[2]),
+    ("mqa", "eager", CHUNKED[1]),
+], ids=str, indirect=["llamas"])  # fmt: skip
 def test_chunks_in_a_wide_window_are_the_exact_prefill(llamas, backend, flags):
     """Chunks that a prompt shows where nothing is dropped: in its logits, in slots and mass, and so in what a later
     turn evicts; or a clock that ticks with each, so that decode steps slim at other times."""

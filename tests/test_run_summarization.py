@@ -155,8 +155,7 @@ def test_table_on_stdout(run):
     assert re.search(r"^ROUGE-L +[\d.]+ +\[[\d.]+, 100\.00\]$", two, re.M) and "over 2 requests" in two
 
 
-@pytest.mark.parametrize("temperature", [0, 0.8])
-@pytest.mark.parametrize("batch_size", ["1", "4"])
+@pytest.mark.parametrize("temperature, batch_size", [(0, "4"), (0.8, "1")])
 def test_token_logprobs_are_those_of_the_emitted_tokens_under_the_same_cache(
     run, checkpoint, tokenizer, temperature, batch_size
 ):

@@ -66,7 +66,7 @@ def positions_at_each_step(checkpoint, h2o, prompt, text):
     return steps
 
 
-@pytest.mark.parametrize("policy", ["mass", "mass:3,update_interval=2", "streaming_llm", "mass:0"])
+@pytest.mark.parametrize("policy", ["mass:3,update_interval=2", "streaming_llm", "mass:0"])
 def test_last_held_is_what_the_cache_held(show, script, checkpoint, policy):
     """A step too early or too late, another policy's cache, layers and heads in another order."""
     data = show("--policies", "sink", policy, "--num_window_length", "16", "--update_interval", "3")

@@ -541,14 +541,14 @@ def test_nothing_grows_with_the_stream(gqa):
     gqa.h2o.h2o = H2OConfig(**SMALL, position_rolling=True)
     stream = Stream(gqa.h2o, set())
     objects = []
-    for turn in range(60):
+    for turn in range(36):
         stream.feed(TURNS[turn % 4])
-        list(stream.say(5))
-        if turn % 20 == 19:
+        list(stream.say(3))
+        if turn % 12 == 11:
             gc.collect()
             objects.append(len(gc.get_objects()))
-    assert objects[2] - objects[1] < 20
-    assert stream.cache.evictions[0] > 100 and stream.fed > 800
+    assert objects[2] - objects[1] < 12
+    assert stream.cache.evictions[0] > 50 and stream.fed > 400
 
 
 def test_fields_of_a_turn_that_do_nothing_are_said_once(tmp_path, capsys):
