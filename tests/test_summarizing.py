@@ -272,7 +272,7 @@ def test_decoding_follows_the_order(run, tokenizer, monkeypatch):
         assert begun == expected
 
 
-@pytest.mark.parametrize("interval", [4, 16])
+@pytest.mark.parametrize("interval", [1, 16])
 def test_rows_that_join_get_what_they_get_alone(run, prefills, interval):
     """A row that takes a place in the middle of the others' decoding, with their slots, mass, clock or numbers left
     in it, or whose own slimmings fall on other steps than alone."""
