@@ -196,8 +196,11 @@ def has_foreign_hooks(module: torch.nn.Module) -> bool:
 
 
 def is_watched(module: torch.nn.Module) -> bool:
-    """Whether a module's outputs are seen by something of the user's, or its forward is not its own."""
-    return has_foreign_hooks(module) or ("forward" in vars(module) and not shards.is_divided(module))
+    """Whether a module's outputs or their gradients are seen by something of the user's, or its forward is not its
+    own."""
+    if has_foreign_hooks(module) or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in vars(module) and not shards.is_divided(module)
 
 
 def _needs_gradients(*tensors: torch.Tensor) -> bool:
@@ -377,3 +380,13 @@ class FusedMLP:
         from h2optimizer.kernels import mlp
 
         return self.down(mlp.silu_and_multiply(gate_up), self.down_proj)
+
+
+def is_familys_own(layer: torch.nn.Module, norm: torch.nn.Module) -> bool:
+    """Whether a decoder layer, its MLP and norms, and the norm that follows are those that the model was built with.
+
+    Others may mix tokens, or keep what they see.
+    """
+    if not isinstance(layer, FusedDecoderLayer) or not isinstance(layer.mlp, FusedMLP):
+        return False
+    return isinstance(layer.post_attention_layernorm, FusedRMSNorm) and isinstance(norm, FusedRMSNorm)

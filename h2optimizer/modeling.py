@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from h2optimizer.attention import Inputs, decodes_by_kernel, kernel_decode_step
 from h2optimizer.backends import ATTENTION_BACKENDS, KERNEL_BACKENDS, has_kernels, resolve_backend
 from h2optimizer.columns import Columns
-from h2optimizer.fused import FusedRMSNorm, MergedLinear, is_watched, rotate, takes_norm
+from h2optimizer.fused import FusedRMSNorm, MergedLinear, is_familys_own, is_watched, rotate, takes_norm
 from h2optimizer.generation import GeneratesThroughSlots
 from h2optimizer.prefixes import Prefix, prefill_prefix
 from h2optimizer.settings import HeadsError, SavedSettings, SettingsError, check_heads, save_settings
@@ -310,9 +310,11 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         Then it computes that for each row's last token alone.
         """
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        layer = self.model.layers[-1]
-        watched = (*layer.modules(), self.model.norm, self.model)
-        return None if shown or any(map(is_watched, watched)) else layer.self_attn.layer_idx
+        layer, norm = self.model.layers[-1], self.model.norm
+        if shown or not is_familys_own(layer, norm):
+            return None
+        watched = (*layer.modules(), norm, self.model)
+        return None if any(map(is_watched, watched)) else layer.self_attn.layer_idx
 
     def _through_slots(
         self, cache: HHCache, input_ids, inputs_embeds, attention_mask, position_ids, logits_to_keep, **kwargs

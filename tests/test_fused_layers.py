@@ -87,6 +87,45 @@ def test_the_last_layer_computes_what_is_wanted(monkeypatch, rows, chunk):
     assert_close(watched, logits)
 
 
+class Watched(torch.nn.Module):
+    """A module around another one that keeps how many columns come out of it."""
+
+    def __init__(self, inner, columns):
+        super().__init__()
+        self.inner, self.columns = inner, columns
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        self.columns.append(output.shape[1])
+        return output
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("part", ["layer", "mlp", "post_attention_layernorm", "norm", "gradients"])
+def test_the_last_layer_computes_all_for_other_modules(part, backend):
+    """Columns that are missing for a module in the place of one of the family's, or for a hook on gradients; or an
+    attribute that such a module lacks."""
+    model, columns, ids = fused_llamas().h2o, [], torch.tensor([prompt(19)])
+
+    def last():
+        cache = new_cache(backend=backend, **WIDE)
+        return model(ids, past_key_values=cache, logits_to_keep=1).logits
+
+    expected, layers = last(), model.model.layers
+    if part == "layer":
+        layers[-1] = Watched(layers[-1], columns)
+    elif part == "gradients":
+        layers[-1].mlp.register_full_backward_hook(lambda module, given, out: columns.append(out[0].shape[1]))
+    else:
+        of = model.model if part == "norm" else layers[-1]
+        setattr(of, part, Watched(getattr(of, part), columns))
+    logits = last()
+    if part == "gradients":
+        logits.sum().backward()
+    assert columns == [19]
+    assert_close(logits, expected)
+
+
 @pytest.mark.parametrize("flags", [
     {}, {"position_rolling": True}, {"prefill_chunk": 5}, {"prefill_chunk": 5, "position_rolling": True},
 ], ids=str)  # fmt: skip

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from h2optimizer.utils.memory import halving
+from h2optimizer.utils.memory import halving, to_device
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
@@ -72,3 +73,20 @@ def test_nothing_of_what_failed_is_held():
         yield held is not None
 
     assert list(halving(work, 4)) == [True]
+
+
+def test_copies_to_the_host_are_complete():
+    """A copy from a GPU to the host that has not ended when it is read, as of a prefix' tokens for a model on the
+    CPU."""
+    waits = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to:
+                waits.append(not (kwargs or {}).get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        to_device(torch.tensor([1, 2]), torch.device("cpu"))
+        to_device(torch.tensor([1, 2]), torch.device("meta"))
+    assert waits and all(waits)

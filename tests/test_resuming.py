@@ -211,6 +211,17 @@ def test_edited_default_is_refused_on_resuming(run, refused, monkeypatch):
     refused(requests, "--enable_h2o_generation", words="--update_interval is 2, but 16")
 
 
+def test_results_of_a_setting_that_is_gone(run, refused):
+    """Advice to pass a flag that the program does not have."""
+    requests = make_requests(2, max_tokens=3)
+    first = run(requests, *H2O)
+    metrics = json.loads(metrics_path(first.path).read_text())
+    metrics["settings"]["--compile"] = False
+    metrics_path(first.path).write_text(json.dumps(metrics))
+    outcome = refused(requests, *H2O, words=["--compile is False in the results at ", "no setting here", "--overwrite"])
+    assert "the same value" not in outcome.stderr[0]
+
+
 def test_batch_size_may_change_on_resuming(run):
     """Whoever ran out of memory lowers it; that must not cost the results that are there."""
     requests = make_requests(4, max_tokens=5)

@@ -28,7 +28,8 @@ def to_device(numbers, device: torch.device, dtype: torch.dtype | None = None) -
     tensor = torch.as_tensor(numbers, dtype=dtype)
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes > AT_ONCE:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # to the host, the copy must have ended
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def allocated() -> int:
