@@ -57,7 +57,7 @@ class Oracle:
         slots="auto",
     ):
         self.model = copy.deepcopy(model).double().eval()
-        self.inv_freq = model.model.rotary_emb.inv_freq.double()
+        self.turn_by(model.model.rotary_emb.inv_freq.double())
         self.rope_scaling = model.model.rotary_emb.attention_scaling
         config = model.config
         self.num_query_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -81,6 +81,11 @@ class Oracle:
         assert slots in ("auto", "int8")
         self.int8 = slots == "int8"
         self.reset()
+
+    def turn_by(self, inv_freq):
+        """The frequencies of RoPE from here on."""
+        self.inv_freq = inv_freq
+        self.turns = {}  # the cosines and sines of each position, once they are needed
 
     def reset(self):
         """Forgets all tokens and sets the step clock back to 0."""
@@ -242,8 +247,10 @@ class Oracle:
 
     def _rotate(self, vector, position):
         """RoPE: turns the pairs (vector[d], vector[d + head_dim / 2]) by position * inv_freq[d]."""
-        cos = torch.cos(position * self.inv_freq) * self.rope_scaling
-        sin = torch.sin(position * self.inv_freq) * self.rope_scaling
+        if position not in self.turns:
+            angles = position * self.inv_freq
+            self.turns[position] = torch.cos(angles) * self.rope_scaling, torch.sin(angles) * self.rope_scaling
+        cos, sin = self.turns[position]
         first, second = vector.chunk(2)
         return torch.cat((first * cos - second * sin, second * cos + first * sin))
 
