@@ -126,7 +126,7 @@ def test_frequencies_that_follow_the_length(config):
         flags = {"window_length": 64, "update_interval": 2, "position_rolling": True}
         oracle, cache = new_oracle(llamas, **flags), new_cache(**flags)
         for block in [prompt(length), *([token] for token in prompt(8, 1))]:
-            oracle.turn_by(frequencies(config, oracle.length() + len(block)))
+            oracle.inv_freq = frequencies(config, oracle.length() + len(block))
             assert_close(forward(llamas.h2o, [block], cache)[0], oracle.forward(block), what=f"{oracle.seen} tokens")
     rotary = llamas.stock.model.rotary_emb
     llamas.stock(torch.tensor([prompt(3)]))  # back to the first frequencies, the oracle's
