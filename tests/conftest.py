@@ -1,6 +1,7 @@
 """Tiny random Llamas, and how tests feed them and look into their caches. Nothing is downloaded, nothing imports
 hypothesis: the GPU tests run where it may be missing."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -77,10 +78,16 @@ def make_llamas(dtype=torch.float32, **config) -> Llamas:
     return Llamas(stock, h2o)
 
 
+@functools.cache
+def llamas_of(group: str) -> Llamas:
+    """Those of all tests: a fixture that is parametrized beside other arguments is made anew for each test."""
+    return make_llamas(num_key_value_heads=GROUPS[group])
+
+
 @pytest.fixture(scope="session", params=GROUPS)
 def llamas(request):
     """MHA, GQA and MQA. Each test sets `h2o.h2o` to what it needs."""
-    return make_llamas(num_key_value_heads=GROUPS[request.param])
+    return llamas_of(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -207,7 +207,7 @@ class Oracle:
         for kv_head, slots in enumerate(self.cache[layer]):
             before = len(slots)
             for i in range(n):
-                norm = math.sqrt(sum(float(x) ** 2 for x in values[i, kv_head]))
+                norm = float(values[i, kv_head].norm())
                 slots.append(Slot(self.seen + i, keys[i, kv_head], values[i, kv_head], norm=norm))
             if decodes:
                 self._store()  # its own query sees it as it is stored
@@ -215,23 +215,21 @@ class Oracle:
                 for slot in slots:  # once a forward, however many queries it has; new slots hold 0
                     slot.mass *= self.score_decay
                     slot.count *= self.score_decay
-            rotated_keys = []
-            for index, slot in enumerate(slots):
-                position = index if self.position_rolling else slot.position
-                rotated_keys.append(self._rotate(slot.key, position) if turns else slot.key)
+            held_keys, held_values = (torch.stack([getattr(slot, name) for slot in slots]) for name in ("key", "value"))
+            own_queries = queries[:, kv_head * self.group_size : (kv_head + 1) * self.group_size]
+            if turns:
+                positions = range(len(slots)) if self.position_rolling else [slot.position for slot in slots]
+                positions = torch.tensor(positions)
+                held_keys = self._rotate(held_keys, positions)
+                own_queries = self._rotate(own_queries, positions[before:, None])  # each at its own key's position
 
             for i in range(n):
                 visible = before + i + 1
-                query_position = before + i if self.position_rolling else self.seen + i
                 for g in range(self.group_size):
-                    head = kv_head * self.group_size + g
-                    query = self._rotate(queries[i, head], query_position) if turns else queries[i, head]
-                    scores = [float(query.dot(rotated_keys[j])) / math.sqrt(head_dim) for j in range(visible)]
-                    probabilities = softmax(scores)
-                    mixed = torch.zeros(head_dim, dtype=torch.float64)
-                    for j in range(visible):
-                        mixed += probabilities[j] * slots[j].value
-                    output[i, head] = mixed
+                    scores = held_keys[:visible] @ own_queries[i, g] / math.sqrt(head_dim)
+                    probabilities = softmax(scores.tolist())
+                    mixed = torch.tensor(probabilities, dtype=torch.float64) @ held_values[:visible]
+                    output[i, kv_head * self.group_size + g] = mixed
                     if i >= first_adding_query and (g == 0 or self.group_reduce == "sum"):
                         for j in range(visible):
                             slots[j].mass += probabilities[j]
@@ -240,12 +238,12 @@ class Oracle:
                         slots[j].count += 1.0  # one query, however many heads of the group it has
         return attn.o_proj(output.view(n, -1))
 
-    def _rotate(self, vector, position):
-        """RoPE: turns the pairs (vector[d], vector[d + head_dim / 2]) by position * inv_freq[d]."""
-        cos = torch.cos(position * self.inv_freq) * self.rope_scaling
-        sin = torch.sin(position * self.inv_freq) * self.rope_scaling
-        first, second = vector.chunk(2)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin))
+    def _rotate(self, vectors, positions):
+        """RoPE: turns the pairs (vector[d], vector[d + head_dim / 2]) of each vector by its position * inv_freq[d]."""
+        angles = torch.as_tensor(positions)[..., None] * self.inv_freq
+        cos, sin = torch.cos(angles) * self.rope_scaling, torch.sin(angles) * self.rope_scaling
+        first, second = vectors.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def _slim(self, space):
         """Keeps each head's newest slots, but for `space` of them, and its heavy hitters."""

@@ -225,7 +225,7 @@ def ways_to_ask(count: int) -> list[dict]:
     settings = [{"temperature": 0.9}, {}, SAMPLED | {"n": 2}, {"temperature": 1.3, "top_p": 0.6}, {"temperature": 0.7}]
     requests = make_requests(count)
     for i, request in enumerate(requests):
-        request |= {"max_tokens": (30, 6, 17)[i % 3]} | settings[i % 5]
+        request |= {"max_tokens": (18, 4, 11)[i % 3]} | settings[i % 5]
     return requests
 
 

@@ -29,7 +29,7 @@ from h2optimizer.utils.results import PLAN
 from h2optimizer.utils.rouge import mean_with_interval
 from test_benchmarks import load
 
-ROWS = [prompt(24), prompt(17, 1), prompt(21, 2)]
+ROWS = [prompt(18), prompt(14, 1), prompt(16, 2)]
 TEXTS = [prompt(5, 3), prompt(9, 4), prompt(1, 5)]
 FLAGS = {
     "H2O": {"update_interval": 1},

@@ -116,11 +116,11 @@ def texts(*sentences: int) -> list[str]:
 
 def pairs(lm) -> list[tuple[str, str]]:
     """Contexts shared, empty, ending in a space, longer than the positions; continuations of one token and of many."""
-    short, middle, long = texts(1, 4, 20)
+    short, middle, long = texts(1, 4, 14)
     assert len(lm.tok_encode(long)) > POSITIONS
     most_probable = lm.model.generate(torch.tensor([lm.tok_encode(middle)]), max_new_tokens=3, do_sample=False)
     said = lm.tok_decode(most_probable[0, len(lm.tok_encode(middle)) :])
-    ends = [" " + made_up_text(n, seed=20 + n) for n in (1, 2, 3)]
+    ends = [" " + " ".join(made_up_text(3, seed=20 + n).split()[:n]) for n in (3, 5, 12)]
     shared = [(context, end) for context in (short, middle) for end in ends]
     return [*shared, ("", ends[0]), (middle + " ", ends[1][1:]), (long, ends[1]), (middle, "!"), (middle, said)]
 
@@ -200,7 +200,7 @@ def test_narrow_window_scores_as_a_loop(make_lm, batch_size, rolling, chunk):
 def test_documents_stream_through_the_window(make_lm, rolling):
     """Documents scored in one forward, cut, or, with rolled positions, split where they need not be."""
     lm = make_lm(**NARROW, position_rolling=rolling, batch_size=2)
-    documents = texts(2, 20)
+    documents = texts(2, 17)
     scores = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in documents)), True)
     expected = []
     for tokens in map(lm.tok_encode, documents):

@@ -1,6 +1,7 @@
 """Mistral, Qwen2, Qwen3 and SmolLM3, as Llama is tested: against stock models and the oracle, and in each program."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -59,9 +60,14 @@ IN_PAIRS = pytest.mark.parametrize("family, variant", [
 ROWS = [prompt(13), prompt(3), prompt(8)]
 
 
+@functools.cache
+def llamas_of(family: str) -> Llamas:
+    return make_llamas(model_type=family, **CONFIGS[family])
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def family(request) -> Llamas:
-    return make_llamas(model_type=request.param, **CONFIGS[request.param])
+    return llamas_of(request.param)
 
 
 # Against stock models and the oracle

@@ -373,7 +373,7 @@ def test_positions_that_run_out_are_said_once(streamed):
     """A stream past the trained positions in silence, or a warning where rolling keeps below them."""
     lines = [{"prompt": text} for text in TEXTS]
     for flags, warnings in ((FLAGS, 1), ([], 1), (ROLLING, 0)):
-        _, _, err, _ = streamed(lines, *flags, "--stream_tokens", "400", "--quiet")
+        _, _, err, _ = streamed(lines, *flags, "--stream_tokens", "270", "--quiet")
         assert len([line for line in err if line.startswith("warning: ")]) == warnings
     _, _, err, _ = streamed(lines, *ROLLING, "--num_window_length", "300")  # the stream is shorter
     assert err[0].startswith("warning: window and interval need 304 positions, the model has 256;")
