@@ -91,7 +91,7 @@ def test_other_settings_are_refused_by_flag(tmp_path, change):
 def test_setting_that_is_gone_is_refused(tmp_path):
     """A flag of the earlier run that the new one has not differs as well."""
     interrupted(tmp_path / "o.jsonl", 0)
-    refused(lambda: ResultsFile(tmp_path / "o.jsonl", {"--seed": 1}), "--num_window_length", "64", "None")
+    refused(lambda: ResultsFile(tmp_path / "o.jsonl", {"--seed": 1}), "--num_window_length is 64", "no setting here")
 
 
 @pytest.mark.parametrize("metrics", [None, "{", "[]", "{}", '{"settings": [1]}', b"\xff\xfe"])

@@ -288,7 +288,7 @@ class ResultsFile(JsonlFile):
             old, new = before.get(flag), self.settings.get(flag)
             if old != new and flag not in before:  # results of an earlier version
                 raise InputError(f"{flag} is {new!r:.120}, of which the results at {self.path} say nothing: {KEEP}")
-            if flag not in self.settings:
+            if old != new and flag not in self.settings:
                 raise InputError(f"{flag} is {old!r:.120} in the results at {self.path}, but no setting here: {KEEP}")
             if old != new:
                 same = "pass the same value to resume, " if flag.startswith("--") else ""  # others cannot be passed
