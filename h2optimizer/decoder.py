@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from h2optimizer.backends import resolve_backend
+from h2optimizer.backends import has_kernels
 from h2optimizer.fused import has_foreign_hooks
 from h2optimizer.shards import is_divided
 from h2optimizer.utils.cache import CACHE_ARGUMENT, KERNEL_DTYPES, HHCache
@@ -20,9 +20,12 @@ CHUNK = 16  # most steps between two checks of the tokens by the host
 Choose = Callable[[torch.Tensor], torch.Tensor]  # logits [B, vocabulary] -> tokens [B]
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of tokens [B] under the model itself, before temperature and top-p: float32 [B]."""
-    if logits.is_cuda and logits.dtype in KERNEL_DTYPES and resolve_backend("auto", "cuda") == "triton":
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, by_kernel: bool = False) -> torch.Tensor:
+    """Log-probabilities of tokens [B] under the model itself, before temperature and top-p: float32 [B].
+
+    by_kernel: in one pass, if there is a kernel for the dtype.
+    """
+    if by_kernel and logits.dtype in KERNEL_DTYPES:
         from h2optimizer.kernels import logits as kernels
 
         return kernels.token_logprobs(logits, tokens)
@@ -113,6 +116,7 @@ class Decoder:
             and not any(name in model.model.rotary_emb.rope_type for name in ("dynamic", "longrope"))
             and is_replayable(model)
         )
+        self._by_kernel = has_kernels(cache.h2o, device)
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._ran: set[str] = set()  # names run once, whose kernels are therefore compiled
         self._pool = None
@@ -184,7 +188,7 @@ class Decoder:
     def _keep(self, logits: torch.Tensor) -> None:
         tokens = torch.where(self.finished, self.pad_token_id, self.choose(logits))
         if self.logprobs is not None:
-            self.logprobs.index_copy_(1, self.column, token_logprobs(logits, tokens)[:, None])
+            self.logprobs.index_copy_(1, self.column, token_logprobs(logits, tokens, self._by_kernel)[:, None])
         self.tokens.index_copy_(1, self.column, tokens[:, None])
         self.finished.logical_or_(self.ends(tokens))
         self.token.copy_(tokens)

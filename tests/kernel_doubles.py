@@ -9,7 +9,8 @@ import torch
 from h2optimizer import attention
 from h2optimizer.attention import rotate
 from h2optimizer.backends import ATTENTION_BACKENDS
-from h2optimizer.kernels import decode, float8, layer, mlp, products
+from h2optimizer.decoder import token_logprobs
+from h2optimizer.kernels import decode, float8, layer, logits, mlp, products
 from h2optimizer.slimming import KernelSlimmer
 from h2optimizer.utils.int8_slots import dequantize, quantize
 from h2optimizer.utils.slimming import TorchSlimmer
@@ -127,6 +128,7 @@ def install(monkeypatch):
         mlp: (silu_and_multiply,),
         layer: (add_and_normalise, normalise_heads),
         float8: (quantize_rows,),
+        logits: (token_logprobs,),
         products: (product,),
     }
     for module, functions in doubles.items():

@@ -17,6 +17,7 @@ from conftest import (
 )
 from h2optimizer import batching, decoding, sharing
 from h2optimizer.batching import Batcher, Sequence
+from h2optimizer.kernels import logits as kernels
 from h2optimizer.sampling import choose_greedily, sample_rows
 from h2optimizer.utils.cache import HHCache
 from recorded_steps import settings
@@ -345,6 +346,18 @@ def test_looks_are_as_far_apart_as_joining_allows(model, interval):
         steps = bounded.steps(waiting=True)
         assert schedule.is_due(clock + steps - 1)
         assert decoding.CHUNK - interval < steps <= max(decoding.CHUNK, schedule.steps_to_due(clock))
+
+
+@pytest.mark.parametrize("flags, by_kernel", [({}, True), ({"backend": "sdpa"}, False), (None, False)], ids=str)
+def test_log_probabilities_take_no_kernel_that_was_not_chosen(gqa, monkeypatch, flags, by_kernel):
+    """A kernel where its compiler does not work, and another backend is the way out."""
+    launched, run = [], kernels.token_logprobs
+    monkeypatch.setattr(kernels, "token_logprobs", lambda *given: launched.append(len(given[0])) or run(*given))
+    model = gqa.stock if flags is None else gqa.h2o
+    if flags is not None:
+        model.h2o = settings(**flags)
+    batch(model, 3, make_sequences())
+    assert bool(launched) == by_kernel
 
 
 def test_a_batcher_can_run_again(model):
