@@ -254,7 +254,7 @@ def _normalises(norm: torch.nn.Module, states: torch.Tensor) -> bool:
 
 
 class FusedRMSNorm:
-    """A family's RMSNorm in one kernel: with the residual sum before it, or alone in decode steps.
+    """A family's RMSNorm in one kernel: with the residual sum before it, or alone on a GPU and in decode steps.
 
     `add` normalises the sum in the same pass, and `forward` returns that when it is asked for the norm of this very
     sum. So the modules are still called one after the other, and hooks see what they see in the family's own code.

@@ -304,7 +304,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
             loss=loss, logits=logits, hidden_states=all_hidden_states, attentions=None, **{CACHE_ARGUMENT: cache}
         )
 
-    def _last_layer(self, cache: HHCache, output_hidden_states: bool | None = None, **kwargs) -> int | None:
+    def _last_layer(self, output_hidden_states: bool | None = None, **kwargs) -> int | None:
         """The index of the last layer, if nothing but the logits of one column needs what it computes after attention.
 
         Then it computes that for each row's last token alone.
@@ -353,7 +353,11 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
         if position_ids is not None:
             position_ids = columns.to_left(position_ids.expand(len(inputs), -1))
 
-        last_layer = None if several or logits_to_keep != 1 else self._last_layer(cache, **kwargs)
+        last_layer = None
+        if (
+            not several and logits_to_keep == 1 and inputs.shape[1] > 1 and min(columns.new)
+        ):  # each row has a last token
+            last_layer = self._last_layer(**kwargs)
         # H2O: with prefill_chunk, a long prompt runs in chunks, each followed by a slimming
         hidden_states, all_hidden_states = None, None
         for begin, end in columns.chunks(cache.h2o.prefill_chunk):
@@ -364,8 +368,7 @@ class H2OForCausalLM(GeneratesThroughSlots, ChecksItsWeights):
                 positions = columns.spread(step.positions(inputs.device), begin, end)
             else:
                 positions = position_ids[:, begin:end]
-            if min(columns.new):  # a row without tokens has no last one
-                step.last_layer = last_layer
+            step.last_layer = last_layer
             chunk = inputs[:, begin:end]
             outputs = self.model(
                 input_ids=chunk if inputs_embeds is None else None,
